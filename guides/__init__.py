@@ -1,0 +1,7 @@
+"""Ready guides for programs with latent text."""
+
+from llmppl.guides.autoregressive import AutoregressiveGuide, PromptGuide
+from llmppl.guides.base import TextGuide
+from llmppl.guides.gflownet import GFlowNetGuide
+
+__all__ = ["AutoregressiveGuide", "GFlowNetGuide", "PromptGuide", "TextGuide"]

@@ -1,0 +1,244 @@
+"""What guides for latent text have in common: they find the text sites and what each is told."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+
+from llmppl.distributions.conditioned import ConditionedText
+from llmppl.language_model import LM
+from llmppl.text import Piece, left_aligned
+from llmppl.tracing import Program, Site, is_latent, is_text, structure
+
+Prompt = Callable[..., Sequence[Piece]]
+
+
+class TextGuide(nn.Module):
+    """A guide that proposes every latent text of a program, site after site in program order.
+
+    It runs the program itself, with its own distribution in place of the prior at each latent text,
+    so that later latents see the earlier ones, and plates and control flow are the program's.
+    Observed sites and factors are not part of it.
+
+    By default a latent text is told the text of the observed sites, then the prior's own context.
+
+    :param model: the program.
+    :param lm: the language model.
+    :param prompt: for a latent site, a function that returns the pieces it is told instead. Its
+        parameters are taken by name: arguments of the program, observed text sites, earlier latents.
+        Return texts as pieces, not inside an f-string: ``lambda beginning, ending: [ending, beginning]``.
+    :param others: a guide for the program's other latent sites, e.g. an AutoGuide of
+        ``poutine.block(model, hide=[...])``. Those sites are sampled first.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        lm: LM,
+        prompt: Mapping[str, Prompt] | None = None,
+        others: Program | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(lm, LM):
+            raise TypeError(f"lm must be an llmppl.LM, got {type(lm).__name__}. Use LM(model, tokenizer).")
+        for name, function in (prompt or {}).items():
+            if not callable(function):
+                raise TypeError(
+                    f"prompt[{name!r}] must be a function that returns a list of pieces, got {function!r}. "
+                    "Write e.g. lambda beginning, ending: [ending, beginning]."
+                )
+        # Not registered as submodules: the frozen transformer is none of the guide's parameters.
+        self._program = (model, lm)
+        self.prompt = dict(prompt or {})
+        self.others = others
+
+    @property
+    def model(self) -> Program:
+        return self._program[0]
+
+    @property
+    def lm(self) -> LM:
+        return self._program[1]
+
+    def distribution(self, name: str, prior: ConditionedText, context: Tensor) -> ConditionedText:
+        """The proposal of a site, on ``context`` of shape ``prior.batch_shape + (L,)``."""
+        raise NotImplementedError
+
+    def register(self) -> None:
+        """Make the guide's parameters known to Pyro's parameter store."""
+
+    def forward(self, *args: Any, observations: Mapping[str, Tensor] | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Sample every latent site once.
+
+        :param observations: values that stand in for the program's own observations, by site: simulated
+            ones in the sleep phase. Pyro's ``ReweightedWakeSleep`` passes them under this name, too.
+        :returns: the sampled values by site.
+        :raises ValueError: the program has no latent text, or a latent that the guide does not know.
+        """
+        self.register()
+        given: dict[str, Any] = {}
+        if self.others is not None:
+            with _Recorder(given):
+                self.others(*args, **kwargs)
+        with poutine.block(), poutine.condition(data=given):
+            sites = structure(self.model, args, kwargs)
+        proposer = _Proposer(self, sites, given, args, kwargs, observations or {})
+        with proposer:
+            self.model(*args, **kwargs)
+        return {**given, **proposer.proposed}
+
+
+class _Recorder(Messenger):
+    """Notes the values of the latent sites that pass."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if is_latent(msg):
+            self.values[msg["name"]] = msg["value"]
+
+
+class _Proposer(Messenger):
+    """Puts a guide's proposals in place of the priors of latent texts, and hides the rest."""
+
+    def __init__(
+        self,
+        guide: TextGuide,
+        sites: poutine.Trace,
+        given: dict[str, Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        observations: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__()
+        self.guide, self.given, self.proposed = guide, given, dict[str, Tensor]()
+        self.observed: dict[str, tuple[Tensor, Site]] = {}
+        text_sites = []
+        for name, site in sites.nodes.items():
+            if site["type"] != "sample" or site_is_subsample(site) or name in given:
+                continue
+            if is_latent(site):
+                if is_text(site):
+                    text_sites.append(name)
+                elif site["infer"].get("enumerate") != "parallel":
+                    raise ValueError(
+                        f"latent site {name!r} ({type(site['fn']).__name__}) is not text, and no guide is "
+                        "given for it. Pass one as others=, e.g. others=AutoNormal(poutine.block(model, "
+                        f"expose=[{name!r}]))."
+                    )
+            elif is_text(site):
+                self.observed[name] = (observations.get(name, site["value"]), site)
+        if not text_sites:
+            raise ValueError(
+                f"the model has no latent text site; its sites are {list(sites.nodes)[1:-1]}. A text guide needs a "
+                "pyro.sample(name, lm(...)) without obs=."
+            )
+        unknown = set(guide.prompt) - set(text_sites)
+        if unknown:
+            raise ValueError(
+                f"prompt= names {sorted(unknown)}, but the model's latent text sites are {text_sites}."
+            )
+        self.arguments = _bind(guide.model, args, kwargs)
+        self.simulated = {name for name in observations if name in self.observed}
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if site_is_subsample(msg):
+            return
+        name = msg["name"]
+        if not is_latent(msg) or name in self.given:
+            if name in self.given:
+                msg["value"], msg["done"] = self.given[name], True
+            msg["stop"] = True
+            return
+        if not is_text(msg):  # enumerated by the objective, in the model only
+            msg["stop"] = True
+            return
+        prior = msg["fn"]
+        context = self._context(name, prior, msg)
+        msg["fn"] = self.guide.distribution(name, prior, context)
+        msg["infer"] = {**msg["infer"]}
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if is_latent(msg) and msg["name"] not in self.given and is_text(msg):
+            self.proposed[msg["name"]] = msg["value"]
+
+    def _context(self, name: str, prior: ConditionedText, msg: Site) -> Tensor:
+        lm = self.guide.lm
+        if name in self.guide.prompt:
+            pieces = self._call_prompt(name)
+            context = lm.context(*pieces)
+        else:
+            told = [_rows_of(value, site, msg) for value, site in self.observed.values()]
+            # lm.context puts the tokenizer's own beginning in front, so the prior's gives its up.
+            own = left_aligned(prior.context[..., len(lm.codec.start) :])
+            context = lm.context(*told, own) if told else prior.context
+        try:
+            shape = torch.broadcast_shapes(context.shape[:-1], prior.batch_shape)
+        except RuntimeError:
+            raise ValueError(
+                f"the prompt of site {name!r} has batch shape {tuple(context.shape[:-1])}, the site itself "
+                f"{tuple(prior.batch_shape)}. Give the prompt one text, or one a row of the site."
+            ) from None
+        return context.expand(shape + context.shape[-1:])
+
+    def _call_prompt(self, name: str) -> list[Piece]:
+        function = self.guide.prompt[name]
+        known = {**{n: v for n, (v, _) in self.observed.items()}, **self.proposed}
+        # A string that the program was given reads better in a prompt than its tokens.
+        known.update({n: v for n, v in self.arguments.items() if n not in self.simulated})
+        values = {}
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.name in known:
+                values[parameter.name] = known[parameter.name]
+            elif parameter.default is inspect.Parameter.empty:
+                raise ValueError(
+                    f"prompt[{name!r}] asks for {parameter.name!r}, which is neither an argument of the program "
+                    f"nor an observed or earlier text site; those are {sorted(known)}."
+                )
+        pieces = function(**values)
+        if not isinstance(pieces, (list, tuple)) or not pieces:
+            raise TypeError(f"prompt[{name!r}] must return a non-empty list of pieces, got {pieces!r}.")
+        for piece in pieces:
+            for argument, value in values.items():
+                if isinstance(piece, str) and not isinstance(value, str) and str(value) in piece and str(value):
+                    raise TypeError(
+                        f"prompt[{name!r}] writes {argument!r}, which is {type(value).__name__} here, into a string. "
+                        f"Return it as a piece of its own: ['...', {argument}, '...']."
+                    )
+        return list(pieces)
+
+
+def _bind(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The program's arguments by name."""
+    program = model.forward if isinstance(model, nn.Module) else model
+    bound = inspect.signature(program).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def _rows_of(value: Tensor, site: Site, latent: Site) -> Tensor:
+    """An observed text as a latent site is told it: rows of plates that do not contain the latent
+    follow one another in one text."""
+    own = {f.dim for f in latent["cond_indep_stack"] if f.vectorized}
+    foreign = sorted(
+        f.dim for f in site["cond_indep_stack"] if f.vectorized and f.dim not in own and f.dim is not None
+    )
+    for dim in foreign:
+        # Counted with the token dimension behind; absent where the value does not vary along it.
+        if value.dim() - 1 < -dim or value.shape[dim - 1] == 1:
+            continue
+        rows = value.movedim(dim - 1, -2)
+        merged = rows.reshape(*rows.shape[:-2], rows.shape[-2] * rows.shape[-1])
+        value = merged.unsqueeze(dim - 1) if -dim > 1 else merged.unsqueeze(-2)
+        value = left_aligned(value)
+    return value

@@ -1,0 +1,48 @@
+"""Language models as Pyro distributions, with amortized guides and exact weights."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmppl.diagnostics.gap import inference_gap
+    from llmppl.grammar import Grammar
+    from llmppl.inference.enumeration import exact_posterior
+    from llmppl.inference.importance import importance
+    from llmppl.inference.posterior import Posterior
+    from llmppl.language_model import LM
+    from llmppl.training import fit
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Grammar": "llmppl.grammar",
+    "LM": "llmppl.language_model",
+    "Posterior": "llmppl.inference.posterior",
+    "exact_posterior": "llmppl.inference.enumeration",
+    "fit": "llmppl.training",
+    "importance": "llmppl.inference.importance",
+    "inference_gap": "llmppl.diagnostics.gap",
+}
+
+__all__ = [
+    "LM",
+    "Grammar",
+    "Posterior",
+    "__version__",
+    "exact_posterior",
+    "fit",
+    "importance",
+    "inference_gap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'llmppl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,108 @@
+"""LoRA adapters on one transformer: added, switched on for a block, saved."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+class Adapters:
+    """The named adapters of a transformer. All are off but inside :meth:`active`.
+
+    :param transformer: its linear layers are wrapped in place when the first adapter is added.
+    """
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self.transformer = transformer
+        self._parameters: dict[str, dict[str, nn.Parameter]] = {}
+        self._active: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._parameters)
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """An adapter's parameters by their place in the transformer, without the adapter's name."""
+        return self._parameters[name]
+
+    def add(self, name: str, rank: int, alpha: float, target_modules: list[str] | None = None) -> None:
+        """Add a LoRA adapter (Hu et al. 2022). It starts as the identity.
+
+        :param target_modules: name endings of the layers to adapt; every linear one but the head by default.
+        """
+        from peft import LoraConfig, inject_adapter_in_model
+
+        if name in self._parameters:
+            raise ValueError(f"adapter={name!r} exists on this model already. Choose another name.")
+        if "." in name or not name:
+            raise ValueError(f"adapter={name!r} must be a non-empty name without dots.")
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=0.0,
+            target_modules=target_modules or self._linear_layers(),
+            bias="none",
+        )
+        with warnings.catch_warnings():
+            # Several adapters on one model are what this class is for.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            inject_adapter_in_model(config, self.transformer, adapter_name=name)
+        # A forward pass in training mode would switch dropout on, were there any.
+        self.transformer.eval()
+        self._parameters[name] = {
+            key.replace(f".{name}.", "."): parameter
+            for key, parameter in self.transformer.named_parameters()
+            if "lora_" in key and f".{name}." in key
+        }
+        self._switch(None)
+
+    def _linear_layers(self) -> list[str]:
+        from peft.tuners.lora import LoraLayer
+        from transformers.pytorch_utils import Conv1D
+
+        head = self.transformer.get_output_embeddings()
+        found = set()
+        for key, module in self.transformer.named_modules():
+            layer = module.base_layer if isinstance(module, LoraLayer) else module
+            if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head and "lora_" not in key:
+                found.add(key.removesuffix(".base_layer").rsplit(".", 1)[-1])
+        return sorted(found)
+
+    @contextmanager
+    def active(self, name: str | None) -> Iterator[None]:
+        """Switch to one adapter, or to none, for a block."""
+        if name is not None and name not in self._parameters:
+            raise KeyError(f"no adapter {name!r} on this model; it has {self.names}.")
+        before = self._active
+        if name == before:
+            yield
+            return
+        self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, name: str | None) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        trainable = [p for group in self._parameters.values() for p in group.values() if p.requires_grad]
+        for module in self.transformer.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.enable_adapters(name is not None)
+                if name is not None:
+                    module.set_adapter(name)
+        # peft freezes what it switches off; a graph built while it was on needs it trainable still.
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        self._active = name
+
+    @torch.no_grad()
+    def load(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Copy tensors, keyed as in :meth:`parameters`, into an adapter."""
+        for key, parameter in self._parameters[name].items():
+            parameter.copy_(tensors[key])

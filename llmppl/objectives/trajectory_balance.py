@@ -1,0 +1,85 @@
+"""Trajectory balance, with a learned log-partition or its VarGrad form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmppl.objectives.base import ParticleObjective
+from llmppl.tracing import Program
+
+
+class TrajectoryBalance(ParticleObjective):
+    r"""Trajectory balance [1], an off-policy objective: any particles serve.
+
+    ``log_partition="vargrad"`` [2, 3], for each observation :math:`x` the sample variance over its
+    own ``K`` particles,
+
+    .. math:: \mathcal L(x) = \operatorname{Var}_k\left[\log q(z_k|x) - \log p(x, z_k)\right]
+
+    On-policy its expected gradient is :math:`2 \nabla \mathrm{KL}(q \| p)`, with the leave-one-out
+    baseline of :class:`LeaveOneOutELBO`.
+
+    ``log_partition="learned"``, with the guide's own :math:`\log Z_\theta(x)`
+    (:class:`~llmppl.guides.GFlowNetGuide` has one),
+
+    .. math:: \mathcal L(x) = \frac1K\sum_k\left(\log Z_\theta(x) + \log q(z_k|x) - \log p(x, z_k)\right)^2
+
+    Both are zero exactly where the guide is the posterior. A step costs one sampling pass of the guide,
+    one scoring pass of the model and one gradient pass of the guide.
+
+    :param num_particles: ``K``.
+    :param log_partition: ``"vargrad"`` or ``"learned"``.
+    :param temperatures: particles take turns at these sampling temperatures (a behaviour policy);
+        ``(1.0, 1.3)`` draws half of them hotter. The objective itself is always at temperature 1.
+
+    References
+
+    [1] Malkin, Jain, Bengio, Sun, Bengio (2022), `Trajectory balance`, eq. 14.
+    [2] Richter, Boustati, Nüsken, Ruiz, Akyildiz (2020), `VarGrad`, eq. 7.
+    [3] Zhang, Malkin, Liu, Volokhova, Courville, Bengio (2023), `Robust scheduling with GFlowNets`, eq. 8.
+    """
+
+    fewest_particles = 2
+
+    def __init__(
+        self,
+        num_particles: int = 8,
+        log_partition: str = "vargrad",
+        temperatures: Sequence[float] = (1.0,),
+    ) -> None:
+        super().__init__(num_particles)
+        if log_partition not in ("vargrad", "learned"):
+            raise ValueError(f"log_partition={log_partition!r} must be 'vargrad' or 'learned'.")
+        if not temperatures or not all(t > 0 for t in temperatures):
+            raise ValueError(f"temperatures={temperatures!r} must be positive numbers, at least one.")
+        self.log_partition = log_partition
+        self.temperatures = tuple(float(t) for t in temperatures)
+
+    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        particles = self._particles(model, guide, args, kwargs, self._temperatures())
+        excess = particles.log_q - particles.log_p  # (K,) + batch_shape
+        if self.log_partition == "vargrad":
+            return excess.var(0).sum()
+        if not hasattr(guide, "log_partition"):
+            raise TypeError(
+                f"log_partition='learned' needs a guide with log_partition(*args), and {type(guide).__name__} has "
+                "none. Use GFlowNetGuide, or log_partition='vargrad'."
+            )
+        log_z = guide.log_partition(*args, **kwargs)
+        rows = excess.shape[1:]
+        if log_z.shape != rows:
+            raise ValueError(
+                f"guide.log_partition(*args) has shape {tuple(log_z.shape)}, but the program has observations of "
+                f"shape {tuple(rows)}: rows that share a latent are one observation. Use log_partition='vargrad'."
+            )
+        return (log_z + excess).square().mean(0).sum()
+
+    def _temperatures(self) -> Tensor | None:
+        if self.temperatures == (1.0,):
+            return None
+        turns = [self.temperatures[k % len(self.temperatures)] for k in range(self.num_particles)]
+        return torch.tensor(turns)

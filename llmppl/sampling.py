@@ -1,0 +1,113 @@
+"""Drawing texts token by token, with the log-probabilities recorded on the way."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from llmppl.text import PAD
+
+if TYPE_CHECKING:
+    from llmppl.stopping import TextLaw
+
+MAX_ROWS = 128
+"""Rows that are drawn together: the key-value cache grows with them."""
+
+
+@torch.no_grad()
+def draw(
+    transformer: torch.nn.Module,
+    law: TextLaw,
+    contexts: Sequence[Sequence[int]],
+    temperature: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One text for each context.
+
+    Each distinct context is read once; its key-value cache is shared by the rows that have it.
+    Rows that have ended leave the batch.
+
+    :param contexts: ``N`` token lists, none empty.
+    :param temperature: ``(N,)``, an extra temperature to draw at (a behaviour policy). The recorded
+        log-probabilities are those of ``law`` all the same.
+    :returns: texts ``(N, max_tokens)`` and the log-probability of each token ``(N, max_tokens)``, nats.
+    """
+    order = sorted(range(len(contexts)), key=contexts.__getitem__)
+    parts = []
+    for start in range(0, len(order), MAX_ROWS):
+        rows = order[start : start + MAX_ROWS]
+        heat = None if temperature is None else temperature[rows]
+        parts.append(_draw_block(transformer, law, [contexts[n] for n in rows], heat))
+    back = torch.tensor(order).argsort().to(parts[0][0].device)
+    tokens = torch.cat([tokens for tokens, _ in parts])
+    log_probs = torch.cat([log_probs for _, log_probs in parts])
+    return tokens[back], log_probs[back]
+
+
+def _draw_block(
+    transformer: torch.nn.Module,
+    law: TextLaw,
+    contexts: Sequence[Sequence[int]],
+    temperature: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    parameter = next(transformer.parameters())
+    device, dtype = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
+    assert law.max_tokens is not None
+    values = torch.full((len(contexts), law.max_tokens), PAD, dtype=torch.long, device=device)
+    recorded = torch.zeros(values.shape, dtype=dtype, device=device)
+
+    distinct = list(dict.fromkeys(tuple(context) for context in contexts))
+    number = {context: n for n, context in enumerate(distinct)}
+    source = torch.tensor([number[tuple(context)] for context in contexts], device=device)
+    longest = max(map(len, distinct))
+    # Left padding, masked out: every row's last token stands in the last column.
+    ids = torch.tensor([[0] * (longest - len(c)) + list(c) for c in distinct], device=device)
+    seen = torch.tensor([[0] * (longest - len(c)) + [1] * len(c) for c in distinct], device=device)
+    cache = DynamicCache(config=transformer.config)
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(transformer.forward).parameters else {}
+    logits = transformer(
+        input_ids=ids,
+        attention_mask=seen,
+        position_ids=(seen.cumsum(-1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+        **last_only,
+    ).logits[:, -1]
+    cache.batch_select_indices(source)
+    logits, seen = logits[source], seen[source]
+
+    active = torch.arange(len(contexts), device=device)  # rows of the cache -> rows of the result
+    open_row = torch.ones(len(contexts), dtype=torch.bool, device=device)
+    for step in range(law.max_tokens):
+        prefixes = None if law.grammar is None else values[active, :step].tolist()
+        if prefixes is not None:
+            prefixes = [[token for token in row if token != PAD] for row in prefixes]
+        steps = torch.full((len(active),), step, device=device)
+        log_probs = law.scaled_logits(logits, steps, prefixes).log_softmax(-1)
+        weights = log_probs if temperature is None else log_probs / temperature[active, None]
+        token = torch.multinomial(weights.softmax(-1), 1)[:, 0]
+        alive = open_row[active]
+        values[active[alive], step] = token[alive]
+        recorded[active[alive], step] = log_probs.gather(-1, token[:, None])[alive, 0]
+        open_row[active] &= ~law.is_stop(token)
+        alive = open_row[active]
+        if step + 1 == law.max_tokens or not bool(alive.any()):
+            break
+        if law.grammar is not None or int(alive.sum()) <= 0.8 * len(alive):
+            # Copying the cache costs about as much as a few wasted rows, hence the threshold.
+            kept = alive.nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            active, token, seen = active[kept], token[kept], seen[kept]
+        seen = torch.cat([seen, seen.new_ones(len(seen), 1)], -1)
+        logits = transformer(
+            input_ids=token[:, None],
+            attention_mask=seen,
+            position_ids=seen.sum(-1, keepdim=True) - 1,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+    return values, recorded

@@ -1,0 +1,53 @@
+"""Test doubles: a language model small enough to enumerate.
+
+Programs written for a real model can be tried on it, and their exact posterior computed.
+"""
+
+from __future__ import annotations
+
+import string
+
+import torch
+
+from llmppl.language_model import LM
+
+
+def tiny_lm(vocabulary: int = 6, seed: int = 0, dtype: torch.dtype = torch.float32) -> LM:
+    """A Llama with random weights over a vocabulary of single characters: ``.``, ``a``, ``b``, ...
+
+    :param vocabulary: number of tokens, 2 to 27; token 0 is the full stop, a natural ``stop="."``.
+    :param seed: of the weights; torch's global random state is left alone.
+    :param dtype: ``torch.float64`` for comparisons to many digits.
+
+    Example::
+
+        lm = tiny_lm()
+        lm("ab", max_tokens=3, stop=".").enumerate_support().shape   # (156, 3)
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    if not 2 <= vocabulary <= 27:
+        raise ValueError(f"vocabulary must lie between 2 and 27, got {vocabulary}.")
+    characters = ("." + string.ascii_lowercase)[:vocabulary]
+    backend = Tokenizer(models.WordLevel({c: n for n, c in enumerate(characters)}, unk_token="."))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.decoder = decoders.Fuse()
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        # Wide enough that the laws of different contexts differ by whole nats.
+        initializer_range=0.35,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config).to(dtype)
+    return LM(model, PreTrainedTokenizerFast(tokenizer_object=backend))

@@ -1,0 +1,74 @@
+"""Strings to token ids and back, verbatim.
+
+Tokenizers of the sentencepiece family put a space before every string and take one away when they
+decode. Texts here are pieces of a longer text, so both are switched off, on a copy.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Codec:
+    """Encodes and decodes pieces of text with a ``transformers`` tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise TypeError(
+                f"tokenizer is a {type(tokenizer).__name__} without a fast backend. "
+                "Load it with AutoTokenizer.from_pretrained(..., use_fast=True)."
+            )
+        self._first = Tokenizer.from_str(backend.to_str())
+        self._verbatim = _verbatim(backend)
+        for copy in (self._first, self._verbatim):
+            copy.no_padding()
+            copy.no_truncation()
+        self.vocabulary = len(tokenizer)
+        self.bos: int | None = tokenizer.bos_token_id
+        plain = self._first.encode("a", add_special_tokens=False).ids
+        full = self._first.encode("a", add_special_tokens=True).ids
+        found = next((n for n in range(len(full)) if full[n : n + len(plain)] == plain), 0) if plain else 0
+        self.start: list[int] = full[:found]
+        """What the tokenizer itself puts before every text."""
+
+    def encode(self, text: str, first: bool = False) -> list[int]:
+        """Token ids of a piece; ``first``: it begins a text, as the tokenizer treats beginnings."""
+        tokenizer = self._first if first else self._verbatim
+        return tokenizer.encode(text, add_special_tokens=False).ids if text else []
+
+    def decode(self, ids: list[int]) -> str:
+        return self._verbatim.decode(ids, skip_special_tokens=False)
+
+    @cached_property
+    def token_texts(self) -> list[str]:
+        """The text of each token on its own."""
+        return self._verbatim.decode_batch([[n] for n in range(self.vocabulary)], skip_special_tokens=False)
+
+
+def _verbatim(backend: Tokenizer) -> Tokenizer:
+    state = json.loads(backend.to_str())
+
+    def steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+        if part is None:
+            return []
+        return part[key] if part["type"] == "Sequence" else [part]
+
+    normalizers = [s for s in steps(state["normalizer"], "normalizers") if s["type"] != "Prepend"]
+    state["normalizer"] = {"type": "Sequence", "normalizers": normalizers} if normalizers else None
+    for part in (*steps(state["pre_tokenizer"], "pretokenizers"), *steps(state["decoder"], "decoders")):
+        if part["type"] == "Metaspace":
+            part["prepend_scheme"] = "never"
+        if part["type"] == "ByteLevel" and "add_prefix_space" in part:
+            part["add_prefix_space"] = False
+    decoders = [s for s in steps(state["decoder"], "decoders") if s["type"] != "Strip"]
+    if state["decoder"] is not None and state["decoder"]["type"] == "Sequence":
+        state["decoder"]["decoders"] = decoders
+    return Tokenizer.from_str(json.dumps(state))

@@ -1,0 +1,314 @@
+"""Running programs: their text sites, their particles, their log-densities per observation ``x``."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from llmppl.distributions.autoregressive import AutoregressiveText
+from llmppl.distributions.choice import Choice
+from llmppl.distributions.conditioned import ConditionedText
+from llmppl.stopping import TextLaw
+from llmppl.text import PAD, lengths
+
+Program = Callable[..., Any]
+Site = dict[str, Any]
+
+PARTICLES = "_particles"
+
+
+def is_latent(site: Site) -> bool:
+    return site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+
+
+def is_text(site: Site) -> bool:
+    return isinstance(site["fn"], ConditionedText)
+
+
+# --- structure: a run that costs no forward pass -------------------------------------------------
+
+
+def any_text(fn: ConditionedText) -> Tensor:
+    """Some value of the support, of shape ``batch_shape + event_shape``, without asking the network."""
+    if isinstance(fn, Choice):
+        value = fn.options[0]
+    else:
+        assert isinstance(fn, AutoregressiveText)
+        value = _any_tokens(fn.law)
+    return value.expand(fn.batch_shape + value.shape)
+
+
+def _any_tokens(law: TextLaw) -> Tensor:
+    if law.max_tokens is None:
+        raise ValueError(
+            "a latent text needs max_tokens: the unbounded stream cannot be sampled. "
+            "Pass max_tokens to lm(...) at this site, and stop if the text may end earlier."
+        )
+    tokens = torch.arange(law.vocabulary, device=law.stop.device)
+    if law.allowed is not None:
+        tokens = tokens[law.allowed]
+    stops, free = tokens[law.is_stop(tokens)], tokens[~law.is_stop(tokens)]
+    value = torch.full((law.max_tokens,), PAD, dtype=torch.long, device=law.stop.device)
+    count = max(law.min_tokens, 1) if len(stops) else law.max_tokens
+    value[:count] = free[0] if len(free) else stops[0]
+    if len(stops):
+        value[count - 1] = stops[0]
+    return value
+
+
+class _DummyTexts(Messenger):
+    """Gives latent text sites some value, so that a run costs no forward pass."""
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if is_latent(msg) and is_text(msg) and not msg["done"]:
+            try:
+                msg["value"] = any_text(msg["fn"])
+            except ValueError as error:
+                raise ValueError(f"site {msg['name']!r}: {error}") from None
+            msg["done"] = True
+
+
+def structure(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> poutine.Trace:
+    """A trace of the model whose latent texts hold arbitrary values: sites, plates, observations."""
+    with poutine.block(), _DummyTexts():
+        return poutine.trace(model).get_trace(*args, **kwargs)
+
+
+def plate_nesting(trace: poutine.Trace) -> int:
+    """How many batch dimensions the plates of a trace take."""
+    dims = [
+        frame.dim
+        for site in trace.nodes.values()
+        if site["type"] == "sample"
+        for frame in site["cond_indep_stack"]
+        if frame.vectorized and frame.dim is not None
+    ]
+    return -min(dims, default=0)
+
+
+# --- particles -----------------------------------------------------------------------------------
+
+
+def in_particles(program: Program, num_particles: int, nesting: int) -> Program:
+    """The program inside an outermost plate of particles, left of all its own plates."""
+
+    def vectorized(*args: Any, **kwargs: Any) -> Any:
+        with pyro.plate(PARTICLES, num_particles, dim=-nesting - 1):
+            return program(*args, **kwargs)
+
+    return vectorized
+
+
+class Tempered(Messenger):
+    """Draws latent texts at extra temperatures, one a particle: a behaviour policy.
+
+    :param temperatures: ``(K,)``.
+    """
+
+    def __init__(self, temperatures: Tensor, nesting: int) -> None:
+        super().__init__()
+        self.temperatures = temperatures.reshape((-1,) + (1,) * nesting)
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if is_latent(msg) and is_text(msg) and not msg["done"]:
+            msg["value"] = msg["fn"].sample(temperature=self.temperatures)
+            msg["done"] = True
+
+
+class Simulated(Messenger):
+    """Draws the observed sites too. An observed stream is drawn to its observed length, which leaves
+    its law unchanged: the law of the first tokens of a stream is that of a text of so many tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observations: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if not msg["is_observed"] or site_is_subsample(msg) or isinstance(msg["fn"], pyro.distributions.Delta):
+            return
+        if isinstance(msg["fn"], pyro.distributions.Unit):
+            raise ValueError(
+                f"factor {msg['name']!r}: the sleep phase simulates the program, and a factor cannot be "
+                "simulated. Use WakeSleep(insomnia=1.0), or another objective."
+            )
+        fn, observed = msg["fn"], msg["value"]
+        if isinstance(fn, AutoregressiveText) and fn.law.max_tokens is None:
+            law = TextLaw(
+                fn.law.vocabulary,
+                max(int(lengths(observed).max()), 1),
+                0,
+                fn.law.stop,
+                fn.law.allowed,
+                fn.law.temperature,
+            )
+            drawn = AutoregressiveText(fn.lm, fn.context, law, fn.adapter).sample()
+            places = torch.arange(drawn.shape[-1], device=drawn.device)
+            value = drawn.masked_fill(places >= lengths(observed)[..., None], PAD)
+        else:
+            value = fn.sample()
+        msg["value"] = value
+        self.observations[msg["name"]] = value
+
+
+@dataclass
+class Particles:
+    """``K`` particles of a guide and the model's joint there.
+
+    :param log_p: log p(x, z), shape ``(K,) + batch_shape``, nats; ``batch_shape`` are the plates that
+        contain every site: their rows are separate observations ``x``.
+    :param log_q: log q(z | x), same shape.
+    """
+
+    log_p: Tensor
+    log_q: Tensor
+    model_trace: poutine.Trace
+    guide_trace: poutine.Trace
+    axes: tuple[int, ...]
+    nesting: int
+
+    @property
+    def log_weights(self) -> Tensor:
+        return self.log_p - self.log_q
+
+
+def run_particles(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_particles: int,
+    temperatures: Tensor | None = None,
+    detach: bool = True,
+    score_parts: bool = False,
+) -> Particles:
+    """One vectorised pass of the guide, one of the model.
+
+    :param temperatures: ``(K,)``, extra temperatures to draw texts at; the scores are at temperature 1.
+    :param detach: cut the gradient through sampled values.
+    :param score_parts: compute Pyro's score parts of the guide's sites as well.
+    :raises ValueError: the guide misses a latent site, or has one that the model has not.
+    """
+    sites = structure(model, args, kwargs)
+    nesting = plate_nesting(sites)
+    guide_in = in_particles(guide, num_particles, nesting)
+    if temperatures is None:
+        guide_trace = poutine.trace(guide_in).get_trace(*args, **kwargs)
+    else:
+        with Tempered(temperatures, nesting):
+            guide_trace = poutine.trace(guide_in).get_trace(*args, **kwargs)
+    if detach:
+        guide_trace.detach_()
+    model_in = in_particles(model, num_particles, nesting)
+    check_sites(sites, guide_trace)
+    model_trace = poutine.trace(poutine.replay(model_in, trace=guide_trace)).get_trace(*args, **kwargs)
+    if score_parts:
+        guide_trace.compute_score_parts()
+    else:
+        guide_trace.compute_log_prob()
+    model_trace.compute_log_prob()
+    axes = common_axes(model_trace, guide_trace)
+    return Particles(
+        log_p=sum_sites(model_trace, axes, nesting, num_particles),
+        log_q=sum_sites(guide_trace, axes, nesting, num_particles),
+        model_trace=model_trace,
+        guide_trace=guide_trace,
+        axes=axes,
+        nesting=nesting,
+    )
+
+
+def check_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+    """Refuse a guide whose latent sites are not the model's.
+
+    :raises ValueError: naming the sites.
+    """
+    latent = {name for name, site in model_trace.nodes.items() if is_latent(site)}
+    guided = {
+        name
+        for name, site in guide_trace.nodes.items()
+        if is_latent(site) and not site["infer"].get("is_auxiliary")
+    }
+    if latent - guided:
+        raise ValueError(
+            f"the guide does not sample the model's latent sites {sorted(latent - guided)}; it samples "
+            f"{sorted(guided)}. Add them to the guide (a text guide takes a guide for other sites as others=)."
+        )
+    if guided - latent:
+        raise ValueError(
+            f"the guide samples {sorted(guided - latent)}, which the model does not have as latent "
+            f"sites; it has {sorted(latent)}. Rename or remove them."
+        )
+
+
+def common_axes(*traces: poutine.Trace) -> tuple[int, ...]:
+    """The dimensions (negative) of the plates that contain every site of every trace.
+
+    Given the program's arguments their rows are independent: each is an observation of its own.
+    """
+    common: set[int] | None = None
+    for trace in traces:
+        for site in trace.nodes.values():
+            if site["type"] != "sample" or site_is_subsample(site):
+                continue
+            dims = {f.dim for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES}
+            common = dims if common is None else common & dims
+    return tuple(sorted(common or ()))
+
+
+def sum_sites(trace: poutine.Trace, axes: tuple[int, ...], nesting: int, num_particles: int) -> Tensor:
+    """Log-density of a trace per particle and per row of ``axes``: ``(K,) + batch_shape``."""
+    total: Tensor | float = 0.0
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or site_is_subsample(site):
+            continue
+        total = total + sum_site(site["log_prob"], axes, nesting)
+    if not isinstance(total, Tensor):
+        raise ValueError("the program has no sample site. Add one with pyro.sample.")
+    return total.expand((num_particles, *total.shape[1:]))
+
+
+def sum_site(log_prob: Tensor, axes: tuple[int, ...], nesting: int) -> Tensor:
+    """A site's log-density, summed over all dimensions but the particles' and ``axes``."""
+    full = log_prob.reshape((1,) * (nesting + 1 - log_prob.dim()) + log_prob.shape)
+    summed = tuple(dim for dim in range(-nesting, 0) if dim not in axes)
+    # Keep the particles in front, then the rows; a plate of the program between them is summed.
+    return full.sum(summed) if summed else full
+
+
+def check_finite(trace: poutine.Trace, allow_zero: bool = False) -> None:
+    """Refuse NaN, and unless ``allow_zero`` probability zero, naming the site and row.
+
+    :raises ValueError: with site, row and value.
+    """
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or site_is_subsample(site):
+            continue
+        log_prob = site["log_prob"]
+        bad = log_prob.isnan() | (log_prob == torch.inf)
+        if not allow_zero:
+            bad = bad | (log_prob == -torch.inf)
+        if not bool(bad.any()):
+            continue
+        row = tuple(bad.nonzero()[0].tolist())
+        value = log_prob[row].item()
+        mend = (
+            "A hard condition has no gradient: use a finite penalty while training, "
+            "e.g. pyro.factor(name, -50.0 * violated), and the hard one in importance()."
+            if value == -torch.inf
+            else "Check the model's weights and dtype (float16 overflows), and the factors of the program."
+        )
+        raise ValueError(f"site {name!r} has log-probability {value} at row {row}. {mend}")
+
+
+def text_sites(trace: poutine.Trace) -> OrderedDict[str, Site]:
+    """The latent text sites of a trace, in order."""
+    return OrderedDict((n, s) for n, s in trace.nodes.items() if is_latent(s) and is_text(s))
