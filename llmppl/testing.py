@@ -15,7 +15,8 @@ from llmppl.language_model import LM
 def tiny_lm(vocabulary: int = 6, seed: int = 0, dtype: torch.dtype = torch.float32) -> LM:
     """A Llama with random weights over a vocabulary of single characters: ``.``, ``a``, ``b``, ...
 
-    :param vocabulary: number of tokens, 2 to 27; token 0 is the full stop, a natural ``stop="."``.
+    :param vocabulary: number of tokens, 2 to 27; token 0 is the full stop, a natural
+        ``stop="."``, and the end token of grammars.
     :param seed: of the weights; torch's global random state is left alone.
     :param dtype: ``torch.float64`` for comparisons to many digits.
 
@@ -24,15 +25,15 @@ def tiny_lm(vocabulary: int = 6, seed: int = 0, dtype: torch.dtype = torch.float
         lm = tiny_lm()
         lm("ab", max_tokens=3, stop=".").enumerate_support().shape   # (156, 3)
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     if not 2 <= vocabulary <= 27:
         raise ValueError(f"vocabulary must lie between 2 and 27, got {vocabulary}.")
     characters = ("." + string.ascii_lowercase)[:vocabulary]
-    backend = Tokenizer(models.WordLevel({c: n for n, c in enumerate(characters)}, unk_token="."))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    backend.decoder = decoders.Fuse()
+    backend = Tokenizer(models.BPE({c: n for n, c in enumerate(characters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=32,
@@ -50,4 +51,4 @@ def tiny_lm(vocabulary: int = 6, seed: int = 0, dtype: torch.dtype = torch.float
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config).to(dtype)
-    return LM(model, PreTrainedTokenizerFast(tokenizer_object=backend))
+    return LM(model, PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="."))

@@ -31,6 +31,7 @@ class Codec:
         for copy in (self._first, self._verbatim):
             copy.no_padding()
             copy.no_truncation()
+        self._tokenizer = tokenizer
         self.vocabulary = len(tokenizer)
         self.bos: int | None = tokenizer.bos_token_id
         plain = self._first.encode("a", add_special_tokens=False).ids
@@ -51,6 +52,13 @@ class Codec:
     def token_texts(self) -> list[str]:
         """The text of each token on its own."""
         return self._verbatim.decode_batch([[n] for n in range(self.vocabulary)], skip_special_tokens=False)
+
+    @cached_property
+    def grammar_tokenizer(self) -> Any:
+        """The vocabulary as llguidance reads it; building it takes about a second."""
+        from llguidance.hf import from_tokenizer
+
+        return from_tokenizer(self._tokenizer)
 
 
 def _verbatim(backend: Tokenizer) -> Tokenizer:

@@ -1,0 +1,137 @@
+"""Grammars as part of the law of a text: regular expressions, JSON schemas, context-free grammars.
+
+llguidance says which tokens may follow a prefix. A masked law is still a law of its own (it sums to
+one over the texts it can produce), but it is not the model conditioned on the grammar: for that use
+it as a proposal, and let the importance weights tell the difference.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmppl.text import unpad_rows
+
+if TYPE_CHECKING:
+    from llmppl.language_model import LM
+
+CACHED_STATES = 4096
+
+
+class Grammar:
+    """What the continuations of a context may be; pass as ``lm(..., grammar=...)``.
+
+    The text ends with the tokenizer's end token, which is permitted exactly where the grammar is
+    complete. A text that reaches ``max_tokens`` first is cut, complete or not: the law still sums to
+    one. Make one with :meth:`regex`, :meth:`json_schema` or :meth:`lark`.
+
+    :param source: a grammar in llguidance's own form.
+    :param description: what the repr shows.
+    :raises ValueError: when it is used, if llguidance cannot compile it.
+    """
+
+    def __init__(self, source: str, description: str) -> None:
+        self.source, self.description = source, description
+        self._bound: dict[int, BoundGrammar] = {}
+
+    @classmethod
+    def regex(cls, pattern: str) -> Grammar:
+        """Texts that match a regular expression as a whole (Rust syntax, no look-around)."""
+        from llguidance import LLMatcher
+
+        return cls(LLMatcher.grammar_from_regex(pattern), f"regex {pattern!r}")
+
+    @classmethod
+    def json_schema(cls, schema: dict[str, Any] | str) -> Grammar:
+        """JSON texts that satisfy a schema."""
+        from llguidance import LLMatcher
+
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+        return cls(LLMatcher.grammar_from_json_schema(text), f"JSON schema {text[:40]}")
+
+    @classmethod
+    def lark(cls, rules: str) -> Grammar:
+        """Texts of a context-free grammar in Lark syntax."""
+        from llguidance import LLMatcher
+
+        return cls(LLMatcher.grammar_from_lark(rules), f"Lark grammar of {len(rules.splitlines())} lines")
+
+    def bind(self, lm: LM) -> BoundGrammar:
+        """The grammar over the tokens of a model."""
+        if id(lm) not in self._bound:
+            self._bound[id(lm)] = BoundGrammar(self, lm)
+        return self._bound[id(lm)]
+
+    def __repr__(self) -> str:
+        return f"Grammar({self.description})"
+
+
+class BoundGrammar:
+    """A grammar over the tokens of one model, with a bounded cache of parser states."""
+
+    def __init__(self, grammar: Grammar, lm: LM) -> None:
+        from llguidance import LLMatcher
+
+        self.grammar, self.lm, self.vocabulary = grammar, lm, lm.vocabulary
+        tokenizer = lm.codec.grammar_tokenizer
+        error = LLMatcher.validate_grammar(grammar.source, tokenizer)
+        if error and not error.startswith("WARNING"):
+            raise ValueError(f"grammar={grammar!r} cannot be compiled: {error.strip()}")
+        self._root = LLMatcher(tokenizer, grammar.source, log_level=0)
+        self._states: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+
+    def permitted(self, prefixes: Sequence[Sequence[int]]) -> Tensor:
+        """Which tokens may follow each prefix, ``(P, V)``; all of them after an impossible prefix,
+        whose probability is zero already."""
+        masks = np.stack([self._mask(tuple(prefix)) for prefix in prefixes])
+        return torch.from_numpy(masks)
+
+    def _state(self, prefix: tuple[int, ...]) -> Any:
+        if prefix in self._states:
+            self._states.move_to_end(prefix)
+            return self._states[prefix]
+        if not prefix:
+            state = self._root.deep_copy()
+        else:
+            before = self._state(prefix[:-1])
+            state = None if before is None else before.deep_copy()
+            if state is not None and not state.try_consume_tokens([prefix[-1]]):
+                state = None
+        self._states[prefix] = state
+        while len(self._states) > CACHED_STATES:
+            self._states.popitem(last=False)
+        return state
+
+    def _mask(self, prefix: tuple[int, ...]) -> np.ndarray:
+        state = self._state(prefix)
+        if state is None:
+            return np.ones(self.vocabulary, dtype=bool)
+        bits = np.frombuffer(state.compute_bitmask(), dtype=np.uint8)
+        mask = np.unpackbits(bits, bitorder="little")[: self.vocabulary].astype(bool)
+        if not mask.any():
+            text = self.lm.codec.decode(list(prefix))
+            raise ValueError(
+                f"grammar={self.grammar!r} permits no token after {text!r}: no token of this vocabulary continues it. "
+                "Choose a grammar that the tokenizer can spell."
+            )
+        return mask
+
+    def reachable(self, texts: Tensor, max_tokens: int) -> Tensor:
+        """Which texts the masked law can produce, ``(n,)``."""
+        rows = unpad_rows(texts.cpu())
+        return torch.tensor(
+            [
+                all(self._mask(tuple(row[:t]))[token] for t, token in enumerate(row))
+                for row in rows
+            ],
+            device=texts.device,
+        )
+
+    def __repr__(self) -> str:
+        return repr(self.grammar)

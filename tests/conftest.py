@@ -1,0 +1,86 @@
+"""One tiny language model and one enumerated story serve all tests."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch starts its pools: two threads on two busy cores are slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pyro
+import pytest
+import torch
+from torch import Tensor
+
+from llmppl import LM
+from llmppl.testing import tiny_lm
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Every test starts from one seed and an empty parameter store, and leaks no global state."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    before = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads())
+    validation = pyro.distributions.distribution.Distribution.__dict__.get("_validate_args")
+    yield
+    assert (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()) == before
+    assert pyro.distributions.distribution.Distribution.__dict__.get("_validate_args") == validation
+
+
+@pytest.fixture
+def lm() -> LM:
+    """A six-token model in float64. Fresh for every test: guides add adapters to it."""
+    return tiny_lm(vocabulary=6, seed=0, dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LM:
+    return LM.from_pretrained("smollm2-135m")
+
+
+@dataclass
+class Story:
+    """The enumerable twin of story infilling, with its exact posterior."""
+
+    lm: LM
+    program: Callable[..., Tensor]
+    beginning: str = "ab"
+    ending: str = "cd"
+
+    @property
+    def args(self) -> tuple[str, str]:
+        return self.beginning, self.ending
+
+    def prior(self, beginning: str | None = None) -> pyro.distributions.TorchDistribution:
+        return self.lm(beginning or self.beginning, max_tokens=3, stop=".")
+
+    def joint(self, beginning: str | None = None, ending: str | None = None) -> tuple[Tensor, Tensor]:
+        """All middles ``(n, 3)`` and their log-joint ``(n,)``, from the distributions directly."""
+        prior = self.prior(beginning)
+        texts = prior.enumerate_support()
+        likelihood = self.lm(beginning or self.beginning, texts)
+        return texts, prior.log_prob(texts) + likelihood.log_prob(self.lm.encode(ending or self.ending))
+
+
+@pytest.fixture
+def story(lm: LM) -> Story:
+    def program(beginning: str, ending: str) -> Tensor:
+        middle = pyro.sample("middle", lm(beginning, max_tokens=3, stop="."))
+        pyro.sample("ending", lm(beginning, middle), obs=lm.encode(ending))
+        return middle
+
+    return Story(lm, program)
+
+
+def kl(log_q: Tensor, log_p: Tensor) -> float:
+    """KL(q‖p) in nats of two enumerated distributions."""
+    return float((log_q.exp() * (log_q - log_p)).sum())

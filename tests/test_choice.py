@@ -1,0 +1,61 @@
+"""The finite distribution over given strings."""
+
+from __future__ import annotations
+
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
+
+from llmppl import LM, exact_posterior
+from llmppl.text import PAD
+
+
+def test_weights_are_the_normalised_stream_probabilities(lm: LM) -> None:
+    options = ["a.", "bc", "e"]
+    choice = lm.choice(["d", "ab"], options=options)
+    assert choice.batch_shape == (2,)
+    stream = torch.stack([lm(["d", "ab"]).log_prob(lm.encode(o)) for o in options], -1)
+    torch.testing.assert_close(choice.logits, stream.log_softmax(-1))
+    torch.testing.assert_close(
+        choice.log_prob(choice.enumerate_support()).exp().sum(0), torch.ones(2).double()
+    )
+
+
+def test_samples_follow_the_weights(lm: LM) -> None:
+    choice = lm.choice("d", options=["a", "b", "c"])
+    draws = choice.sample((5000,))
+    share = torch.stack([(draws == option).all(-1).double().mean() for option in choice.options])
+    # Standard error of a share is at most 0.007.
+    torch.testing.assert_close(share, choice.logits.exp(), atol=0.03, rtol=0)
+
+
+def test_options_of_different_lengths_are_padded(lm: LM) -> None:
+    choice = lm.choice("d", options=["abc", "e"])
+    assert choice.options.tolist() == [[1, 2, 3], [5, PAD, PAD]]
+    assert choice.support.check(lm.encode("e")).item()
+    assert not choice.support.check(lm.encode("a")).item()
+
+
+def test_trace_enum_elbo_is_the_exact_evidence(lm: LM) -> None:
+    def model(ending: str) -> None:
+        plan = pyro.sample("plan", lm.choice("ab", options=["c", "de", "."]))
+        pyro.sample("ending", lm("ab", plan), obs=lm.encode(ending))
+
+    def guide(ending: str) -> None:
+        pass
+
+    loss = TraceEnum_ELBO(max_plate_nesting=0).loss(config_enumerate(model), guide, "ed")
+    assert -loss == pytest.approx(exact_posterior(model, "ed").log_evidence.item(), abs=1e-9)
+
+
+def test_trace_enum_elbo_inside_a_plate(lm: LM) -> None:
+    def model(endings: list[str]) -> None:
+        with pyro.plate("rows", len(endings)):
+            plan = pyro.sample("plan", lm.choice(["ab", "c"], options=["c", "de"]))
+            pyro.sample("ending", lm(["ab", "c"], plan), obs=lm.encode(endings))
+
+    loss = TraceEnum_ELBO(max_plate_nesting=1).loss(config_enumerate(model), lambda endings: None, ["ed", "a"])
+    assert -loss == pytest.approx(exact_posterior(model, ["ed", "a"]).log_evidence.sum(), abs=1e-9)
+    svi = SVI(config_enumerate(model), lambda endings: None, pyro.optim.Adam({}), TraceEnum_ELBO(max_plate_nesting=1))
+    assert svi.evaluate_loss(["ed", "a"]) == pytest.approx(loss)
