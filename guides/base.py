@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llmppl.distributions.conditioned import ConditionedText
 from llmppl.language_model import LM
 from llmppl.text import Piece, left_aligned
-from llmppl.tracing import Program, Site, is_latent, is_text, structure
+from llmppl.tracing import Program, Site, is_latent, is_text, signature, structure
 
 Prompt = Callable[..., Sequence[Piece]]
 
@@ -220,8 +220,7 @@ class _Proposer(Messenger):
 
 def _bind(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The program's arguments by name."""
-    program = model.forward if isinstance(model, nn.Module) else model
-    bound = inspect.signature(program).bind(*args, **kwargs)
+    bound = signature(model).bind(*args, **kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)
 
@@ -241,4 +240,7 @@ def _rows_of(value: Tensor, site: Site, latent: Site) -> Tensor:
         merged = rows.reshape(*rows.shape[:-2], rows.shape[-2] * rows.shape[-1])
         value = merged.unsqueeze(dim - 1) if -dim > 1 else merged.unsqueeze(-2)
         value = left_aligned(value)
+    # Rows that were merged leave dimensions of size one, which must not widen the latent's batch.
+    while value.dim() > 1 and value.shape[0] == 1:
+        value = value[0]
     return value

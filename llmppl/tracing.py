@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ Program = Callable[..., Any]
 Site = dict[str, Any]
 
 PARTICLES = "_particles"
+DATA = "_data"
 
 
 def is_latent(site: Site) -> bool:
@@ -106,6 +108,31 @@ def in_particles(program: Program, num_particles: int, nesting: int) -> Program:
             return program(*args, **kwargs)
 
     return vectorized
+
+
+def in_data_plate(program: Program) -> Program:
+    """The program inside a plate over its arguments: lists, one entry an observation."""
+
+    def rows(*args: Any, **kwargs: Any) -> Any:
+        if not args or not hasattr(args[0], "__len__") or isinstance(args[0], str):
+            raise TypeError(
+                f"vectorize_data=True needs a list of observations for each argument, got {args[0] if args else None!r}. "
+                "Pass lists of one length, or leave vectorize_data out."
+            )
+        with pyro.plate(DATA, len(args[0]), dim=-1):
+            return program(*args, **kwargs)
+
+    if hasattr(program, "log_partition"):
+        rows.log_partition = program.log_partition  # type: ignore[attr-defined]
+    rows.exactness = getattr(program, "exactness", "marginal")  # type: ignore[attr-defined]
+    # Prompts find arguments by the program's own names.
+    rows.__signature__ = signature(program)  # type: ignore[attr-defined]
+    return rows
+
+
+def signature(program: Program) -> inspect.Signature:
+    """The parameters of a program, be it a function or a module."""
+    return inspect.signature(program.forward if isinstance(program, torch.nn.Module) else program)
 
 
 class Tempered(Messenger):

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from llmppl.text import pad_rows, unpad_rows
-from llmppl.tracing import Program
-
-DATA = "_data"
+from llmppl.tracing import Program, in_data_plate
 
 
 @dataclass(repr=False)
@@ -103,9 +101,9 @@ def fit(
         pyro.set_rng_seed(seed)
     # Its own generator: the order of the data does not depend on how much the objective draws.
     order = np.random.default_rng(torch.initial_seed() % 2**32 if seed is None else seed)
-    program, proposal = (_in_plate(model), _in_plate(guide)) if vectorize_data else (model, guide)
-    if vectorize_data and hasattr(guide, "log_partition"):
-        proposal.log_partition = guide.log_partition  # type: ignore[attr-defined]
+    program, proposal = (model, guide)
+    if vectorize_data:
+        program, proposal = in_data_plate(model), in_data_plate(guide)
 
     history, queue = History(), list[int]()
     optimizer: torch.optim.Optimizer | None = None
@@ -166,25 +164,6 @@ def _checked(data: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
                 f"e.g. ({item!r},)."
             )
     return data
-
-
-def _in_plate(program: Program) -> Program:
-    def rows(*args: Any, **kwargs: Any) -> Any:
-        with pyro.plate(DATA, _rows(args), dim=-1):
-            return program(*args, **kwargs)
-
-    rows.__signature__ = _signature(program)  # type: ignore[attr-defined]
-    return rows
-
-
-def _signature(program: Program) -> Any:
-    import inspect
-
-    return inspect.signature(program.forward if isinstance(program, nn.Module) else program)
-
-
-def _rows(args: tuple[Any, ...]) -> int:
-    return len(args[0])
 
 
 def _collate(batch: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:

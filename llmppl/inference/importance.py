@@ -11,14 +11,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from llmppl.inference.posterior import Posterior
-from llmppl.tracing import Particles, Program, Site, check_finite, is_latent, is_text, run_particles
+from llmppl.tracing import Particles, Program, Site, check_finite, in_data_plate, is_latent, is_text, run_particles
 
 BLOCK = 64
 """Particles that are drawn and scored together."""
 
 
 def importance(
-    model: Program, guide: Program, num_samples: int = 64, progress: bool = False
+    model: Program,
+    guide: Program,
+    num_samples: int = 64,
+    vectorize_data: bool = False,
+    progress: bool = False,
 ) -> Callable[..., Posterior]:
     r"""Importance sampling: a function of the program's arguments that returns a :class:`Posterior`.
 
@@ -28,6 +32,8 @@ def importance(
     their own, each with its own evidence.
 
     :param num_samples: ``K`` for each observation.
+    :param vectorize_data: the returned function takes a list in place of each argument, one entry an
+        observation, and runs the program once inside a plate, as :func:`~llmppl.fit` does.
     :param progress: show a progress bar.
     :raises ValueError: log-probabilities that are NaN (with site and row), a scaled site, a guide that
         misses sites or has no exact density, or no sample of positive weight.
@@ -39,6 +45,9 @@ def importance(
         raise ValueError(
             f"{type(guide).__name__} has no exact density (exactness 'none'), so its samples have no weights."
         )
+
+    if vectorize_data:
+        model, guide = in_data_plate(model), in_data_plate(guide)
 
     def run(*args: Any, **kwargs: Any) -> Posterior:
         blocks: list[Particles] = []

@@ -19,7 +19,8 @@ def pareto_k(log_weights: NDArray[np.floating]) -> float:
 
     :param log_weights: ``(K,)``, nats.
     :returns: k̂; −inf where the largest weights are all equal (a guide that is the posterior): there is
-        no tail; NaN where the tail has fewer than 5 weights, or no weight is positive.
+        no tail; +inf where fewer than 5 weights stand out above equal ones; NaN where there are too few
+        samples for a tail, or no weight is positive.
     """
     values = np.sort(np.asarray(log_weights, dtype=np.float64))
     count = int(np.ceil(min(0.2 * len(values), 3 * math.sqrt(len(values)))))
@@ -28,12 +29,14 @@ def pareto_k(log_weights: NDArray[np.floating]) -> float:
     # Rounding in the log-weights (1e-5 relative in float32) is no spread.
     if values[-1] - values[0] < 1e-4:
         return -math.inf
-    tail = np.exp(values[-count:] - values[-1])
     cutoff = np.exp(values[-count - 1] - values[-1])
-    excess = tail - cutoff
+    excess = np.exp(values[-count:] - values[-1]) - cutoff
     if excess[-1] <= 1e-12:
         return -math.inf
-    return _fit(np.maximum(excess, np.finfo(np.float64).tiny))
+    excess = excess[excess > 1e-12]  # ties with the cutoff are no tail
+    if len(excess) < FEWEST_TAIL:
+        return math.inf
+    return _fit(excess)
 
 
 def _fit(excess: NDArray[np.float64]) -> float:

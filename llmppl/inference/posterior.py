@@ -115,7 +115,8 @@ class Posterior:
             return np.zeros(self.batch_shape)
         if self.num_samples < 2:
             return np.full(self.batch_shape, np.nan)
-        return np.asarray(self.log_weights.std(0, ddof=1) / math.sqrt(self.num_samples))
+        with np.errstate(invalid="ignore"):  # a weight of zero: the ELBO is −inf, its error undefined
+            return np.asarray(self.log_weights.std(0, ddof=1) / math.sqrt(self.num_samples))
 
     # --- samples -----------------------------------------------------------------------------------
 

@@ -1,0 +1,78 @@
+"""The command line: ``llmppl demo``, ``llmppl infill``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Language models as Pyro distributions.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Samples = Annotated[int, typer.Option(min=2, help="Importance samples for each story.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random number.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of torch; the number of idle cores.")]
+
+
+@app.command()
+def demo(
+    steps: Annotated[int, typer.Option(min=1, help="Training steps, of about 15 seconds on two cores.")] = 16,
+    samples: Samples = 24,
+    held_out: Annotated[int, typer.Option(min=1, max=12, help="Held-out stories to report on.")] = 8,
+    seed: Seed = 0,
+    save: Annotated[Path | None, typer.Option(help="Write the trained adapter to this file.")] = None,
+    threads: Threads = os.cpu_count() or 1,
+) -> None:
+    """Train a guide that infills missing sentences, and report how far it is from the posterior."""
+    from llmppl.demo import run
+
+    run(steps, samples, held_out, seed, save, threads)
+
+
+@app.command()
+def infill(
+    beginning: Annotated[str, typer.Argument(help="The story so far, ending with a full stop.")],
+    ending: Annotated[str, typer.Argument(help="Its last sentence.")],
+    guide: Annotated[
+        Path | None, typer.Option(help="An adapter saved by `llmppl demo --save`; the shipped one by default.")
+    ] = None,
+    samples: Samples = 32,
+    seed: Seed = 0,
+    threads: Threads = os.cpu_count() or 1,
+) -> None:
+    """Infill the sentence between BEGINNING and ENDING with a saved guide."""
+    for name, text in (("BEGINNING", beginning), ("ENDING", ending)):
+        if not text.strip():
+            raise typer.BadParameter("it is empty; give some text.", param_hint=name)
+
+    from llmppl.demo import infill as run
+    from llmppl.demo import shipped_adapter
+    from llmppl.diagnostics import inference_gap
+
+    try:
+        proposals = run(beginning, ending, guide or shipped_adapter(), samples, seed, threads)
+    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
+        typer.echo(f"llmppl infill: {error}", err=True)
+        raise typer.Exit(2) from None
+    posteriors = [p.posterior for p in proposals]
+    for proposal in proposals:
+        posterior = proposal.posterior.row(0)
+        gap = inference_gap(proposal.posterior, *posteriors)
+        typer.echo(f"\n{proposal.name}, {samples} samples, {proposal.cpu_seconds:.1f} CPU s:")
+        typer.echo(
+            f"  ELBO {posterior.elbo:.2f} ± {posterior.elbo_error:.2f}, log Ẑ {posterior.log_evidence:.2f} ± "
+            f"{posterior.log_evidence_error:.2f} nats, ESS {posterior.ess:.1f}, k̂ {posterior.khat:.2f}, "
+            f"gap at least {gap.gap[0]:.2f} nats"
+        )
+        for text, weight in posterior.top("middle", 6):
+            typer.echo(f"  {weight:6.1%}  {text.strip()!r}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,137 @@
+"""Posterior: weights, k-hat, resampling, decoding, ArviZ."""
+
+from __future__ import annotations
+
+import arviz
+import numpy as np
+import pytest
+import torch
+from arviz.stats.stats import psislw
+from conftest import Story
+from pyro.ops.stats import fit_generalized_pareto
+
+from llmppl import exact_posterior, importance
+from llmppl.guides import PromptGuide
+from llmppl.inference.pareto import _fit, pareto_k
+from llmppl.inference.posterior import Posterior
+
+
+def weighted(log_weights: np.ndarray) -> Posterior:
+    values = np.arange(len(log_weights))[:, None]
+    return Posterior({"z": values}, log_weights, log_weights)
+
+
+def test_evidence_ess_and_elbo_are_their_formulas() -> None:
+    log_weights = np.log(np.array([1.0, 2.0, 3.0, 2.0]))
+    posterior = weighted(log_weights)
+    assert posterior.log_evidence == pytest.approx(np.log(2.0))
+    assert posterior.ess == pytest.approx(64 / 18)
+    assert posterior.elbo == pytest.approx(log_weights.mean())
+    relative = np.array([0.5, 1.0, 1.5, 1.0])
+    assert posterior.log_evidence_error == pytest.approx(relative.std(ddof=1) / 2)
+
+
+def test_the_standard_error_covers_the_evidence() -> None:
+    generator = np.random.default_rng(0)
+    hits = 0
+    for _ in range(400):
+        # log-normal weights of mean one
+        posterior = weighted(generator.normal(-0.18, 0.6, size=200))
+        hits += abs(posterior.log_evidence) < 2 * posterior.log_evidence_error
+    # 95 % nominal; skewed weights lose a little.
+    assert 0.90 < hits / 400 < 0.98
+
+
+@pytest.mark.parametrize("shape", [0.2, 0.6, 1.1])
+def test_khat_agrees_with_arviz_and_with_pyro(shape: float) -> None:
+    generator = np.random.default_rng(1)
+    weights = (generator.pareto(1 / shape, size=3000) + 1) if shape else generator.exponential(size=3000)
+    log_weights = np.log(weights)
+    ours = pareto_k(log_weights)
+    _, theirs = psislw(log_weights.copy())
+    assert ours == pytest.approx(float(theirs), abs=0.02)
+    assert ours == pytest.approx(shape, abs=0.25)
+    excess = np.sort(generator.pareto(1 / shape, size=400))
+    k, _ = fit_generalized_pareto(torch.tensor(excess))
+    # Pyro's has no prior on k; ours pulls it towards 0.5 with the weight of 10 of 410 points.
+    assert (_fit(excess) * 410 - 5) / 400 == pytest.approx(k, abs=0.02)
+
+
+def test_khat_of_equal_weights_is_minus_infinity_and_of_few_is_nan() -> None:
+    assert pareto_k(np.full(100, -30.0)) == -np.inf
+    assert pareto_k(np.full(100, -30.0) + 1e-6 * np.random.default_rng(0).normal(size=100)) == -np.inf
+    assert np.isnan(pareto_k(np.array([0.0, 1.0, 2.0])))
+    assert np.isnan(pareto_k(np.full(100, -np.inf)))
+
+
+def test_resampling_keeps_evidence_and_follows_the_weights() -> None:
+    weights = np.array([0.5, 0.25, 0.25, 0.0])
+    with np.errstate(divide="ignore"):
+        posterior = weighted(np.log(weights))
+    drawn = posterior.resample(4000, seed=1)
+    assert np.bincount(drawn.samples["z"][:, 0], minlength=4).tolist() == [2000, 1000, 1000, 0]
+    assert drawn.log_evidence == pytest.approx(posterior.log_evidence)
+    assert drawn.ess == pytest.approx(4000)
+    first = posterior.resample(50, seed=3).samples["z"]
+    assert np.array_equal(first, posterior.resample(50, seed=3).samples["z"])
+    # Shuffled: the order of draws says nothing.
+    assert not np.array_equal(first, np.sort(first, 0))
+
+
+def test_resampling_goes_row_by_row() -> None:
+    with np.errstate(divide="ignore"):
+        log_weights = np.log(np.array([[1.0, 0.0], [0.0, 1.0]]))
+    posterior = Posterior({"z": np.array([[[1], [2]], [[3], [4]]])}, log_weights, log_weights)
+    assert posterior.resample(3).samples["z"].tolist() == [[[1], [4]]] * 3
+    assert posterior.row(1).samples["z"].tolist() == [[2], [4]]
+
+
+def test_a_guide_without_exact_density_has_no_weights(story: Story) -> None:
+    with pytest.raises(ValueError, match="exactness 'none'"):
+        Posterior({}, np.zeros(3), np.zeros(3), exactness="none")
+    guide = PromptGuide(story.program, story.lm)
+    guide.exactness = "none"
+    with pytest.raises(ValueError, match="no exact density"):
+        importance(story.program, guide, 4)
+
+
+def test_decode_top_and_reprs(story: Story) -> None:
+    posterior = importance(story.program, PromptGuide(story.program, story.lm), 64)(*story.args)
+    texts = posterior.decode("middle")
+    assert len(texts) == 64
+    assert all(isinstance(text, str) and 1 <= len(text) <= 3 for text in texts)
+    top = posterior.top("middle", 3)
+    assert [w for _, w in top] == sorted([w for _, w in top], reverse=True)
+    assert "log evidence" in repr(posterior)
+    assert "of 64" in repr(posterior)
+    assert repr(top[0][0]) in posterior.summary()
+    assert "<table>" in posterior._repr_html_()
+    with pytest.raises(KeyError, match="no site 'nothing'"):
+        posterior.decode("nothing")
+    exact = exact_posterior(story.program, *story.args)
+    assert exact.top("middle", 1)[0][1] == pytest.approx(exact.weights.max())
+
+
+def test_to_arviz_round_trips_and_is_summarised(story: Story, tmp_path: object) -> None:
+    posterior = importance(story.program, PromptGuide(story.program, story.lm), 64)(*story.args)
+    data = posterior.to_arviz(200, seed=1)
+    assert data.posterior["middle_length"].shape == (1, 200)
+    assert data.posterior_text["middle"].dtype.kind == "U"
+    assert data.observed_data["ending"].values.tolist() == [3, 4]
+    assert float(data.sample_stats["ess"][0, 0]) == pytest.approx(float(posterior.ess))
+    assert "log_joint" in arviz.summary(data, kind="stats").index
+    path = str(tmp_path) + "/posterior.nc"
+    data.to_netcdf(path)
+    again = arviz.from_netcdf(path)
+    assert again.posterior_text["middle"].values.tolist() == data.posterior_text["middle"].values.tolist()
+
+
+def test_to_arviz_with_rows(story: Story) -> None:
+    run = importance(story.program, PromptGuide(story.program, story.lm), 16, vectorize_data=True)
+    data = run(["ab", "c"], ["cd", "e"]).to_arviz()
+    assert data.posterior["middle_length"].dims == ("chain", "draw", "row_0")
+
+
+def test_plots_draw(story: Story) -> None:
+    posterior = importance(story.program, PromptGuide(story.program, story.lm), 16)(*story.args)
+    assert posterior.plot().get_ylabel() == "normalised weight"
