@@ -166,6 +166,7 @@ class _Proposer(Messenger):
         prior = msg["fn"]
         context = self._context(name, prior, msg)
         msg["fn"] = self.guide.distribution(name, prior, context)
+        msg["fn"].site = name
         msg["infer"] = {**msg["infer"]}
 
     def _pyro_post_sample(self, msg: Site) -> None:

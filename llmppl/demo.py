@@ -30,6 +30,8 @@ RANK = 4
 PARTICLES = 12
 STORIES_A_STEP = 3
 TEMPERATURES = (1.0, 1.3)
+LEARNING_RATE = 1e-3
+WARMUP_STEPS = 5
 
 
 def stories() -> list[tuple[str, str]]:
@@ -70,6 +72,8 @@ def train(
         steps=steps,
         batch_size=STORIES_A_STEP,
         vectorize_data=True,
+        learning_rate=LEARNING_RATE,
+        warmup_steps=WARMUP_STEPS,
         seed=seed,
     )
 

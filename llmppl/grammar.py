@@ -114,6 +114,8 @@ class BoundGrammar:
             return np.ones(self.vocabulary, dtype=bool)
         bits = np.frombuffer(state.compute_bitmask(), dtype=np.uint8)
         mask = np.unpackbits(bits, bitorder="little")[: self.vocabulary].astype(bool)
+        if not state.is_accepting():
+            mask[self.lm.tokenizer.eos_token_id] = False  # llguidance ends a text that it cannot continue
         if not mask.any():
             text = self.lm.codec.decode(list(prefix))
             raise ValueError(

@@ -19,6 +19,10 @@ MAX_ROWS = 128
 """Rows that are drawn together: the key-value cache grows with them."""
 
 
+class NotFiniteError(ValueError):
+    """The network gave no probabilities."""
+
+
 @torch.no_grad()
 def draw(
     transformer: torch.nn.Module,
@@ -88,6 +92,12 @@ def _draw_block(
             prefixes = [[token for token in row if token != PAD] for row in prefixes]
         steps = torch.full((len(active),), step, device=device)
         log_probs = law.scaled_logits(logits, steps, prefixes).log_softmax(-1)
+        if bool(log_probs.isnan().any()):
+            row = int(active[log_probs.isnan().any(-1)][0])
+            raise NotFiniteError(
+                f"the network's log-probabilities are NaN at row {row}, token {step}. Check the model's weights "
+                "and dtype: float16 overflows."
+            )
         weights = log_probs if temperature is None else log_probs / temperature[active, None]
         token = torch.multinomial(weights.softmax(-1), 1)[:, 0]
         alive = open_row[active]

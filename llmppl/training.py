@@ -74,7 +74,7 @@ def fit(
     """Train a guide on minibatches of data with AdamW.
 
     :param data: the program's argument tuples; each is drawn once before any is drawn again.
-    :param objective: any pyro ``ELBO`` with ``differentiable_loss``.
+    :param objective: any pyro ``ELBO``.
     :param batch_size: tuples a step; their gradients are averaged.
     :param vectorize_data: call the program once for a whole minibatch, with a list in place of each
         string argument (tensors are stacked, text tensors padded first), inside a plate: faster, for
@@ -120,21 +120,24 @@ def fit(
             total, reports = 0.0, []
             for args in calls:
                 with poutine.trace(param_only=True) as captured:
-                    loss = objective.differentiable_loss(program, proposal, *args) / len(batch)
-                if not math.isfinite(loss.item()):
+                    # Some of Pyro's objectives have no differentiable loss, and some return several.
+                    loss = float(np.sum(objective.loss_and_grads(program, proposal, *args)))
+                if not math.isfinite(loss):
                     raise ValueError(
-                        f"the loss is {loss.item()} at step {step + 1}, on {args!r}. Lower learning_rate, or check the "
+                        f"the loss is {loss} at step {step + 1}, on {args!r}. Lower learning_rate, or check the "
                         "program's factors."
                     )
-                loss.backward()
-                total += loss.item()
-                reports.append(getattr(objective, "diagnostics", None) or {"elbo": -loss.item() * len(batch)})
+                total += loss / len(batch)
+                reports.append(getattr(objective, "diagnostics", None) or {"elbo": -loss * len(calls) / len(batch)})
             if optimizer is None:
                 optimizer = _optimizer(
                     captured.trace, guide, learning_rate, log_partition_learning_rate, weight_decay
                 )
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
                 peaks = [group["lr"] for group in optimizer.param_groups]
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad /= len(batch)
             norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * min(1.0, (step + 1) / max(warmup_steps, 1))

@@ -30,5 +30,5 @@ def infilling(lm: LM, max_tokens: int = 16, stop: str = ".") -> Callable[[str, s
 
 
 def ending_first(beginning: Piece, ending: Piece) -> list[Piece]:
-    """A prompt for the middle that tells the ending in words; pass as ``prompt={"middle": ending_first}``."""
-    return ['A short story that ends with the sentence "', ending, '":\n\n', beginning]
+    """A prompt for the middle that tells the ending first; pass as ``prompt={"middle": ending_first}``."""
+    return ["A short story that ends like this:", ending, "\n\n", beginning]

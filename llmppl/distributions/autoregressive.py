@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from llmppl.distributions.conditioned import ConditionedText
-from llmppl.sampling import draw
+from llmppl.sampling import NotFiniteError, draw
 from llmppl.scoring import check_length
 from llmppl.stopping import TextLaw, _Text, enumerate_texts
 from llmppl.text import check_text, lengths, unpad_rows, widen
@@ -64,7 +64,7 @@ class AutoregressiveText(ConditionedText, TorchDistribution):
     def expand(self, batch_shape: Any, _instance: object = None) -> AutoregressiveText:
         batch_shape = torch.Size(batch_shape)
         expanded = self.with_context(self.context.expand(batch_shape + self.context.shape[-1:]), self.adapter)
-        expanded._recorded = self._recorded
+        expanded._recorded, expanded.site = self._recorded, self.site
         return expanded
 
     def sample(self, sample_shape: Any = torch.Size(), temperature: Tensor | None = None) -> Tensor:
@@ -90,12 +90,11 @@ class AutoregressiveText(ConditionedText, TorchDistribution):
         context = self.context.expand(shape + self.context.shape[-1:])
         rows = unpad_rows(context.reshape(-1, context.shape[-1]))
         heat = None if temperature is None else temperature.expand(shape).reshape(-1)
-        with self.lm.using(self.adapter), torch.no_grad():
-            if rows:
+        try:
+            with self.lm.using(self.adapter):
                 tokens, token_log_probs = draw(self.lm.transformer, self.law, rows, heat)
-            else:
-                tokens = context.new_empty(0, self.law.max_tokens)
-                token_log_probs = tokens.to(torch.float32)
+        except NotFiniteError as error:
+            raise ValueError(f"site {self.site!r}: {error}" if self.site else str(error)) from None
         tokens = tokens.reshape(shape + self.event_shape)
         token_log_probs = token_log_probs.reshape(tokens.shape)
         self._recorded = (tokens.clone(), token_log_probs, self.lm.version(self.adapter))

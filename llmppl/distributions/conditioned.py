@@ -18,6 +18,8 @@ class ConditionedText:
     context: Tensor  # batch_shape + (L,), with padding anywhere
     adapter: str | None
     batch_shape: torch.Size
+    site: str | None = None
+    """Name of the site that a guide proposes with this, for error messages."""
 
     def with_context(self, context: Tensor, adapter: str | None) -> ConditionedText:
         raise NotImplementedError
