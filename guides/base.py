@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from llmppl.distributions.conditioned import ConditionedText
 from llmppl.language_model import LM
 from llmppl.text import Piece, left_aligned
-from llmppl.tracing import Program, Site, is_latent, is_text, signature, structure
+from llmppl.tracing import Program, Site, any_text, is_latent, is_text, signature, structure
 
 Prompt = Callable[..., Sequence[Piece]]
 
@@ -26,7 +25,7 @@ class TextGuide(nn.Module):
 
     It runs the program itself, with its own distribution in place of the prior at each latent text,
     so that later latents see the earlier ones, and plates and control flow are the program's.
-    Observed sites and factors are not part of it.
+    Observed sites, factors, and sites marked for parallel enumeration are not part of it.
 
     By default a latent text is told the text of the observed sites, then the prior's own context.
 
@@ -38,6 +37,9 @@ class TextGuide(nn.Module):
     :param others: a guide for the program's other latent sites, e.g. an AutoGuide of
         ``poutine.block(model, hide=[...])``. Those sites are sampled first.
     """
+
+    exactness = "marginal"
+    """What the guide's log-probability is exact for; see :class:`llmppl.Posterior`."""
 
     def __init__(
         self,
@@ -128,9 +130,11 @@ class _Proposer(Messenger):
             if site["type"] != "sample" or site_is_subsample(site) or name in given:
                 continue
             if is_latent(site):
+                if _is_enumerated(site):
+                    continue
                 if is_text(site):
                     text_sites.append(name)
-                elif site["infer"].get("enumerate") != "parallel":
+                else:
                     raise ValueError(
                         f"latent site {name!r} ({type(site['fn']).__name__}) is not text, and no guide is "
                         "given for it. Pass one as others=, e.g. others=AutoNormal(poutine.block(model, "
@@ -145,9 +149,7 @@ class _Proposer(Messenger):
             )
         unknown = set(guide.prompt) - set(text_sites)
         if unknown:
-            raise ValueError(
-                f"prompt= names {sorted(unknown)}, but the model's latent text sites are {text_sites}."
-            )
+            raise ValueError(f"prompt= names {sorted(unknown)}, but the model's latent text sites are {text_sites}.")
         self.arguments = _bind(guide.model, args, kwargs)
         self.simulated = {name for name in observations if name in self.observed}
 
@@ -160,14 +162,16 @@ class _Proposer(Messenger):
                 msg["value"], msg["done"] = self.given[name], True
             msg["stop"] = True
             return
-        if not is_text(msg):  # enumerated by the objective, in the model only
+        if _is_enumerated(msg):
+            # The model alone has this site. Later latents are told some value of it.
+            if is_text(msg):
+                msg["value"], msg["done"] = any_text(msg["fn"]), True
             msg["stop"] = True
             return
         prior = msg["fn"]
         context = self._context(name, prior, msg)
         msg["fn"] = self.guide.distribution(name, prior, context)
         msg["fn"].site = name
-        msg["infer"] = {**msg["infer"]}
 
     def _pyro_post_sample(self, msg: Site) -> None:
         if is_latent(msg) and msg["name"] not in self.given and is_text(msg):
@@ -219,6 +223,11 @@ class _Proposer(Messenger):
         return list(pieces)
 
 
+def _is_enumerated(site: Site) -> bool:
+    """Whether the objective sums the site out, so that the guide must not have it."""
+    return site["infer"].get("enumerate") == "parallel"
+
+
 def _bind(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The program's arguments by name."""
     bound = signature(model).bind(*args, **kwargs)
@@ -230,9 +239,7 @@ def _rows_of(value: Tensor, site: Site, latent: Site) -> Tensor:
     """An observed text as a latent site is told it: rows of plates that do not contain the latent
     follow one another in one text."""
     own = {f.dim for f in latent["cond_indep_stack"] if f.vectorized}
-    foreign = sorted(
-        f.dim for f in site["cond_indep_stack"] if f.vectorized and f.dim not in own and f.dim is not None
-    )
+    foreign = sorted(f.dim for f in site["cond_indep_stack"] if f.vectorized and f.dim not in own and f.dim is not None)
     for dim in foreign:
         # Counted with the token dimension behind; absent where the value does not vary along it.
         if value.dim() - 1 < -dim or value.shape[dim - 1] == 1:

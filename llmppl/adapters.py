@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,10 +65,11 @@ class Adapters:
         from peft.tuners.lora import LoraLayer
         from transformers.pytorch_utils import Conv1D
 
-        head = self.transformer.get_output_embeddings()
+        transformer: Any = self.transformer
+        head = transformer.get_output_embeddings()
         found = set()
         for key, module in self.transformer.named_modules():
-            layer = module.base_layer if isinstance(module, LoraLayer) else module
+            layer: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
             if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head and "lora_" not in key:
                 found.add(key.removesuffix(".base_layer").rsplit(".", 1)[-1])
         return sorted(found)

@@ -28,7 +28,9 @@ def to_arviz(posterior: Posterior, num_samples: int | None = None, seed: int = 0
     lead = ["chain", "draw", *rows]
 
     def variable(values: Any, extra: list[str], first: list[str] = lead) -> Any:
-        dims = first + [f"{name}_{n}" for n, name in enumerate(extra)] if len(set(extra)) < len(extra) else first + extra
+        dims = (
+            first + [f"{name}_{n}" for n, name in enumerate(extra)] if len(set(extra)) < len(extra) else first + extra
+        )
         return xarray.DataArray(np.asarray(values), dims=dims)
 
     numbers: dict[str, Any] = {"log_joint": variable(draws.log_joint[None], [])}

@@ -15,6 +15,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+CORES = os.cpu_count() or 1
+
 Samples = Annotated[int, typer.Option(min=2, help="Importance samples for each story.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random number.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of torch; the number of idle cores.")]
@@ -27,7 +29,7 @@ def demo(
     held_out: Annotated[int, typer.Option(min=1, max=12, help="Held-out stories to report on.")] = 8,
     seed: Seed = 0,
     save: Annotated[Path | None, typer.Option(help="Write the trained adapter to this file.")] = None,
-    threads: Threads = os.cpu_count() or 1,
+    threads: Threads = CORES,
 ) -> None:
     """Train a guide that infills missing sentences, and report how far it is from the posterior."""
     from llmppl.demo import run
@@ -40,11 +42,12 @@ def infill(
     beginning: Annotated[str, typer.Argument(help="The story so far, ending with a full stop.")],
     ending: Annotated[str, typer.Argument(help="Its last sentence.")],
     guide: Annotated[
-        Path | None, typer.Option(help="An adapter saved by `llmppl demo --save`; the shipped one by default.")
+        Path | None,
+        typer.Option(help="An adapter saved by `llmppl demo --save`; the shipped one by default."),
     ] = None,
     samples: Samples = 32,
     seed: Seed = 0,
-    threads: Threads = os.cpu_count() or 1,
+    threads: Threads = CORES,
 ) -> None:
     """Infill the sentence between BEGINNING and ENDING with a saved guide."""
     for name, text in (("BEGINNING", beginning), ("ENDING", ending)):
@@ -53,7 +56,7 @@ def infill(
 
     from llmppl.demo import infill as run
     from llmppl.demo import shipped_adapter
-    from llmppl.diagnostics import inference_gap
+    from llmppl.diagnostics.gap import inference_gap
 
     try:
         proposals = run(beginning, ending, guide or shipped_adapter(), samples, seed, threads)

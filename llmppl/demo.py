@@ -203,9 +203,7 @@ def run(steps: int, samples: int, held_out: int, seed: int, save: Path | None, t
         )
 
 
-def infill(
-    beginning: str, ending: str, adapter: Path, samples: int, seed: int, threads_used: int
-) -> list[Proposal]:
+def infill(beginning: str, ending: str, adapter: Path, samples: int, seed: int, threads_used: int) -> list[Proposal]:
     """Posteriors of the middle of the user's own story, by the prompt guide and by a saved guide."""
     with threads(threads_used):
         lm = LM.from_pretrained("smollm2-135m")

@@ -128,10 +128,7 @@ class BoundGrammar:
         """Which texts the masked law can produce, ``(n,)``."""
         rows = unpad_rows(texts.cpu())
         return torch.tensor(
-            [
-                all(self._mask(tuple(row[:t]))[token] for t, token in enumerate(row))
-                for row in rows
-            ],
+            [all(self._mask(tuple(row[:t]))[token] for t, token in enumerate(row)) for row in rows],
             device=texts.device,
         )
 

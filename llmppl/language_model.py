@@ -205,7 +205,7 @@ class LM:
         if isinstance(piece, Tensor):
             return check_text(piece, f"piece {number}", self.vocabulary).to(self.device)
         single = isinstance(piece, str)
-        texts = [piece] if single else piece
+        texts: Any = [piece] if single else piece
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) for t in texts):
             raise TypeError(
                 f"piece {number} must be a string, a non-empty list of strings or a text tensor, "
@@ -233,8 +233,7 @@ class LM:
         if grammar is not None:
             if self.tokenizer.eos_token_id is None:
                 raise ValueError(
-                    "grammar= ends a text with the end token, and this tokenizer has none. "
-                    "Set tokenizer.eos_token."
+                    "grammar= ends a text with the end token, and this tokenizer has none. Set tokenizer.eos_token."
                 )
             ids = [*ids, int(self.tokenizer.eos_token_id)]
         return torch.tensor(sorted(set(ids)), dtype=torch.long, device=self.device)

@@ -79,25 +79,14 @@ def packaged_folder(name: str) -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Made under another name and renamed when whole: an interrupted conversion leaves nothing behind
     # that looks like a model.
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name + ".tmp-") as temporary:
-        with quiet_loading():
-            loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name)
-            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-            # A model loaded from GGUF refuses to be saved, so its weights move to a clean one.
-            settings = loaded.config.to_dict()
-            settings.pop("quantization_config", None)
-            clean = LlamaForCausalLM(LlamaConfig(**settings))
-            clean.load_state_dict(loaded.state_dict())
-            clean.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-        files = sorted(path for path in Path(temporary).iterdir() if path.is_file())
-        sums = {path.name: _sha256(path) for path in files}
-        (Path(temporary) / CHECKSUMS).write_text(json.dumps(sums, indent=2))
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + ".tmp-"))
+    try:
+        _write_clean(source, str(temporary))
+        sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        (temporary / CHECKSUMS).write_text(json.dumps(sums, indent=2))
         if folder.exists():
             shutil.rmtree(folder)
         try:
@@ -106,8 +95,30 @@ def _convert(source: Path, folder: Path) -> None:
             # Another process was faster: its folder serves as well if it is whole.
             if not _intact(folder):
                 raise
-        else:
-            Path(temporary).mkdir()  # for the context manager to remove
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_clean(source: Path, folder: str) -> None:
+    """A GGUF file as a folder of safetensors, configuration and tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    try:
+        with quiet_loading():
+            loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name)
+            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"reading {source.name} needs two more packages ({error}). "
+            "Install them with:  pip install 'pyro-llmppl[demo]'"
+        ) from error
+    # A model loaded from GGUF refuses to be saved, so its weights move to a clean one.
+    settings = loaded.config.to_dict()
+    settings.pop("quantization_config", None)
+    clean = LlamaForCausalLM(LlamaConfig(**settings))
+    clean.load_state_dict(loaded.state_dict())
+    clean.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _intact(folder: Path) -> bool:

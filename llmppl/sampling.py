@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from llmppl.text import PAD
 if TYPE_CHECKING:
     from llmppl.stopping import TextLaw
 
-MAX_ROWS = 128
-"""Rows that are drawn together: the key-value cache grows with them."""
+CACHE_BYTES = 512 * 2**20
+"""Memory of the key-value cache and logits of the rows that are drawn together."""
 
 
 class NotFiniteError(ValueError):
@@ -40,16 +40,28 @@ def draw(
         log-probabilities are those of ``law`` all the same.
     :returns: texts ``(N, max_tokens)`` and the log-probability of each token ``(N, max_tokens)``, nats.
     """
-    order = sorted(range(len(contexts)), key=contexts.__getitem__)
+    order = sorted(range(len(contexts)), key=lambda n: list(contexts[n]))
     parts = []
-    for start in range(0, len(order), MAX_ROWS):
-        rows = order[start : start + MAX_ROWS]
+    block = rows_at_once(transformer, max(map(len, contexts), default=0) + (law.max_tokens or 0))
+    for start in range(0, len(order), block):
+        rows = order[start : start + block]
         heat = None if temperature is None else temperature[rows]
         parts.append(_draw_block(transformer, law, [contexts[n] for n in rows], heat))
     back = torch.tensor(order).argsort().to(parts[0][0].device)
     tokens = torch.cat([tokens for tokens, _ in parts])
     log_probs = torch.cat([log_probs for _, log_probs in parts])
     return tokens[back], log_probs[back]
+
+
+def rows_at_once(transformer: torch.nn.Module, tokens: int) -> int:
+    """How many rows of so many tokens :data:`CACHE_BYTES` hold."""
+    config: Any = transformer.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = next(transformer.parameters()).element_size()
+    # Keys and values of every layer, and some copies of the logits.
+    row = 2 * config.num_hidden_layers * heads * width * size * tokens + 3 * 4 * config.vocab_size
+    return max(CACHE_BYTES // int(row), 1)
 
 
 def _draw_block(

@@ -90,9 +90,9 @@ def forests(rows: Sequence[Sequence[int]], max_nodes: int) -> Iterator[tuple[For
 
     :returns: each forest with the node paths of its rows, by row number.
     """
-    forest, paths = Forest(), {}
+    forest, paths = Forest(), dict[int, list[int]]()
     # In lexicographic order rows that share a prefix are neighbours, so that they share a forest.
-    for n in sorted(range(len(rows)), key=rows.__getitem__):
+    for n in sorted(range(len(rows)), key=lambda n: list(rows[n])):
         if paths and len(forest.tokens) + forest.missing(rows[n]) > max_nodes:
             yield forest, paths
             forest, paths = Forest(), {}
@@ -118,14 +118,10 @@ def score(
     """
     # The last token of a text is predicted, never read.
     rows = [[*context, *text[:-1]] for context, text in zip(contexts, texts, strict=True)]
-    results, places = [], []
+    results, places = [], list[tuple[int, int]]()
     for forest, paths in forests(rows, max_nodes):
         # One entry a (row, token): the node before it, its number in the text, the token.
-        entries = [
-            (paths[n][len(contexts[n]) - 1 + t], t, token, n)
-            for n in paths
-            for t, token in enumerate(texts[n])
-        ]
+        entries = [(paths[n][len(contexts[n]) - 1 + t], t, token, n) for n in paths for t, token in enumerate(texts[n])]
         if not entries:
             continue
         scores = _score_entries(transformer, law, forest, entries, texts)

@@ -18,7 +18,7 @@ from torch.distributions import constraints
 from llmppl.text import PAD, is_right_padded, lengths
 
 if TYPE_CHECKING:
-    from llmppl.grammar import Grammar
+    from llmppl.grammar import BoundGrammar
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class TextLaw:
     stop: Tensor
     allowed: Tensor | None = None
     temperature: float = 1.0
-    grammar: Grammar | None = None
+    grammar: BoundGrammar | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "min_tokens"):
@@ -49,8 +49,7 @@ class TextLaw:
                 raise TypeError(f"{name} must be a whole number of tokens, got {count!r}.")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(
-                f"max_tokens must be at least 1, got {self.max_tokens}. "
-                "Leave it out for the unbounded stream."
+                f"max_tokens must be at least 1, got {self.max_tokens}. Leave it out for the unbounded stream."
             )
         if self.min_tokens < 0:
             raise ValueError(f"min_tokens must not be negative, got {self.min_tokens}.")
@@ -132,9 +131,7 @@ class TextLaw:
             return float("inf")
         allowed = self.vocabulary if self.allowed is None else int(self.allowed.sum())
         stops, free = allowed - self.free_tokens, self.free_tokens
-        ended = sum(
-            float(free) ** (n - 1) * stops for n in range(max(self.min_tokens, 1), self.max_tokens + 1)
-        )
+        ended = sum(float(free) ** (n - 1) * stops for n in range(max(self.min_tokens, 1), self.max_tokens + 1))
         return ended + float(free) ** self.max_tokens
 
 
@@ -153,10 +150,7 @@ class _Text(constraints.Constraint):
         if law.max_tokens is None:
             return f"Text(vocabulary={law.vocabulary})"
         stops = f", {len(law.stop)} stop tokens" if len(law.stop) else ""
-        return (
-            f"Text(vocabulary={law.vocabulary}, min_tokens={law.min_tokens}, "
-            f"max_tokens={law.max_tokens}{stops})"
-        )
+        return f"Text(vocabulary={law.vocabulary}, min_tokens={law.min_tokens}, max_tokens={law.max_tokens}{stops})"
 
     def check(self, value: Tensor) -> Tensor:
         law, pad = self.law, value == PAD
@@ -205,7 +199,5 @@ def enumerate_texts(law: TextLaw, limit: int = 1_000_000) -> Tensor:
 
 def _extend(texts: Tensor, tokens: Tensor, width: int) -> Tensor:
     """Every text followed by every token, padded to ``width``."""
-    rows = torch.cat(
-        [texts.repeat_interleave(len(tokens), 0), tokens.repeat(len(texts))[:, None]], -1
-    )
+    rows = torch.cat([texts.repeat_interleave(len(tokens), 0), tokens.repeat(len(texts))[:, None]], -1)
     return torch.nn.functional.pad(rows, (0, width - rows.shape[-1]), value=PAD)

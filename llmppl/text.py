@@ -61,17 +61,14 @@ def check_text(value: object, name: str, vocabulary: int) -> Tensor:
     :raises TypeError: not an integer tensor.
     :raises ValueError: ids outside the vocabulary, or padding before a token.
     """
-    if isinstance(value, str) or (
-        isinstance(value, (list, tuple)) and value and isinstance(value[0], str)
-    ):
+    if isinstance(value, str) or (isinstance(value, (list, tuple)) and value and isinstance(value[0], str)):
         raise TypeError(
             f"{name} is a string, {value!r}; a text tensor belongs here. "
             "Pass lm.encode(text) instead: traces hold tensors only."
         )
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"{name} must be a text tensor (LongTensor of token ids), got {type(value).__name__}. "
-            "Pass lm.encode(text)."
+            f"{name} must be a text tensor (LongTensor of token ids), got {type(value).__name__}. Pass lm.encode(text)."
         )
     if value.dtype not in (torch.long, torch.int, torch.int16, torch.int32):
         raise TypeError(

@@ -116,8 +116,8 @@ def in_data_plate(program: Program) -> Program:
     def rows(*args: Any, **kwargs: Any) -> Any:
         if not args or not hasattr(args[0], "__len__") or isinstance(args[0], str):
             raise TypeError(
-                f"vectorize_data=True needs a list of observations for each argument, got {args[0] if args else None!r}. "
-                "Pass lists of one length, or leave vectorize_data out."
+                f"vectorize_data=True needs a list of observations for each argument, "
+                f"got {args[0] if args else None!r}. Pass lists of one length, or leave vectorize_data out."
             )
         with pyro.plate(DATA, len(args[0]), dim=-1):
             return program(*args, **kwargs)
@@ -148,6 +148,20 @@ class Tempered(Messenger):
     def _pyro_sample(self, msg: Site) -> None:
         if is_latent(msg) and is_text(msg) and not msg["done"]:
             msg["value"] = msg["fn"].sample(temperature=self.temperatures)
+            msg["done"] = True
+
+
+class Given(Messenger):
+    """Puts values in the place of latent sites, broadcast to each site's shape; scores stay to be made."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["name"] in self.values and is_latent(msg):
+            value, fn = self.values[msg["name"]], msg["fn"]
+            msg["value"] = value.expand(torch.broadcast_shapes(value.shape, fn.batch_shape + fn.event_shape))
             msg["done"] = True
 
 
@@ -260,9 +274,7 @@ def check_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
     """
     latent = {name for name, site in model_trace.nodes.items() if is_latent(site)}
     guided = {
-        name
-        for name, site in guide_trace.nodes.items()
-        if is_latent(site) and not site["infer"].get("is_auxiliary")
+        name for name, site in guide_trace.nodes.items() if is_latent(site) and not site["infer"].get("is_auxiliary")
     }
     if latent - guided:
         raise ValueError(
@@ -294,7 +306,7 @@ def common_axes(*traces: poutine.Trace) -> tuple[int, ...]:
 def sum_sites(trace: poutine.Trace, axes: tuple[int, ...], nesting: int, num_particles: int) -> Tensor:
     """Log-density of a trace per particle and per row of ``axes``: ``(K,) + batch_shape``."""
     total: Tensor | float = 0.0
-    for name, site in trace.nodes.items():
+    for site in trace.nodes.values():
         if site["type"] != "sample" or site_is_subsample(site):
             continue
         total = total + sum_site(site["log_prob"], axes, nesting)

@@ -90,13 +90,11 @@ def fit(
     data = _checked(data)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
-    if not 1 <= batch_size:
+    if not batch_size >= 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     batch_size = min(batch_size, len(data))
     if not isinstance(objective, ELBO):
-        raise TypeError(
-            f"objective must be an ELBO such as llmppl.objectives.TrajectoryBalance(num_particles=16), got {objective!r}."
-        )
+        raise TypeError(f"objective must be an ELBO such as TrajectoryBalance(num_particles=16), got {objective!r}.")
     if seed is not None:
         pyro.set_rng_seed(seed)
     # Its own generator: the order of the data does not depend on how much the objective draws.
@@ -130,9 +128,7 @@ def fit(
                 total += loss / len(batch)
                 reports.append(getattr(objective, "diagnostics", None) or {"elbo": -loss * len(calls) / len(batch)})
             if optimizer is None:
-                optimizer = _optimizer(
-                    captured.trace, guide, learning_rate, log_partition_learning_rate, weight_decay
-                )
+                optimizer = _optimizer(captured.trace, guide, learning_rate, log_partition_learning_rate, weight_decay)
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
                 peaks = [group["lr"] for group in optimizer.param_groups]
             for parameter in parameters:
@@ -148,7 +144,10 @@ def fit(
             history.gradient_norm.append(float(norm))
             history.seconds.append(time.monotonic() - start)
             bar.set_postfix(
-                loss=f"{total:.2f}", ELBO=f"{history.elbo[-1]:.2f}", ESS=f"{history.ess[-1]:.1f}", refresh=False
+                loss=f"{total:.2f}",
+                ELBO=f"{history.elbo[-1]:.2f}",
+                ESS=f"{history.ess[-1]:.1f}",
+                refresh=False,
             )
             bar.update()
             if callback is not None:
@@ -173,7 +172,7 @@ def _collate(batch: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
     """A minibatch as one argument tuple: lists of strings, stacked tensors."""
     if len({len(item) for item in batch}) > 1:
         raise ValueError("vectorize_data=True needs tuples of one length. Leave it out for others.")
-    columns = []
+    columns: list[Any] = []
     for n, column in enumerate(zip(*batch, strict=True)):
         if all(isinstance(item, str) for item in column):
             columns.append(list(column))

@@ -10,9 +10,7 @@ from torch import Tensor
 from llmppl.language_model import LM
 
 
-def continuation(
-    lm: LM, temperature: float = 0.8, max_tokens: int = 24, stop: str = "."
-) -> Callable[[str], Tensor]:
+def continuation(lm: LM, temperature: float = 0.8, max_tokens: int = 24, stop: str = ".") -> Callable[[str], Tensor]:
     r"""The program with posterior :math:`p(\text{sentence}|\text{prompt})^{1/T}`, normalised.
 
     Tempering the sentence is not tempering its tokens: below 1 it favours sentences that are probable

@@ -91,9 +91,7 @@ def test_a_batch_gives_the_numbers_of_its_rows_in_any_order(lm: LM) -> None:
     beginnings = ["a", "bcde", "dd", "a", "abcabcabc"]
     values = lm(beginnings, max_tokens=4, stop=".").sample()
     together = lm(beginnings, max_tokens=4, stop=".").log_prob(values)
-    apart = torch.stack(
-        [lm(b, max_tokens=4, stop=".").log_prob(v) for b, v in zip(beginnings, values, strict=True)]
-    )
+    apart = torch.stack([lm(b, max_tokens=4, stop=".").log_prob(v) for b, v in zip(beginnings, values, strict=True)])
     torch.testing.assert_close(together, apart, atol=1e-12, rtol=0)
     order = [3, 1, 4, 0, 2]
     shuffled = lm([beginnings[n] for n in order], max_tokens=4, stop=".").log_prob(values[order])
@@ -113,9 +111,7 @@ def test_the_stream_scores_a_prefix_and_its_prefixes_sum_to_one(lm: LM) -> None:
     every = lm("ab", max_tokens=2).enumerate_support()
     torch.testing.assert_close(stream.log_prob(every).exp().sum(), torch.tensor(1.0).double())
     value = lm.encode("cd")
-    torch.testing.assert_close(
-        stream.log_prob(value), stream.log_prob(value[:1]) + lm("ab", "c").log_prob(value[1:])
-    )
+    torch.testing.assert_close(stream.log_prob(value), stream.log_prob(value[:1]) + lm("ab", "c").log_prob(value[1:]))
     with pytest.raises(ValueError, match="cannot be sampled"):
         stream.sample()
 
@@ -184,7 +180,7 @@ def test_seeds_reproduce(lm: LM) -> None:
 
 
 def test_many_rows_are_drawn_in_blocks(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmppl.sampling.MAX_ROWS", 7)
+    monkeypatch.setattr("llmppl.sampling.rows_at_once", lambda transformer, tokens: 7)
     contexts = ["a", "bb", "ccc"] * 10
     value, recorded = lm(contexts, max_tokens=4, stop=".").sample_with_log_prob()
     torch.testing.assert_close(recorded, lm(contexts, max_tokens=4, stop=".").log_prob(value))
@@ -193,5 +189,9 @@ def test_many_rows_are_drawn_in_blocks(lm: LM, monkeypatch: pytest.MonkeyPatch) 
 def test_reprs_tell(lm: LM) -> None:
     assert repr(lm("ab", max_tokens=3, stop=".")) == "AutoregressiveText(batch_shape=(), max_tokens=3, 1 stop tokens)"
     assert repr(lm("ab")) == "AutoregressiveText(batch_shape=(), unbounded stream)"
-    assert repr(lm("ab", max_tokens=3, stop=".").support) == "Text(vocabulary=6, min_tokens=0, max_tokens=3, 1 stop tokens)"
-    assert repr(lm).startswith("LM(LlamaForCausalLM") and "vocabulary=6" in repr(lm)
+    assert (
+        repr(lm("ab", max_tokens=3, stop=".").support)
+        == "Text(vocabulary=6, min_tokens=0, max_tokens=3, 1 stop tokens)"
+    )
+    assert repr(lm).startswith("LM(LlamaForCausalLM")
+    assert "vocabulary=6" in repr(lm)

@@ -8,6 +8,7 @@ import torch
 from pyro.infer import SVI, TraceEnum_ELBO, config_enumerate
 
 from llmppl import LM, exact_posterior
+from llmppl.guides import PromptGuide
 from llmppl.text import PAD
 
 
@@ -17,9 +18,7 @@ def test_weights_are_the_normalised_stream_probabilities(lm: LM) -> None:
     assert choice.batch_shape == (2,)
     stream = torch.stack([lm(["d", "ab"]).log_prob(lm.encode(o)) for o in options], -1)
     torch.testing.assert_close(choice.logits, stream.log_softmax(-1))
-    torch.testing.assert_close(
-        choice.log_prob(choice.enumerate_support()).exp().sum(0), torch.ones(2).double()
-    )
+    torch.testing.assert_close(choice.log_prob(choice.enumerate_support()).exp().sum(0), torch.ones(2).double())
 
 
 def test_samples_follow_the_weights(lm: LM) -> None:
@@ -49,6 +48,23 @@ def test_trace_enum_elbo_is_the_exact_evidence(lm: LM) -> None:
     assert -loss == pytest.approx(exact_posterior(model, "ed").log_evidence.item(), abs=1e-9)
 
 
+def test_trace_enum_elbo_sums_a_choice_out_while_a_text_guide_proposes_the_rest(lm: LM) -> None:
+    def model(ending: str) -> None:
+        middle = pyro.sample("middle", lm("ab", max_tokens=2, stop="."))
+        plan = pyro.sample("plan", lm.choice("ab", middle, options=["c", "de"]), infer={"enumerate": "parallel"})
+        pyro.sample("ending", lm("ab", plan), obs=lm.encode(ending))
+
+    guide = PromptGuide(model, lm, {"middle": lambda: ["ab"]})
+    elbo = TraceEnum_ELBO(max_plate_nesting=1, num_particles=2000, vectorize_particles=True)
+    texts = lm("ab", max_tokens=2, stop=".").enumerate_support()
+    log_q = lm("ab", max_tokens=2, stop=".").log_prob(texts)
+    options = lm.encode(["c", "de"])
+    plan = lm.choice("ab", texts[:, None], options=["c", "de"]).log_prob(options)
+    likelihood = (plan + lm("ab", options).log_prob(lm.encode("ed"))).logsumexp(-1)
+    exact = (log_q.exp() * likelihood).sum().item()  # prior and proposal cancel
+    assert -elbo.loss(model, guide, "ed") == pytest.approx(exact, abs=0.1)
+
+
 def test_trace_enum_elbo_inside_a_plate(lm: LM) -> None:
     def model(endings: list[str]) -> None:
         with pyro.plate("rows", len(endings)):
@@ -57,5 +73,10 @@ def test_trace_enum_elbo_inside_a_plate(lm: LM) -> None:
 
     loss = TraceEnum_ELBO(max_plate_nesting=1).loss(config_enumerate(model), lambda endings: None, ["ed", "a"])
     assert -loss == pytest.approx(exact_posterior(model, ["ed", "a"]).log_evidence.sum(), abs=1e-9)
-    svi = SVI(config_enumerate(model), lambda endings: None, pyro.optim.Adam({}), TraceEnum_ELBO(max_plate_nesting=1))
+    svi = SVI(
+        config_enumerate(model),
+        lambda endings: None,
+        pyro.optim.Adam({}),
+        TraceEnum_ELBO(max_plate_nesting=1),
+    )
     assert svi.evaluate_loss(["ed", "a"]) == pytest.approx(loss)

@@ -135,7 +135,9 @@ def test_a_checkpoint_of_another_model_or_shape_is_refused_and_nothing_changes(s
     refused(AutoregressiveGuide(story.program, story.lm, rank=2), "damaged")
 
 
-def test_an_interrupted_save_leaves_the_old_file(story: Story, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_save_leaves_the_old_file(
+    story: Story, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = f"{tmp_path}/guide.safetensors"
     guide = perturbed(AutoregressiveGuide(story.program, story.lm, rank=2))
     guide.save(path)

@@ -67,7 +67,9 @@ def test_the_evidence_estimate_is_unbiased_over_many_seeds(story: Story, kind: s
 def test_rows_of_a_plate_are_observations_of_their_own(story: Story) -> None:
     beginnings, endings = ["ab", "d", "ceb"], ["cd", "ea", "b"]
     guide = PromptGuide(story.program, story.lm)
-    exact = np.array([exact_posterior(story.program, b, e).log_evidence for b, e in zip(beginnings, endings, strict=True)])
+    exact = np.array(
+        [exact_posterior(story.program, b, e).log_evidence for b, e in zip(beginnings, endings, strict=True)]
+    )
 
     def rows(beginnings: list[str], endings: list[str]) -> None:
         with pyro.plate("rows", len(beginnings)):

@@ -54,7 +54,15 @@ def test_vectorised_data_and_tuples_one_by_one_train_the_same_objectives(story: 
             continue  # loops over its particles, each with the data plate
         guide = AutoregressiveGuide(story.program, story.lm, rank=2, seed=0)
         history = fit(
-            story.program, guide, DATA, objective, steps=3, batch_size=2, vectorize_data=vectorize, seed=0, progress=False
+            story.program,
+            guide,
+            DATA,
+            objective,
+            steps=3,
+            batch_size=2,
+            vectorize_data=vectorize,
+            seed=0,
+            progress=False,
         )
         assert np.isfinite(history.loss).all()
 
@@ -109,7 +117,18 @@ def test_the_gradient_norm_is_clipped_and_warm_up_is_linear(story: Story) -> Non
             if "lora_B" in name:
                 parameter.fill_(0.05)
     start = [p.detach().clone() for p in guide.parameters()]
-    fit(story.program, guide, DATA, TrajectoryBalance(4), steps=1, learning_rate=0.1, warmup_steps=10, weight_decay=0.0, seed=0, progress=False)
+    fit(
+        story.program,
+        guide,
+        DATA,
+        TrajectoryBalance(4),
+        steps=1,
+        learning_rate=0.1,
+        warmup_steps=10,
+        weight_decay=0.0,
+        seed=0,
+        progress=False,
+    )
     moved = max(float((p.detach() - s).abs().max()) for p, s in zip(guide.parameters(), start, strict=True))
     # Adam's first step is the learning rate, of which a tenth is left.
     assert moved == pytest.approx(0.01, rel=0.01)
@@ -136,7 +155,14 @@ def test_bad_arguments_are_named(story: Story, change: dict, error: type[Excepti
 def test_a_guide_without_parameters_has_nothing_to_train(story: Story) -> None:
     # No gradient reaches anything, so the objective's own backward is what would fail first.
     with pytest.raises(ValueError, match="nothing to train"):
-        fit(story.program, PromptGuide(story.program, story.lm), DATA, TrajectoryBalance(2), steps=1, progress=False)
+        fit(
+            story.program,
+            PromptGuide(story.program, story.lm),
+            DATA,
+            TrajectoryBalance(2),
+            steps=1,
+            progress=False,
+        )
 
 
 def test_parameters_of_the_model_are_trained_too(story: Story) -> None:

@@ -89,7 +89,7 @@ class AutoregressiveText(ConditionedText, TorchDistribution):
         shape = torch.Size(sample_shape) + self.batch_shape
         context = self.context.expand(shape + self.context.shape[-1:])
         rows = unpad_rows(context.reshape(-1, context.shape[-1]))
-        heat = None if temperature is None else temperature.expand(shape).reshape(-1)
+        heat = None if temperature is None else temperature.to(context.device).expand(shape).reshape(-1)
         try:
             with self.lm.using(self.adapter):
                 tokens, token_log_probs = draw(self.lm.transformer, self.law, rows, heat)
@@ -119,10 +119,14 @@ class AutoregressiveText(ConditionedText, TorchDistribution):
         if self._validate_args:
             self._validate_text(value)
         value, context, shape = self._broadcast(value)
+        if self.law.max_tokens is None:
+            check_length(context, value.shape[-1], self.lm.max_length)
+        # Equal rows are many where particles are: each is scored once.
+        distinct, row = torch.unique(torch.cat([context, value], -1), dim=0, return_inverse=True)
+        context, value = distinct.split([context.shape[-1], value.shape[-1]], -1)
         scores = self.lm.score(unpad_rows(context), unpad_rows(value), self.law, value.shape[-1], self.adapter)
-        inside = self.support.check(value)
-        scores = torch.where(inside[:, None], scores, torch.full_like(scores, -torch.inf))
-        return scores.reshape(shape + value.shape[-1:])
+        scores = scores.masked_fill(~self.support.check(value)[:, None], -torch.inf)
+        return scores[row].reshape(shape + value.shape[-1:])
 
     def _recorded_log_probs(self, value: Tensor) -> Tensor | None:
         """What was recorded while drawing ``value``: good where no gradient is wanted.

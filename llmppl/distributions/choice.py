@@ -44,7 +44,7 @@ def option_index(value: Tensor, options: Tensor) -> Tensor:
 class Choice(ConditionedText, TorchDistribution):
     r"""The finite distribution over given strings.
 
-    .. math:: p(o_i) = \frac{P(\text{the continuation begins with } o_i)}{\sum_j P(\text{the continuation begins with } o_j)}
+    .. math:: p(o_i) = \frac{P_i}{\sum_j P_j}, \qquad P_i = P(\text{the continuation begins with } o_i)
 
     Made by :meth:`llmppl.LM.choice`. It enumerates, so that ``TraceEnum_ELBO`` is exact on it.
 
@@ -113,7 +113,7 @@ class Choice(ConditionedText, TorchDistribution):
         with torch.no_grad():
             logits = self.logits.expand(torch.Size(sample_shape) + self.batch_shape + (-1,))
             if temperature is not None:
-                logits = logits / temperature.expand(logits.shape[:-1])[..., None]
+                logits = logits / temperature.to(logits.device).expand(logits.shape[:-1])[..., None]
             return self.options[torch.distributions.Categorical(logits=logits).sample()]
 
     def log_prob(self, value: Tensor) -> Tensor:

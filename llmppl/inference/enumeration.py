@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from llmppl.inference.importance import check_unscaled, gather
 from llmppl.inference.posterior import Posterior
 from llmppl.tracing import (
+    Given,
     Particles,
     Program,
     Site,
@@ -59,9 +59,7 @@ def exact_posterior(model: Program, *args: Any, **kwargs: Any) -> Posterior:
         while index := list(itertools.islice(combinations, BLOCK)):
             columns = torch.tensor(index).T
             values = {
-                name: support[column.to(support.device)].reshape(
-                    (len(index),) + (1,) * nesting + support.shape[1:]
-                )
+                name: support[column.to(support.device)].reshape((len(index),) + (1,) * nesting + support.shape[1:])
                 for name, support, column in zip(latent, supports, columns, strict=True)
             }
             blocks.append(_score(model, args, kwargs, values, nesting, axes, len(index)))
@@ -88,20 +86,6 @@ def _support(name: str, site: Site, axes: tuple[int, ...]) -> Tensor:
     return values.reshape(values.shape[:1] + fn.event_shape)
 
 
-class _Given(Messenger):
-    """Puts enumerated values in the place of latent sites, broadcast to each site's shape."""
-
-    def __init__(self, values: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: Site) -> None:
-        if msg["name"] in self.values and is_latent(msg):
-            value, fn = self.values[msg["name"]], msg["fn"]
-            msg["value"] = value.expand(torch.broadcast_shapes(value.shape, fn.batch_shape + fn.event_shape))
-            msg["done"] = True
-
-
 def _score(
     model: Program,
     args: tuple[Any, ...],
@@ -111,7 +95,7 @@ def _score(
     axes: tuple[int, ...],
     count: int,
 ) -> Particles:
-    with poutine.block(), _Given(values):
+    with poutine.block(), Given(values):
         trace = poutine.trace(in_particles(model, count, nesting)).get_trace(*args, **kwargs)
     trace.compute_log_prob()
     check_finite(trace, allow_zero=True)

@@ -11,7 +11,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from llmppl.inference.posterior import Posterior
-from llmppl.tracing import Particles, Program, Site, check_finite, in_data_plate, is_latent, is_text, run_particles
+from llmppl.tracing import (
+    Particles,
+    Program,
+    Site,
+    check_finite,
+    in_data_plate,
+    is_latent,
+    is_text,
+    run_particles,
+)
 
 BLOCK = 64
 """Particles that are drawn and scored together."""
@@ -22,7 +31,7 @@ def importance(
     guide: Program,
     num_samples: int = 64,
     vectorize_data: bool = False,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Callable[..., Posterior]:
     r"""Importance sampling: a function of the program's arguments that returns a :class:`Posterior`.
 
@@ -34,7 +43,7 @@ def importance(
     :param num_samples: ``K`` for each observation.
     :param vectorize_data: the returned function takes a list in place of each argument, one entry an
         observation, and runs the program once inside a plate, as :func:`~llmppl.fit` does.
-    :param progress: show a progress bar.
+    :param progress: show a progress bar if it takes more than a few seconds.
     :raises ValueError: log-probabilities that are NaN (with site and row), a scaled site, a guide that
         misses sites or has no exact density, or no sample of positive weight.
     """
@@ -51,7 +60,10 @@ def importance(
 
     def run(*args: Any, **kwargs: Any) -> Posterior:
         blocks: list[Particles] = []
-        with torch.no_grad(), tqdm(total=num_samples, desc="importance", disable=not progress) as bar:
+        with (
+            torch.no_grad(),
+            tqdm(total=num_samples, desc="importance", disable=not progress, delay=5, leave=False) as bar,
+        ):
             for start in range(0, num_samples, BLOCK):
                 count = min(BLOCK, num_samples - start)
                 particles = run_particles(model, guide, args, kwargs, count)
@@ -76,9 +88,7 @@ def gather(blocks: list[Particles], method: str, exactness: str) -> Posterior:
     first = blocks[0].model_trace
     latent = {name: site for name, site in first.nodes.items() if is_latent(site)}
     rows = blocks[0].log_p.shape[1:]
-    samples = {
-        name: np.concatenate([_value(block, name, rows) for block in blocks]) for name in latent
-    }
+    samples = {name: np.concatenate([_value(block, name, rows) for block in blocks]) for name in latent}
     observed = {
         name: site["value"].cpu().numpy()
         for name, site in first.nodes.items()

@@ -153,9 +153,7 @@ class Posterior:
         rows = len(self.batch_shape)
         lead = value.shape[1 : 1 + rows]
         if lead != self.batch_shape:
-            raise ValueError(
-                f"a site of shape {value.shape} does not follow the batch shape {self.batch_shape}."
-            )
+            raise ValueError(f"a site of shape {value.shape} does not follow the batch shape {self.batch_shape}.")
         expanded = index.reshape(index.shape + (1,) * (value.ndim - 1 - rows))
         return np.take_along_axis(value, expanded, axis=0)
 
@@ -183,7 +181,7 @@ class Posterior:
         """The posterior of one batch row."""
         if len(index) != len(self.batch_shape):
             raise IndexError(f"batch_shape is {self.batch_shape}: pass {len(self.batch_shape)} numbers.")
-        place = (slice(None), *index)
+        place: Any = (slice(None), *index)
         return Posterior(
             {name: value[place] for name, value in self.samples.items()},
             self.log_weights[place],

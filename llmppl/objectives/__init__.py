@@ -1,8 +1,9 @@
 """Objectives that train guides for latent text; each is a pyro ``ELBO``."""
 
 from llmppl.objectives.base import ParticleObjective
+from llmppl.objectives.subtrajectory_balance import SubTrajectoryBalance
 from llmppl.objectives.trajectory_balance import TrajectoryBalance
 from llmppl.objectives.variational import LeaveOneOutELBO
 from llmppl.objectives.wake_sleep import WakeSleep
 
-__all__ = ["LeaveOneOutELBO", "ParticleObjective", "TrajectoryBalance", "WakeSleep"]
+__all__ = ["LeaveOneOutELBO", "ParticleObjective", "SubTrajectoryBalance", "TrajectoryBalance", "WakeSleep"]

@@ -66,9 +66,7 @@ class ParticleObjective(ELBO):
         temperatures: Tensor | None = None,
         **options: bool,
     ) -> Particles:
-        particles = run_particles(
-            model, guide, args, kwargs, self.num_particles, temperatures=temperatures, **options
-        )
+        particles = run_particles(model, guide, args, kwargs, self.num_particles, temperatures=temperatures, **options)
         check_finite(particles.guide_trace)
         check_finite(particles.model_trace)
         on_policy = slice(None) if temperatures is None else (temperatures == 1.0).to(particles.log_p.device)

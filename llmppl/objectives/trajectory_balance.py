@@ -12,7 +12,28 @@ from llmppl.objectives.base import ParticleObjective
 from llmppl.tracing import Program
 
 
-class TrajectoryBalance(ParticleObjective):
+class OffPolicyObjective(ParticleObjective):
+    """An objective that any particles serve, whatever drew them.
+
+    :param temperatures: particles take turns at these sampling temperatures.
+    """
+
+    fewest_particles = 2
+
+    def __init__(self, num_particles: int, temperatures: Sequence[float]) -> None:
+        super().__init__(num_particles)
+        if not temperatures or not all(t > 0 for t in temperatures):
+            raise ValueError(f"temperatures={temperatures!r} must be positive numbers, at least one.")
+        self.temperatures = tuple(float(t) for t in temperatures)
+
+    def _temperatures(self) -> Tensor | None:
+        if self.temperatures == (1.0,):
+            return None
+        turns = [self.temperatures[k % len(self.temperatures)] for k in range(self.num_particles)]
+        return torch.tensor(turns)
+
+
+class TrajectoryBalance(OffPolicyObjective):
     r"""Trajectory balance [1], an off-policy objective: any particles serve.
 
     ``log_partition="vargrad"`` [2, 3], for each observation :math:`x` the sample variance over its
@@ -43,21 +64,16 @@ class TrajectoryBalance(ParticleObjective):
     [3] Zhang, Malkin, Liu, Volokhova, Courville, Bengio (2023), `Robust scheduling with GFlowNets`, eq. 8.
     """
 
-    fewest_particles = 2
-
     def __init__(
         self,
         num_particles: int = 8,
         log_partition: str = "vargrad",
         temperatures: Sequence[float] = (1.0,),
     ) -> None:
-        super().__init__(num_particles)
+        super().__init__(num_particles, temperatures)
         if log_partition not in ("vargrad", "learned"):
             raise ValueError(f"log_partition={log_partition!r} must be 'vargrad' or 'learned'.")
-        if not temperatures or not all(t > 0 for t in temperatures):
-            raise ValueError(f"temperatures={temperatures!r} must be positive numbers, at least one.")
         self.log_partition = log_partition
-        self.temperatures = tuple(float(t) for t in temperatures)
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         particles = self._particles(model, guide, args, kwargs, self._temperatures())
@@ -77,9 +93,3 @@ class TrajectoryBalance(ParticleObjective):
                 f"shape {tuple(rows)}: rows that share a latent are one observation. Use log_partition='vargrad'."
             )
         return (log_z + excess).square().mean(0).sum()
-
-    def _temperatures(self) -> Tensor | None:
-        if self.temperatures == (1.0,):
-            return None
-        turns = [self.temperatures[k % len(self.temperatures)] for k in range(self.num_particles)]
-        return torch.tensor(turns)

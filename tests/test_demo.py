@@ -1,0 +1,93 @@
+"""The demo and the command line, at reduced size."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from llmppl import LM, demo
+from llmppl.cli import app
+from llmppl.guides import PromptGuide
+from llmppl.models import infilling
+
+
+def test_the_stories_are_five_sentences_and_the_held_out_ones_are_not_trained_on() -> None:
+    data = demo.stories()
+    assert len(data) == len(set(data)) >= 100
+    training, held = demo.split(data, 8)
+    assert len(held) == 8
+    assert not set(training) & set(held)
+    assert set(held) <= set(data[-demo.HELD_OUT :])
+    for beginning, ending in data:
+        assert beginning.count(".") == 3
+        assert ending.startswith(" ")
+        assert ending.count(".") == 1
+
+
+def test_the_demo_trains_and_reports(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: object
+) -> None:
+    monkeypatch.setattr(demo, "PARTICLES", 3)
+    monkeypatch.setattr(demo, "STORIES_A_STEP", 1)
+    monkeypatch.setattr(demo, "TEMPERATURES", (1.0,))
+    path = f"{tmp_path}/guide.safetensors"
+    result = CliRunner().invoke(
+        app, ["demo", "--steps", "1", "--samples", "6", "--held-out", "2", "--save", path, "--threads", "1"]
+    )
+    assert result.exit_code == 0, result.output
+    for text in ("prompt guide", "trained here, 1 steps", "shipped adapter", "CPU s/sample", "gap"):
+        assert text in result.output
+    # Trained one step, saved, and used on the user's own story.
+    result = CliRunner().invoke(
+        app,
+        [
+            "infill",
+            "Tom lost his key.",
+            "He climbed in.",
+            "--guide",
+            path,
+            "--samples",
+            "4",
+            "--threads",
+            "1",
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    assert len(re.findall(r"ELBO -?\d", result.output)) == 2
+
+
+def test_the_shipped_adapter_beats_the_prompt_guide_and_the_prior(smollm2: LM) -> None:
+    story = infilling(smollm2)
+    guide = demo.make_guide(story, smollm2)
+    guide.load(demo.shipped_adapter())
+    assert demo.shipped_adapter().stat().st_size < 4_000_000
+    held = demo.split(demo.stories(), 3)[1]
+    guides = {
+        "prior": demo.prior_guide(story, smollm2),
+        "prompt": PromptGuide(story, smollm2, prompt={"middle": demo.ending_first}),
+        "shipped": guide,
+    }
+    elbo = {n: demo.propose(n, story, g, held, 12, 0).posterior.elbo.mean() for n, g in guides.items()}
+    assert elbo["shipped"] > elbo["prompt"] + 1.0
+    assert elbo["shipped"] > elbo["prior"] + 1.0
+    assert torch.get_num_threads() == 1
+    assert np.isfinite(list(elbo.values())).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["infill", " ", "He left."], "BEGINNING"),
+        (["infill", "Tom sat.", "He left.", "--guide", "/nothing"], "no adapter file"),
+        (["demo", "--steps", "0"], "steps"),
+        (["demo", "--held-out", "13"], "held-out"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert message in re.sub(r"\x1b\[[0-9;]*m", "", result.output)
