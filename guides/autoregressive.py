@@ -6,13 +6,12 @@ import itertools
 import os
 from collections.abc import Mapping
 
-import pyro
 import torch
 from torch import Tensor, nn
 
 from llmppl.checkpoint import load_adapter, save_adapter
 from llmppl.distributions.conditioned import ConditionedText
-from llmppl.guides.base import Prompt, TextGuide
+from llmppl.guides.base import Prompt, TextGuide, register_module
 from llmppl.language_model import LM
 from llmppl.tracing import Program
 
@@ -80,7 +79,7 @@ class AutoregressiveGuide(TextGuide):
         return prior.with_context(context, self.adapter)
 
     def register(self) -> None:
-        pyro.module(self.adapter, self.weights)
+        register_module(self.adapter, self.weights)
 
     def settings(self) -> dict[str, object]:
         """What a checkpoint must agree with, beside the model."""

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -96,6 +97,17 @@ class TextGuide(nn.Module):
         with proposer:
             self.model(*args, **kwargs)
         return {**given, **proposer.proposed}
+
+
+def register_module(name: str, module: nn.Module) -> None:
+    """``pyro.module``, but a parameter that another guide of this name left in the store gives way:
+    Pyro would put the old tensor in place of the new one, and the adapter would never train."""
+    store = pyro.get_param_store()
+    for key, parameter in module.named_parameters():
+        full_name = f"{name}$$${key}"
+        if full_name in store and store[full_name] is not parameter:
+            del store[full_name]
+    pyro.module(name, module)
 
 
 class _Recorder(Messenger):
@@ -246,8 +258,7 @@ def _rows_of(value: Tensor, site: Site, latent: Site) -> Tensor:
             continue
         rows = value.movedim(dim - 1, -2)
         merged = rows.reshape(*rows.shape[:-2], rows.shape[-2] * rows.shape[-1])
-        value = merged.unsqueeze(dim - 1) if -dim > 1 else merged.unsqueeze(-2)
-        value = left_aligned(value)
+        value = left_aligned(merged.unsqueeze(dim - 1))
     # Rows that were merged leave dimensions of size one, which must not widen the latent's batch.
     while value.dim() > 1 and value.shape[0] == 1:
         value = value[0]

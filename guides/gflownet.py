@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor, nn
 
 from llmppl.guides.autoregressive import AutoregressiveGuide
-from llmppl.guides.base import Prompt
+from llmppl.guides.base import Prompt, register_module
 from llmppl.language_model import LM
 from llmppl.text import pad_rows, unpad_rows
 from llmppl.tracing import Program, structure, text_sites
@@ -45,7 +44,7 @@ class GFlowNetGuide(AutoregressiveGuide):
 
     def register(self) -> None:
         super().register()
-        pyro.module(f"{self.adapter}_log_partition", self.head)
+        register_module(f"{self.adapter}_log_partition", self.head)
 
     def tensors(self) -> dict[str, Tensor]:
         return {**super().tensors(), **{f"log_partition.{k}": v for k, v in self.head.state_dict().items()}}

@@ -169,6 +169,17 @@ def test_seeds_reproduce_the_adapter_and_leave_torchs_generator_alone(story: Sto
         assert torch.equal(a, b)
 
 
+def test_a_guide_of_a_known_name_on_another_model_trains_its_own_weights(story: Story) -> None:
+    """Pyro's parameter store would hand it the weights of the first."""
+    first = AutoregressiveGuide(story.program, story.lm, rank=2, adapter="guide")
+    first(*story.args)
+    second = AutoregressiveGuide(story.program, tiny_lm(seed=1), rank=2, adapter="guide")
+    second(*story.args)
+    adapter = second.lm.adapters.parameters("guide")
+    assert all(p is adapter[key.replace("/", ".")] for key, p in second.weights.items())
+    assert all(pyro.param(f"guide$$${key}") is p for key, p in second.weights.items())
+
+
 def test_log_partition_is_a_function_of_the_prompt(story: Story) -> None:
     guide = GFlowNetGuide(story.program, story.lm, rank=2)
     with torch.no_grad():
