@@ -98,6 +98,23 @@ def test_a_batch_gives_the_numbers_of_its_rows_in_any_order(lm: LM) -> None:
     torch.testing.assert_close(shuffled, together[order], atol=1e-12, rtol=0)
 
 
+def test_a_prefix_that_is_prompt_in_one_row_and_text_in_another_has_two_laws(lm: LM) -> None:
+    """After "abc" the first row may end already, the second may not."""
+    law = {"max_tokens": 4, "min_tokens": 3, "stop": "."}
+    contexts, values = ["a", "abc"], lm.encode(["bcd.", "dde."])
+    together = lm(contexts, **law).log_prob(values)
+    apart = torch.stack([lm(c, **law).log_prob(v) for c, v in zip(contexts, values, strict=True)])
+    torch.testing.assert_close(together, apart, atol=1e-12, rtol=0)
+
+
+def test_a_text_may_end_at_its_fewest_tokens_and_not_before(lm: LM) -> None:
+    d = lm("ab", max_tokens=4, min_tokens=3, stop=".")
+    logits = lm.transformer(lm.encode("abcd")[None]).logits[0, 1:]  # after "ab", "abc", "abcd"
+    early, end = logits[:2, 1:].log_softmax(-1), logits[2].log_softmax(-1)
+    expected = early[0, 3 - 1] + early[1, 4 - 1] + end[0]
+    torch.testing.assert_close(d.log_prob(lm.encode("cd.")), expected)
+
+
 def test_padding_inside_a_context_changes_nothing(lm: LM) -> None:
     first = torch.tensor([[1, PAD, PAD], [2, 3, 4]])
     value = lm.encode("ed.")
