@@ -112,9 +112,9 @@ def table(proposals: Sequence[Proposal]) -> str:
     width = max(len(p.name) for p in proposals)
     count = evidence.size
     lines = [
-        f"Mean over {count} held-out stories, {proposals[0].posterior.num_samples} samples each; log Z stands for the "
-        f"best log Ẑ of all rows, {evidence.mean():.2f}",
-        "nats on average: a lower bound in expectation, so the gaps are too.",
+        f"Mean over {count} held-out stories, {proposals[0].posterior.num_samples} samples each, in nats. "
+        "log Z stands for the best log Ẑ of all proposals,",
+        f"{evidence.mean():.2f} on average: a lower bound in expectation, and so are the gaps.",
         "",
         f"{'proposal':<{width}}     ELBO    log Ẑ     gap ± s.e.   ESS     k̂   CPU s/sample   CPU s/effective sample",
     ]

@@ -55,7 +55,7 @@ def inference_gap(posterior: Posterior, *references: Posterior) -> InferenceGap:
                 f"a reference of batch shape {reference.batch_shape} does not fit the posterior's "
                 f"{posterior.batch_shape}. Give posteriors of the same observations."
             )
-    everything = [posterior, *references]
+    everything = [posterior, *(reference for reference in references if reference is not posterior)]
     exact = [p for p in everything if p.method == "enumeration"]
     if exact:
         evidence, error = exact[0].log_evidence, np.zeros(posterior.batch_shape)
