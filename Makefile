@@ -8,7 +8,7 @@ demo: venv
 	$(BIN)/llmppl demo
 
 test: venv
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: venv
 	$(BIN)/ruff check .
