@@ -13,8 +13,9 @@ from conftest import Story
 from pyro import poutine
 from test_objectives import perturbed
 
-from llmppl import LM, exact_posterior, importance, inference_gap
+from llmppl import LM, exact_posterior, fit, importance, inference_gap
 from llmppl.guides import AutoregressiveGuide, PromptGuide
+from llmppl.objectives import TrajectoryBalance
 
 
 def test_the_enumerated_evidence_is_the_sum_of_the_joint(story: Story) -> None:
@@ -160,6 +161,23 @@ def test_mixed_programs_take_another_guide_for_other_latents(lm: LM) -> None:
     grid = torch.linspace(0.00005, 0.99995, 10_000, dtype=torch.float64)
     rate_part = (dist.Beta(2.0, 2.0).log_prob(grid) + 3 * grid).exp().mean().log().item()
     assert abs(posterior.log_evidence - (text_part + rate_part)) < 4 * posterior.log_evidence_error
+
+
+def test_a_choice_and_a_text_are_guided_together(lm: LM) -> None:
+    def model(ending: str) -> None:
+        plan = pyro.sample("plan", lm.choice("ab", options=["c", "de", "."]))
+        middle = pyro.sample("middle", lm("ab", plan, max_tokens=2, stop="."))
+        pyro.sample("ending", lm("ab", plan, middle), obs=lm.encode(ending))
+
+    guide = perturbed(AutoregressiveGuide(model, lm, rank=2), 0.05)
+    exact = exact_posterior(model, "cd")
+    assert exact.num_samples == 3 * 31
+    prior = {"plan": lambda: ["ab"], "middle": lambda plan: ["ab", plan]}
+    posterior = importance(model, PromptGuide(model, lm, prior), 3000)("cd")
+    assert abs(posterior.log_evidence - exact.log_evidence) < 4 * posterior.log_evidence_error
+    before = [p.detach().clone() for p in guide.parameters()]
+    fit(model, guide, [("cd",)], TrajectoryBalance(8), steps=2, seed=0, progress=False)
+    assert any(not torch.equal(b, p) for b, p in zip(before, guide.parameters(), strict=True))
 
 
 def test_a_hard_condition_gives_zero_weights_and_none_positive_is_an_error(story: Story) -> None:

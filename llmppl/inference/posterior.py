@@ -94,7 +94,9 @@ class Posterior:
     @property
     def khat(self) -> Array:
         """Pareto k̂ of the weights (Vehtari et al. 2024): below 0.7 they can be relied on, if no mode
-        was missed. −inf for equal weights; NaN where there are too few samples, or by enumeration."""
+        was missed. −inf for equal weights; NaN where there are too few samples, or by enumeration. Where
+        few texts have most of the mass the weights are few distinct numbers, and k̂ can be far above 0.7
+        although they are nearly equal: read it beside :attr:`ess`."""
         if self.method == "enumeration":
             return np.full(self.batch_shape, np.nan)
         flat = self.log_weights.reshape(self.num_samples, -1)
