@@ -106,6 +106,11 @@ def fit(
     history, queue = History(), list[int]()
     optimizer: torch.optim.Optimizer | None = None
     parameters: list[Tensor] = []
+    # What an earlier run or backward pass left behind is none of this one's gradient.
+    for _, parameter in pyro.get_param_store().named_parameters():
+        parameter.grad = None
+    if isinstance(guide, nn.Module):
+        guide.zero_grad()
     start = time.monotonic()
     with tqdm(total=steps, desc=f"fit {type(objective).__name__}", disable=not progress) as bar:
         for step in range(steps):
@@ -197,9 +202,10 @@ def _optimizer(
     captured: poutine.Trace, guide: Program, learning_rate: float, head_rate: float, weight_decay: float
 ) -> torch.optim.Optimizer:
     """AdamW over every parameter that the first step met in Pyro's store, as SVI finds them."""
-    found = {site["value"].unconstrained() for site in captured.nodes.values()}
+    # In order of first use: sums over a set would differ from one process to the next.
+    found = dict.fromkeys(site["value"].unconstrained() for site in captured.nodes.values())
     if isinstance(guide, nn.Module):
-        found |= {p for p in guide.parameters() if p.requires_grad}
+        found |= dict.fromkeys(p for p in guide.parameters() if p.requires_grad)
     head = set(guide.head.parameters()) if hasattr(guide, "head") else set()
     groups = [
         {"params": [p for p in found if p not in head], "lr": learning_rate},

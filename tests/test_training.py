@@ -91,6 +91,17 @@ def test_seeds_reproduce_a_run(story: Story) -> None:
     assert runs[0] == runs[1]
 
 
+def test_gradients_left_behind_by_an_earlier_run_do_not_count(story: Story) -> None:
+    norms = []
+    for left in (0.0, 1e3):
+        guide = AutoregressiveGuide(story.program, story.lm, rank=2, seed=0)
+        for parameter in guide.parameters():
+            parameter.grad = torch.full_like(parameter, left)
+        run = fit(story.program, guide, DATA, TrajectoryBalance(4), steps=1, seed=9, progress=False)
+        norms.append(run.gradient_norm[0])
+    assert norms[0] == norms[1]
+
+
 def test_every_observation_is_drawn_once_before_any_is_drawn_again(story: Story) -> None:
     seen: list[tuple[str, str]] = []
 

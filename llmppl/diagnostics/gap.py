@@ -13,7 +13,7 @@ from llmppl.inference.posterior import Posterior
 
 @dataclass(frozen=True)
 class InferenceGap:
-    r"""log Z − ELBO(q) = KL(q‖p(z|x)), in nats, for each batch row (Cremer et al. 2018, eq. 3).
+    r"""log Z − ELBO(q) = KL(q‖p(z|x)), in nats, for each batch row (Cremer et al. 2018).
 
     :param gap: shape ``batch_shape``.
     :param error: its standard error, from those of both terms.

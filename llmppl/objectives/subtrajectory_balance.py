@@ -50,7 +50,7 @@ class SubTrajectoryBalance(OffPolicyObjective):
     References
 
     [1] Madan, Rector-Brooks, Korablyov, Bengio, Jain, Nica, Bosc, Bengio, Malkin (2023), `Learning
-    GFlowNets from partial episodes`, eq. 9.
+    GFlowNets from partial episodes for improved convergence and stability`.
     [2] Hu, Jain, Elmoznino, Kaddar, Lajoie, Bengio, Malkin (2024), `Amortizing intractable inference in
     large language models`, eq. 3.
     """

@@ -59,9 +59,10 @@ class TrajectoryBalance(OffPolicyObjective):
 
     References
 
-    [1] Malkin, Jain, Bengio, Sun, Bengio (2022), `Trajectory balance`, eq. 14.
-    [2] Richter, Boustati, Nüsken, Ruiz, Akyildiz (2020), `VarGrad`, eq. 7.
-    [3] Zhang, Malkin, Liu, Volokhova, Courville, Bengio (2023), `Robust scheduling with GFlowNets`, eq. 8.
+    [1] Malkin, Jain, Bengio, Sun, Bengio (2022), `Trajectory balance: improved credit assignment in GFlowNets`.
+    [2] Richter, Boustati, Nüsken, Ruiz, Akyildiz (2020), `VarGrad: a low-variance gradient
+    estimator for variational inference`.
+    [3] Zhang, Rainone, Peschl, Bondesan (2023), `Robust scheduling with GFlowNets`.
     """
 
     def __init__(
