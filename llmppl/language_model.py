@@ -15,7 +15,8 @@ from torch import Tensor
 from llmppl.adapters import Adapters
 from llmppl.distributions.autoregressive import AutoregressiveText
 from llmppl.distributions.choice import Choice
-from llmppl.scoring import score
+from llmppl.network import Network
+from llmppl.scoring import Request, score
 from llmppl.stopping import TextLaw
 from llmppl.text import PAD, Piece, check_text, describe, join, pad_rows
 from llmppl.tokenization import Codec
@@ -47,6 +48,7 @@ class LM:
         self.codec = Codec(tokenizer)
         self.vocabulary = min(self.codec.vocabulary, model.get_input_embeddings().weight.shape[0])
         self.adapters = Adapters(self.transformer)
+        self.network = Network(self.transformer)
         self._found: dict[str, list[int]] = {}
 
     @classmethod
@@ -288,18 +290,11 @@ class LM:
             return 0
         return sum(p._version for p in self.adapters.parameters(adapter).values())
 
-    def score(
-        self,
-        contexts: Sequence[Sequence[int]],
-        texts: Sequence[Sequence[int]],
-        law: TextLaw,
-        width: int,
-        adapter: str | None = None,
-    ) -> Tensor:
-        """Log-probability of each token of each text, ``(N, width)``, in nats; see
+    def score(self, requests: Sequence[Request], adapter: str | None = None) -> list[Tensor]:
+        """Log-probability of each token of each request's texts, ``(N, width)``, in nats; see
         :func:`llmppl.scoring.score`. With gradients where the adapter trains."""
         with self.using(adapter), torch.set_grad_enabled(torch.is_grad_enabled() and self.trains(adapter)):
-            return score(self.transformer, law, contexts, texts, width)
+            return score(self.network, requests)
 
     @property
     def device(self) -> torch.device:
@@ -311,8 +306,13 @@ class LM:
 
     @property
     def max_length(self) -> int | None:
-        """Most tokens the model can read at once, or ``None`` where its configuration does not say."""
-        return getattr(self.transformer.config, "max_position_embeddings", None)
+        """Most tokens the model can read at once, or ``None`` where its configuration does not say.
+
+        A sliding window counts: no text may outgrow it, so that it never matters.
+        """
+        config = self.transformer.config
+        known = (getattr(config, key, None) for key in ("max_position_embeddings", "sliding_window"))
+        return min((length for length in known if length), default=None)
 
     @cached_property
     def name(self) -> str:

@@ -1,171 +1,165 @@
 """Scoring texts: every distinct token prefix of a batch goes through the network once.
 
-The (context, text) rows of a batch are merged into a forest of prefixes. One forward pass runs over
-its nodes, each attending to its own ancestors only (a 4-D mask), with its depth as position. Rows
-that share a prompt, particles that share an observation and rows that are equal therefore cost
-nothing twice, no padding is ever computed, and a batch gives the numbers of its rows one by one.
+The (context, text) rows of all that is asked for together are merged into one trie of prefixes. Its
+nodes run through the transformer packed, each seeing its own ancestors only (a 4-D mask), with its
+depth as position. Rows that share a prompt, particles that share an observation, sites that share a
+context, prefixes of one text and rows that are equal therefore cost nothing twice, no padding is
+ever computed, and a batch gives the numbers of its rows one by one. A long trie runs in chunks; a
+chunk is given the keys and values of the one path of the former chunks that it can see.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from llmppl.network import KeysAndValues, Network
 from llmppl.text import PAD
+from llmppl.trie import Trie
 
 if TYPE_CHECKING:
     from llmppl.stopping import TextLaw
 
-MAX_NODES = 1024
-"""Nodes of one forward pass: its memory is linear in them, its attention mask quadratic."""
+MAX_NODES = {"cpu": 256, "cuda": 2048}
+"""Tokens of one forward pass, by device: attention is quadratic in them, everything else linear."""
+
+HEAD_ROWS = 256
+"""States whose logits over the vocabulary exist at one time."""
 
 
-@dataclass
-class Forest:
-    """A trie of token rows, packed for one forward pass; parents stand before their children."""
-
-    tokens: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
-    depths: list[int] = field(default_factory=list)
-    children: dict[tuple[int, int], int] = field(default_factory=dict)
-
-    def missing(self, row: Sequence[int]) -> int:
-        """How many nodes ``row`` would add."""
-        node, found = -1, 0
-        for token in row:
-            child = self.children.get((node, token))
-            if child is None:
-                break
-            node, found = child, found + 1
-        return len(row) - found
-
-    def insert(self, row: Sequence[int]) -> list[int]:
-        """Add a row; return the node of each of its tokens."""
-        node, path = -1, []
-        for depth, token in enumerate(row):
-            child = self.children.get((node, token))
-            if child is None:
-                child = len(self.tokens)
-                self.children[node, token] = child
-                self.tokens.append(token)
-                self.parents.append(node)
-                self.depths.append(depth)
-            path.append(child)
-            node = child
-        return path
-
-    def attention_mask(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Additive mask of shape ``(1, 1, M, M)``: a node sees itself and its ancestors."""
-        visible = torch.zeros(len(self.tokens), len(self.tokens), dtype=torch.bool)
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                visible[node] = visible[parent]
-            visible[node, node] = True
-        mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
-        return mask[None, None].to(device)
-
-    def logits(self, transformer: torch.nn.Module, nodes: list[int]) -> Tensor:
-        """The network's logits after each of ``nodes``, of shape ``(len(nodes), V)``."""
-        parameter = next(transformer.parameters())
-        device = parameter.device
-        keep = torch.tensor(nodes, device=device)
-        arguments = {
-            "input_ids": torch.tensor([self.tokens], device=device),
-            "position_ids": torch.tensor([self.depths], device=device),
-            "attention_mask": self.attention_mask(parameter.dtype, device),
-            "use_cache": False,
-        }
-        if "logits_to_keep" in inspect.signature(transformer.forward).parameters:
-            return transformer(**arguments, logits_to_keep=keep).logits[0]
-        return transformer(**arguments).logits[0, keep]
-
-
-def forests(rows: Sequence[Sequence[int]], max_nodes: int) -> Iterator[tuple[Forest, dict[int, list[int]]]]:
-    """Pack rows into forests of at most ``max_nodes`` (one row alone may exceed it).
-
-    :returns: each forest with the node paths of its rows, by row number.
-    """
-    forest, paths = Forest(), dict[int, list[int]]()
-    # In lexicographic order rows that share a prefix are neighbours, so that they share a forest.
-    for n in sorted(range(len(rows)), key=lambda n: list(rows[n])):
-        if paths and len(forest.tokens) + forest.missing(rows[n]) > max_nodes:
-            yield forest, paths
-            forest, paths = Forest(), {}
-        paths[n] = forest.insert(rows[n])
-    if paths:
-        yield forest, paths
-
-
-def score(
-    transformer: torch.nn.Module,
-    law: TextLaw,
-    contexts: Sequence[Sequence[int]],
-    texts: Sequence[Sequence[int]],
-    width: int,
-    max_nodes: int = MAX_NODES,
-) -> Tensor:
-    """Log-probability of every token of every text given its context and the tokens before it.
+@dataclass(frozen=True)
+class Request:
+    """Texts of one law, each to be scored after its context.
 
     :param contexts: ``N`` token lists, none empty.
     :param texts: ``N`` token lists.
     :param width: number of columns ``T`` of the result.
-    :returns: ``(N, T)`` in nats, zero behind the end; −inf for tokens that the law forbids.
     """
+
+    law: TextLaw
+    contexts: Sequence[Sequence[int]]
+    texts: Sequence[Sequence[int]]
+    width: int
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One log-probability wanted: that of ``token`` after ``node``."""
+
+    node: int
+    token: int
+    row: int
+    column: int
+
+
+def score(network: Network, requests: Sequence[Request], max_nodes: int | None = None) -> list[Tensor]:
+    """Log-probability of every token of every text given its context and the tokens before it.
+
+    :param max_nodes: tokens of one forward pass; by default :data:`MAX_NODES`.
+    :returns: for each request ``(N, T)`` in nats, zero behind the end; −inf for tokens that the law
+        forbids.
+    """
+    size = max_nodes or MAX_NODES.get(network.device.type, MAX_NODES["cpu"])
     # The last token of a text is predicted, never read.
-    rows = [[*context, *text[:-1]] for context, text in zip(contexts, texts, strict=True)]
-    results, places = [], list[tuple[int, int]]()
-    for forest, paths in forests(rows, max_nodes):
-        # One entry a (row, token): the node before it, its number in the text, the token.
-        entries = [(paths[n][len(contexts[n]) - 1 + t], t, token, n) for n in paths for t, token in enumerate(texts[n])]
-        if not entries:
-            continue
-        scores = _score_entries(transformer, law, forest, entries, texts)
-        results.append(scores)
-        places.extend((n, t) for _, t, _, n in entries)
-    parameter = next(transformer.parameters())
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    total = torch.zeros(len(texts), width, dtype=dtype, device=parameter.device)
-    if not results:
+    rows = [[*context, *text[:-1]] for r in requests for context, text in zip(r.contexts, r.texts, strict=True) if text]
+    trie = Trie.of(rows)
+    chunks = -(-len(trie) // size)
+    size = -(-len(trie) // chunks) if chunks else size  # chunks of one length
+
+    # What is wanted of each chunk, by request.
+    wanted: list[dict[int, list[_Entry]]] = [{} for _ in range(chunks)]
+    paths = iter(trie.paths)
+    for number, r in enumerate(requests):
+        for n, (context, text) in enumerate(zip(r.contexts, r.texts, strict=True)):
+            path = next(paths)[len(context) - 1 :] if text else []
+            for t, (node, token) in enumerate(zip(path, text, strict=True)):
+                wanted[node // size].setdefault(number, []).append(_Entry(node, token, n, t))
+
+    found: list[list[Tensor]] = [[] for _ in requests]
+    places: list[list[tuple[int, int]]] = [[] for _ in requests]
+    past: KeysAndValues | None = None
+    for c, by_request in enumerate(wanted):
+        start, stop = c * size, min((c + 1) * size, len(trie))
+        keep = sorted({entry.node for entries in by_request.values() for entry in entries})
+        onward = trie.ancestors(stop) if stop < len(trie) else []
+        states, cache = network.states(
+            trie.tokens[start:stop],
+            trie.depths[start:stop],
+            trie.visible(start, stop),
+            [node - start for node in keep],
+            past,
+            caches=bool(onward),
+        )
+        past = _select(cache, trie.depths[start], start, onward, trie.depths)
+        at = {node: n for n, node in enumerate(keep)}
+        for number, entries in by_request.items():
+            scores, ordered = _score_chunk(network, requests[number], states, at, entries, len(trie))
+            found[number].append(scores)
+            places[number].extend((entry.row, entry.column) for entry in ordered)
+    return [_table(network, r, f, p) for r, f, p in zip(requests, found, places, strict=True)]
+
+
+def _select(
+    cache: KeysAndValues | None, past: int, start: int, path: list[int], depths: list[int]
+) -> KeysAndValues | None:
+    """The keys and values of one path, from those of a chunk and of what it was given."""
+    if cache is None:
+        return None
+    where = [past + node - start if node >= start else depths[node] for node in path]
+    index = torch.tensor(where, device=cache[0][0].device)
+    return [(keys.index_select(-2, index), values.index_select(-2, index)) for keys, values in cache]
+
+
+def _table(network: Network, r: Request, found: list[Tensor], places: list[tuple[int, int]]) -> Tensor:
+    total = torch.zeros(len(r.texts), r.width, dtype=network.dtype, device=network.device)
+    if not found:
         return total
     row, column = torch.tensor(places, device=total.device).T
-    return total.index_put((row, column), torch.cat(results))
+    return total.index_put((row, column), torch.cat(found))
 
 
-def _score_entries(
-    transformer: torch.nn.Module,
-    law: TextLaw,
-    forest: Forest,
-    entries: list[tuple[int, int, int, int]],
-    texts: Sequence[Sequence[int]],
-) -> Tensor:
-    """``(len(entries),)`` log-probabilities, each distinct next-token law normalised once."""
-    nodes = sorted({node for node, _, _, _ in entries})
-    position = {node: n for n, node in enumerate(nodes)}
-    if law.grammar is None:
+def _score_chunk(
+    network: Network, r: Request, states: Tensor, at: dict[int, int], entries: list[_Entry], nodes: int
+) -> tuple[Tensor, list[_Entry]]:
+    """Log-probabilities of a chunk's entries, each distinct next-token law normalised once; and the
+    entries in their order."""
+    by_law: dict[tuple[int, int], list[_Entry]] = {}
+    for entry in entries:
         # The next-token law depends on the node, and on whether the text may end here.
-        keys = [(node, min(t, law.min_tokens)) for node, t, _, _ in entries]
-    else:
-        keys = [(n, t) for _, t, _, n in entries]
-    first: dict[tuple[int, int], int] = {}
-    for number, key in enumerate(keys):
-        first.setdefault(key, number)
-    rows = {key: n for n, key in enumerate(first)}
-    chosen = [entries[number] for number in first.values()]
+        step = min(entry.column, r.law.min_tokens)
+        key = (entry.node, step) if r.law.grammar is None else (entry.row, entry.column)
+        by_law.setdefault(key, []).append(entry)
+    groups = list(by_law.values())
+    scores = []
+    # Logits of more than one block are made again in the backward pass, not kept for it.
+    saves = torch.is_grad_enabled() and states.requires_grad and nodes > HEAD_ROWS
+    for first in range(0, len(groups), HEAD_ROWS):
+        block = groups[first : first + HEAD_ROWS]
+        index = torch.tensor([at[group[0].node] for group in block], device=states.device)
+        if saves:
+            part = checkpoint(
+                _normalised, network, r, states[index], block, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            part = _normalised(network, r, states[index], block)
+        scores.append(part)
+    return torch.cat(scores), [entry for group in groups for entry in group]
 
-    logits = forest.logits(transformer, nodes)
-    device = logits.device
-    index = torch.tensor([position[node] for node, _, _, _ in chosen], device=device)
-    steps = torch.tensor([t for _, t, _, _ in chosen], device=device)
-    prefixes = None if law.grammar is None else [texts[n][:t] for _, t, _, n in chosen]
-    scaled = law.scaled_logits(logits[index], steps, prefixes)  # (distinct laws, V)
-    row = torch.tensor([rows[key] for key in keys], device=device)
-    token = torch.tensor([token for _, _, token, _ in entries], device=device)
-    return scaled[row, token] - torch.logsumexp(scaled, -1)[row]
+
+def _normalised(network: Network, r: Request, states: Tensor, groups: list[list[_Entry]]) -> Tensor:
+    """Log-probabilities of the entries of each group under the next-token law that they share."""
+    firsts = [group[0] for group in groups]
+    steps = torch.tensor([entry.column for entry in firsts], device=states.device)
+    prefixes = None if r.law.grammar is None else [r.texts[entry.row][: entry.column] for entry in firsts]
+    scaled = r.law.scaled_logits(network.logits(states), steps, prefixes)  # (groups, V)
+    row = torch.tensor([n for n, group in enumerate(groups) for _ in group], device=states.device)
+    token = torch.tensor([entry.token for group in groups for entry in group], device=states.device)
+    return scaled[row, token] - scaled.logsumexp(-1)[row]
 
 
 def check_length(contexts: Tensor, max_tokens: int, model_length: int | None) -> None:

@@ -101,7 +101,9 @@ class TextLaw:
         :param step: ``(P,)``, how many tokens of the text stand before.
         :param prefixes: ``P`` token lists, the text so far; only a grammar reads them.
         """
-        scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
+        scaled = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.temperature != 1:
+            scaled = scaled / self.temperature
         if scaled.shape[-1] > self.vocabulary:
             # Embedding matrices are often padded beyond the tokenizer; those ids are no text.
             scaled = scaled[:, : self.vocabulary]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmppl.distributions.autoregressive import AutoregressiveText
 from llmppl.distributions.choice import Choice
-from llmppl.distributions.conditioned import ConditionedText
+from llmppl.distributions.conditioned import ConditionedText, score_together
 from llmppl.stopping import TextLaw
 from llmppl.text import PAD, lengths
 
@@ -251,11 +251,8 @@ def run_particles(
     model_in = in_particles(model, num_particles, nesting)
     check_sites(sites, guide_trace)
     model_trace = poutine.trace(poutine.replay(model_in, trace=guide_trace)).get_trace(*args, **kwargs)
-    if score_parts:
-        guide_trace.compute_score_parts()
-    else:
-        guide_trace.compute_log_prob()
-    model_trace.compute_log_prob()
+    compute_log_prob(guide_trace, score_parts)
+    compute_log_prob(model_trace)
     axes = common_axes(model_trace, guide_trace)
     return Particles(
         log_p=sum_sites(model_trace, axes, nesting, num_particles),
@@ -265,6 +262,25 @@ def run_particles(
         axes=axes,
         nesting=nesting,
     )
+
+
+def compute_log_prob(trace: poutine.Trace, score_parts: bool = False) -> None:
+    """Pyro's ``trace.compute_log_prob``, with all texts of the trace scored in one pass before.
+
+    :param score_parts: compute the score parts as well.
+    """
+    waiting = []
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and is_text(site) and "log_prob" not in site:
+            try:
+                waiting.append((site["fn"], site["fn"].pending(site["value"])))
+            except ValueError as error:
+                raise ValueError(f"Error while computing log_prob at site {name!r}:\n{error}") from error
+    score_together(waiting)
+    if score_parts:
+        trace.compute_score_parts()
+    else:
+        trace.compute_log_prob()
 
 
 def check_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:

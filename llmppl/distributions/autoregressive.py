@@ -9,9 +9,9 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from llmppl.distributions.conditioned import ConditionedText
+from llmppl.distributions.conditioned import ConditionedText, Memo, Pending, score_together
 from llmppl.sampling import NotFiniteError, draw
-from llmppl.scoring import check_length
+from llmppl.scoring import Request, check_length
 from llmppl.stopping import TextLaw, _Text, enumerate_texts
 from llmppl.text import check_text, lengths, unpad_rows, widen
 
@@ -46,7 +46,7 @@ class AutoregressiveText(ConditionedText, TorchDistribution):
         validate_args: bool | None = None,
     ) -> None:
         self.lm, self.context, self.law, self.adapter = lm, context, law, adapter
-        self._recorded: tuple[Tensor, Tensor, int] | None = None
+        self._memo = Memo()
         if law.max_tokens is not None:
             check_length(context, law.max_tokens, lm.max_length)
         # The stream has no length of its own; a trace never asks for more than the number of dims.
@@ -64,7 +64,8 @@ class AutoregressiveText(ConditionedText, TorchDistribution):
     def expand(self, batch_shape: Any, _instance: object = None) -> AutoregressiveText:
         batch_shape = torch.Size(batch_shape)
         expanded = self.with_context(self.context.expand(batch_shape + self.context.shape[-1:]), self.adapter)
-        expanded._recorded, expanded.site = self._recorded, self.site
+        # Shared: what one of them has scored, the other need not.
+        expanded._memo, expanded.site = self._memo, self.site
         return expanded
 
     def sample(self, sample_shape: Any = torch.Size(), temperature: Tensor | None = None) -> Tensor:
@@ -97,7 +98,7 @@ class AutoregressiveText(ConditionedText, TorchDistribution):
             raise ValueError(f"site {self.site!r}: {error}" if self.site else str(error)) from None
         tokens = tokens.reshape(shape + self.event_shape)
         token_log_probs = token_log_probs.reshape(tokens.shape)
-        self._recorded = (tokens.clone(), token_log_probs, self.lm.version(self.adapter))
+        self._remember(tokens, token_log_probs)
         return tokens, token_log_probs.sum(-1)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -113,35 +114,31 @@ class AutoregressiveText(ConditionedText, TorchDistribution):
         :returns: shape ``broadcast(value.shape[:-1], batch_shape) + (T,)``.
         """
         value = check_text(value, "value", self.law.vocabulary)
-        recorded = self._recorded_log_probs(value)
-        if recorded is not None:
-            return recorded
+        score_together([(self, self.pending(value))])
+        return self._memo.take(self._wants_gradient)
+
+    def pending(self, value: Tensor) -> Pending | None:
+        value = check_text(value, "value", self.law.vocabulary)
+        flat, context, shape = self._broadcast(value)
+        if self._memo.holds(value, shape, self.lm.version(self.adapter), self._wants_gradient):
+            return None
         if self._validate_args:
             self._validate_text(value)
-        value, context, shape = self._broadcast(value)
         if self.law.max_tokens is None:
             check_length(context, value.shape[-1], self.lm.max_length)
         # Equal rows are many where particles are: each is scored once.
-        distinct, row = torch.unique(torch.cat([context, value], -1), dim=0, return_inverse=True)
-        context, value = distinct.split([context.shape[-1], value.shape[-1]], -1)
-        scores = self.lm.score(unpad_rows(context), unpad_rows(value), self.law, value.shape[-1], self.adapter)
-        scores = scores.masked_fill(~self.support.check(value)[:, None], -torch.inf)
-        return scores[row].reshape(shape + value.shape[-1:])
+        distinct, row = torch.unique(torch.cat([context, flat], -1), dim=0, return_inverse=True)
+        context, flat = distinct.split([context.shape[-1], flat.shape[-1]], -1)
 
-    def _recorded_log_probs(self, value: Tensor) -> Tensor | None:
-        """What was recorded while drawing ``value``: good where no gradient is wanted.
+        def finish(scores: Tensor) -> None:
+            scores = scores.masked_fill(~self.support.check(flat)[:, None], -torch.inf)
+            self._remember(value, scores[row].reshape(shape + value.shape[-1:]))
 
-        Keyed by value: Pyro passes views and copies.
-        """
-        if torch.is_grad_enabled() and self.lm.trains(self.adapter):
-            return None
-        if self._recorded is None or self._recorded[0].shape != value.shape:
-            return None
-        if self._recorded[2] != self.lm.version(self.adapter):
-            return None
-        if value.shape[:-1] != torch.broadcast_shapes(value.shape[:-1], self.batch_shape):
-            return None
-        return self._recorded[1] if torch.equal(self._recorded[0], value) else None
+        return Pending(Request(self.law, unpad_rows(context), unpad_rows(flat), value.shape[-1]), finish)
+
+    def _remember(self, value: Tensor, scores: Tensor) -> None:
+        self._memo.value, self._memo.scores = value.clone(), scores
+        self._memo.version = self.lm.version(self.adapter)
 
     def _validate_text(self, value: Tensor) -> None:
         law = self.law

@@ -9,7 +9,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from llmppl.distributions.conditioned import ConditionedText
+from llmppl.distributions.conditioned import ConditionedText, Pending, score_together
+from llmppl.scoring import Request
 from llmppl.stopping import TextLaw
 from llmppl.text import PAD, check_text, unpad_rows, widen
 
@@ -84,26 +85,31 @@ class Choice(ConditionedText, TorchDistribution):
     @property
     def logits(self) -> Tensor:
         """Normalised log-probabilities of the options, of shape ``batch_shape + (n,)``, nats."""
-        if self._cached_logits is not None:
-            return self._cached_logits
+        if self._cached_logits is None:
+            score_together([(self, self.pending(self.options[0]))])
+        logits = self._cached_logits
+        assert logits is not None
+        if self.lm.trains(self.adapter):
+            self._cached_logits = None  # the adapter may change, and a graph serves one backward pass
+        return logits
+
+    def pending(self, value: Tensor) -> Pending | None:
+        # Whatever the value, all options are scored.
+        if self._cached_logits is not None and (self._cached_logits.requires_grad or not self._wants_gradient):
+            return None
         texts = unpad_rows(self.options)
         contexts = unpad_rows(self.context.reshape(-1, self.context.shape[-1]))
         distinct = list(dict.fromkeys(map(tuple, contexts)))
         row = {context: n for n, context in enumerate(distinct)}
         law = TextLaw(self.lm.vocabulary, None, 0, self.options.new_empty(0))
-        scores = self.lm.score(
-            [list(context) for context in distinct for _ in texts],
-            texts * len(distinct),
-            law,
-            self.options.shape[-1],
-            self.adapter,
-        )
-        logits = scores.sum(-1).reshape(len(distinct), len(texts)).log_softmax(-1)
-        index = torch.tensor([row[tuple(context)] for context in contexts], device=logits.device)
-        logits = logits[index].reshape(self.batch_shape + (len(texts),))
-        if not self.lm.trains(self.adapter):
-            self._cached_logits = logits  # of the frozen model: nothing can change it
-        return logits
+
+        def finish(scores: Tensor) -> None:
+            logits = scores.sum(-1).reshape(len(distinct), len(texts)).log_softmax(-1)
+            index = torch.tensor([row[tuple(context)] for context in contexts], device=logits.device)
+            self._cached_logits = logits[index].reshape(self.batch_shape + (len(texts),))
+
+        asked = [list(context) for context in distinct for _ in texts]
+        return Pending(Request(law, asked, texts * len(distinct), self.options.shape[-1]), finish)
 
     def sample(self, sample_shape: Any = torch.Size(), temperature: Tensor | None = None) -> Tensor:
         """Draw options of shape ``sample_shape + batch_shape + (T,)``.

@@ -2,13 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from llmppl.scoring import Request
+
 if TYPE_CHECKING:
     from llmppl.language_model import LM
+
+
+@dataclass
+class Memo:
+    """The last value that a distribution has drawn or scored, with its token log-probabilities.
+
+    Keyed by value, for Pyro passes views and copies; by the adapter's version, for it trains.
+    """
+
+    value: Tensor | None = None
+    scores: Tensor | None = None
+    version: int = 0
+
+    def holds(self, value: Tensor, shape: torch.Size, version: int, gradient: bool) -> bool:
+        """Whether scores of batch shape ``shape`` are there, with a gradient if one is wanted."""
+        return (
+            self.value is not None
+            and self.scores is not None
+            and self.version == version
+            and self.value.shape == value.shape
+            and self.scores.shape[:-1] == shape
+            and (self.scores.requires_grad or not gradient)
+            and torch.equal(self.value, value)
+        )
+
+    def take(self, gradient: bool) -> Tensor:
+        scores = self.scores
+        assert scores is not None
+        if gradient:
+            self.scores = None  # a graph serves one backward pass
+            return scores
+        return scores.detach()
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What a distribution needs scored, and how it takes the scores."""
+
+    request: Request
+    finish: Callable[[Tensor], None]
+
+
+def score_together(waiting: Iterable[tuple[ConditionedText, Pending | None]]) -> None:
+    """Score what several distributions need in one pass over its distinct prefixes.
+
+    Their ``log_prob`` of these values then costs nothing, once where gradients flow.
+    """
+    groups: dict[tuple[int, str | None], tuple[LM, list[Pending]]] = {}
+    for fn, pending in waiting:
+        if pending is not None:
+            groups.setdefault((id(fn.lm), fn.adapter), (fn.lm, []))[1].append(pending)
+    for (_, adapter), (lm, group) in groups.items():
+        for pending, scores in zip(group, lm.score([p.request for p in group], adapter), strict=True):
+            pending.finish(scores)
 
 
 class ConditionedText:
@@ -23,6 +81,14 @@ class ConditionedText:
 
     def with_context(self, context: Tensor, adapter: str | None) -> ConditionedText:
         raise NotImplementedError
+
+    def pending(self, value: Tensor) -> Pending | None:
+        """What ``log_prob(value)`` asks of the network; ``None`` where it is known already."""
+        raise NotImplementedError
+
+    @property
+    def _wants_gradient(self) -> bool:
+        return torch.is_grad_enabled() and self.lm.trains(self.adapter)
 
     def _broadcast(self, value: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
         """``(N, T)`` values and ``(N, L)`` contexts row by row, and the batch shape they come from."""

@@ -19,6 +19,7 @@ from llmppl.tracing import (
     Site,
     check_finite,
     common_axes,
+    compute_log_prob,
     in_particles,
     is_latent,
     plate_nesting,
@@ -97,7 +98,7 @@ def _score(
 ) -> Particles:
     with poutine.block(), Given(values):
         trace = poutine.trace(in_particles(model, count, nesting)).get_trace(*args, **kwargs)
-    trace.compute_log_prob()
+    compute_log_prob(trace)
     check_finite(trace, allow_zero=True)
     log_p = sum_sites(trace, axes, nesting, count)
     particles = Particles(log_p, torch.zeros_like(log_p), trace, poutine.Trace(), axes, nesting)

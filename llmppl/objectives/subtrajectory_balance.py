@@ -17,6 +17,7 @@ from llmppl.tracing import (
     Particles,
     Program,
     check_finite,
+    compute_log_prob,
     in_particles,
     is_latent,
     sum_sites,
@@ -88,7 +89,7 @@ class SubTrajectoryBalance(OffPolicyObjective):
         number = count * self.num_particles
         with poutine.block(), Given(given):
             trace = poutine.trace(in_particles(program, number, particles.nesting)).get_trace(*args, **kwargs)
-        trace.compute_log_prob()
+        compute_log_prob(trace)
         check_finite(trace)
         return sum_sites(trace, particles.axes, particles.nesting, number)
 

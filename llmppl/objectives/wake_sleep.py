@@ -14,6 +14,7 @@ from llmppl.tracing import (
     Simulated,
     check_finite,
     common_axes,
+    compute_log_prob,
     in_particles,
     plate_nesting,
     structure,
@@ -79,7 +80,7 @@ class WakeSleep(ParticleObjective):
                 "the sleep phase tells the guide what was simulated, and this guide takes no "
                 "observations= argument. Add it, or use WakeSleep(insomnia=1.0)."
             ) from error
-        trace.compute_log_prob()
+        compute_log_prob(trace)
         check_finite(trace)
         axes = common_axes(drawn, trace)
         return -sum_sites(trace, axes, nesting, self.num_particles).mean(0).sum()
