@@ -6,20 +6,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmppl.diagnostics.bounds import bounds
     from llmppl.diagnostics.gap import inference_gap
     from llmppl.grammar import Grammar
     from llmppl.inference.enumeration import exact_posterior
     from llmppl.inference.importance import importance
     from llmppl.inference.posterior import Posterior
     from llmppl.language_model import LM
+    from llmppl.replay import Behaviour, ReplayBuffer
     from llmppl.training import fit
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Behaviour": "llmppl.replay",
     "Grammar": "llmppl.grammar",
     "LM": "llmppl.language_model",
     "Posterior": "llmppl.inference.posterior",
+    "ReplayBuffer": "llmppl.replay",
+    "bounds": "llmppl.diagnostics.bounds",
     "exact_posterior": "llmppl.inference.enumeration",
     "fit": "llmppl.training",
     "importance": "llmppl.inference.importance",
@@ -28,9 +33,12 @@ _PUBLIC = {
 
 __all__ = [
     "LM",
+    "Behaviour",
     "Grammar",
     "Posterior",
+    "ReplayBuffer",
     "__version__",
+    "bounds",
     "exact_posterior",
     "fit",
     "importance",

@@ -22,6 +22,7 @@ from llmppl.inference.posterior import Posterior
 from llmppl.language_model import LM
 from llmppl.models import ending_first, infilling
 from llmppl.objectives import TrajectoryBalance
+from llmppl.replay import Behaviour
 from llmppl.tracing import Program
 from llmppl.training import History, fit
 
@@ -29,7 +30,7 @@ HELD_OUT = 12
 RANK = 4
 PARTICLES = 12
 STORIES_A_STEP = 3
-TEMPERATURES = (1.0, 1.3)
+BEHAVIOUR = Behaviour(tempered=0.5, temperatures=(1.3, 1.3))
 LEARNING_RATE = 1e-3
 WARMUP_STEPS = 5
 
@@ -68,7 +69,7 @@ def train(
         story,
         guide,
         list(data),
-        TrajectoryBalance(PARTICLES, temperatures=TEMPERATURES),
+        TrajectoryBalance(PARTICLES, behaviour=BEHAVIOUR),
         steps=steps,
         batch_size=STORIES_A_STEP,
         vectorize_data=True,

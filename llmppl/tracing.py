@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from llmppl.distributions.autoregressive import AutoregressiveText
 from llmppl.distributions.choice import Choice
-from llmppl.distributions.conditioned import ConditionedText, score_together
+from llmppl.distributions.conditioned import ConditionedText
 from llmppl.stopping import TextLaw
 from llmppl.text import PAD, lengths
 
@@ -135,22 +134,6 @@ def signature(program: Program) -> inspect.Signature:
     return inspect.signature(program.forward if isinstance(program, torch.nn.Module) else program)
 
 
-class Tempered(Messenger):
-    """Draws latent texts at extra temperatures, one a particle: a behaviour policy.
-
-    :param temperatures: ``(K,)``.
-    """
-
-    def __init__(self, temperatures: Tensor, nesting: int) -> None:
-        super().__init__()
-        self.temperatures = temperatures.reshape((-1,) + (1,) * nesting)
-
-    def _pyro_sample(self, msg: Site) -> None:
-        if is_latent(msg) and is_text(msg) and not msg["done"]:
-            msg["value"] = msg["fn"].sample(temperature=self.temperatures)
-            msg["done"] = True
-
-
 class Given(Messenger):
     """Puts values in the place of latent sites, broadcast to each site's shape; scores stay to be made."""
 
@@ -200,168 +183,69 @@ class Simulated(Messenger):
         self.observations[msg["name"]] = value
 
 
-@dataclass
-class Particles:
-    """``K`` particles of a guide and the model's joint there.
+def simulate(
+    model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One draw from the program with its observed sites drawn too: latents and observations by site.
 
-    :param log_p: log p(x, z), shape ``(K,) + batch_shape``, nats; ``batch_shape`` are the plates that
-        contain every site: their rows are separate observations ``x``.
-    :param log_q: log q(z | x), same shape.
+    Given the simulated observations the latents are an exact draw from the posterior. An observed
+    stream has as many tokens as the one that it replaces.
+
+    :raises ValueError: the program has a factor, which cannot be simulated.
     """
+    for name, site in structure(model, args, kwargs).nodes.items():
+        if site["type"] == "sample" and isinstance(site["fn"], pyro.distributions.Unit):
+            raise ValueError(
+                f"factor {name!r}: simulated observations are asked for, and a factor cannot be simulated. "
+                "Express it as an observed site, or do without them (Evaluation(simulations=0) while training)."
+            )
+    with torch.no_grad(), poutine.block(), Simulated() as simulated:
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    latents = {name: site["value"] for name, site in trace.nodes.items() if is_latent(site)}
+    return latents, simulated.observations
 
-    log_p: Tensor
-    log_q: Tensor
-    model_trace: poutine.Trace
-    guide_trace: poutine.Trace
-    axes: tuple[int, ...]
-    nesting: int
 
-    @property
-    def log_weights(self) -> Tensor:
-        return self.log_p - self.log_q
+class Observed(Messenger):
+    """Puts values in the place of observed ones. A site's score broadcasts them against its batch."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["name"] in self.values and msg["is_observed"]:
+            msg["value"] = self.values[msg["name"]]
 
 
-def run_particles(
-    model: Program,
-    guide: Program,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    num_particles: int,
-    temperatures: Tensor | None = None,
-    detach: bool = True,
-    score_parts: bool = False,
-) -> Particles:
-    """One vectorised pass of the guide, one of the model.
+def observing(model: Program, guide: Program, observations: dict[str, Tensor]) -> tuple[Program, Program]:
+    """The program with other values at its observed sites, and the guide told so.
 
-    :param temperatures: ``(K,)``, extra temperatures to draw texts at; the scores are at temperature 1.
-    :param detach: cut the gradient through sampled values.
-    :param score_parts: compute Pyro's score parts of the guide's sites as well.
-    :raises ValueError: the guide misses a latent site, or has one that the model has not.
+    :param observations: by site, as :func:`simulate` returns them.
+    :raises TypeError: a guide that takes no ``observations=``.
     """
-    sites = structure(model, args, kwargs)
-    nesting = plate_nesting(sites)
-    guide_in = in_particles(guide, num_particles, nesting)
-    if temperatures is None:
-        guide_trace = poutine.trace(guide_in).get_trace(*args, **kwargs)
-    else:
-        with Tempered(temperatures, nesting):
-            guide_trace = poutine.trace(guide_in).get_trace(*args, **kwargs)
-    if detach:
-        guide_trace.detach_()
-    model_in = in_particles(model, num_particles, nesting)
-    check_sites(sites, guide_trace)
-    model_trace = poutine.trace(poutine.replay(model_in, trace=guide_trace)).get_trace(*args, **kwargs)
-    compute_log_prob(guide_trace, score_parts)
-    compute_log_prob(model_trace)
-    axes = common_axes(model_trace, guide_trace)
-    return Particles(
-        log_p=sum_sites(model_trace, axes, nesting, num_particles),
-        log_q=sum_sites(guide_trace, axes, nesting, num_particles),
-        model_trace=model_trace,
-        guide_trace=guide_trace,
-        axes=axes,
-        nesting=nesting,
-    )
-
-
-def compute_log_prob(trace: poutine.Trace, score_parts: bool = False) -> None:
-    """Pyro's ``trace.compute_log_prob``, with all texts of the trace scored in one pass before.
-
-    :param score_parts: compute the score parts as well.
-    """
-    waiting = []
-    for name, site in trace.nodes.items():
-        if site["type"] == "sample" and is_text(site) and "log_prob" not in site:
-            try:
-                waiting.append((site["fn"], site["fn"].pending(site["value"])))
-            except ValueError as error:
-                raise ValueError(f"Error while computing log_prob at site {name!r}:\n{error}") from error
-    score_together(waiting)
-    if score_parts:
-        trace.compute_score_parts()
-    else:
-        trace.compute_log_prob()
-
-
-def check_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
-    """Refuse a guide whose latent sites are not the model's.
-
-    :raises ValueError: naming the sites.
-    """
-    latent = {name for name, site in model_trace.nodes.items() if is_latent(site)}
-    guided = {
-        name for name, site in guide_trace.nodes.items() if is_latent(site) and not site["infer"].get("is_auxiliary")
-    }
-    if latent - guided:
-        raise ValueError(
-            f"the guide does not sample the model's latent sites {sorted(latent - guided)}; it samples "
-            f"{sorted(guided)}. Add them to the guide (a text guide takes a guide for other sites as others=)."
-        )
-    if guided - latent:
-        raise ValueError(
-            f"the guide samples {sorted(guided - latent)}, which the model does not have as latent "
-            f"sites; it has {sorted(latent)}. Rename or remove them."
+    parameters = signature(guide).parameters
+    if "observations" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise TypeError(
+            "the guide must be told what was simulated, and this one takes no observations= argument "
+            "(a dict of values by observed site). Add it."
         )
 
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        with Observed(observations):
+            return model(*args, **kwargs)
 
-def common_axes(*traces: poutine.Trace) -> tuple[int, ...]:
-    """The dimensions (negative) of the plates that contain every site of every trace.
+    def told(*args: Any, **kwargs: Any) -> Any:
+        return guide(*args, observations=observations, **kwargs)
 
-    Given the program's arguments their rows are independent: each is an observation of its own.
-    """
-    common: set[int] | None = None
-    for trace in traces:
-        for site in trace.nodes.values():
-            if site["type"] != "sample" or site_is_subsample(site):
-                continue
-            dims = {f.dim for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES}
-            common = dims if common is None else common & dims
-    return tuple(sorted(common or ()))
+    def log_partition(*args: Any, **kwargs: Any) -> Tensor:
+        return guide.log_partition(*args, observations=observations, **kwargs)  # type: ignore[attr-defined]
 
-
-def sum_sites(trace: poutine.Trace, axes: tuple[int, ...], nesting: int, num_particles: int) -> Tensor:
-    """Log-density of a trace per particle and per row of ``axes``: ``(K,) + batch_shape``."""
-    total: Tensor | float = 0.0
-    for site in trace.nodes.values():
-        if site["type"] != "sample" or site_is_subsample(site):
-            continue
-        total = total + sum_site(site["log_prob"], axes, nesting)
-    if not isinstance(total, Tensor):
-        raise ValueError("the program has no sample site. Add one with pyro.sample.")
-    return total.expand((num_particles, *total.shape[1:]))
-
-
-def sum_site(log_prob: Tensor, axes: tuple[int, ...], nesting: int) -> Tensor:
-    """A site's log-density, summed over all dimensions but the particles' and ``axes``."""
-    full = log_prob.reshape((1,) * (nesting + 1 - log_prob.dim()) + log_prob.shape)
-    summed = tuple(dim for dim in range(-nesting, 0) if dim not in axes)
-    # Keep the particles in front, then the rows; a plate of the program between them is summed.
-    return full.sum(summed) if summed else full
-
-
-def check_finite(trace: poutine.Trace, allow_zero: bool = False) -> None:
-    """Refuse NaN, and unless ``allow_zero`` probability zero, naming the site and row.
-
-    :raises ValueError: with site, row and value.
-    """
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample" or site_is_subsample(site):
-            continue
-        log_prob = site["log_prob"]
-        bad = log_prob.isnan() | (log_prob == torch.inf)
-        if not allow_zero:
-            bad = bad | (log_prob == -torch.inf)
-        if not bool(bad.any()):
-            continue
-        row = tuple(bad.nonzero()[0].tolist())
-        value = log_prob[row].item()
-        mend = (
-            "A hard condition has no gradient: use a finite penalty while training, "
-            "e.g. pyro.factor(name, -50.0 * violated), and the hard one in importance()."
-            if value == -torch.inf
-            else "Check the model's weights and dtype (float16 overflows), and the factors of the program."
-        )
-        raise ValueError(f"site {name!r} has log-probability {value} at row {row}. {mend}")
+    if hasattr(guide, "log_partition"):
+        told.log_partition = log_partition  # type: ignore[attr-defined]
+    told.exactness = getattr(guide, "exactness", "marginal")  # type: ignore[attr-defined]
+    told.__signature__ = signature(guide)  # type: ignore[attr-defined]
+    observed.__signature__ = signature(model)  # type: ignore[attr-defined]
+    return observed, told
 
 
 def text_sites(trace: poutine.Trace) -> OrderedDict[str, Site]:

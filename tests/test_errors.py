@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import Story
 
-from llmppl import LM, Grammar, importance
+from llmppl import LM, Behaviour, Grammar, importance
 from llmppl.guides import AutoregressiveGuide, PromptGuide
 from llmppl.objectives import LeaveOneOutELBO, TrajectoryBalance, WakeSleep
 from llmppl.text import PAD
@@ -278,7 +278,7 @@ def test_objectives_name_bad_settings() -> None:
     with pytest.raises(ValueError, match="log_partition='zero'"):
         TrajectoryBalance(4, log_partition="zero")
     with pytest.raises(ValueError, match="temperatures"):
-        TrajectoryBalance(4, temperatures=(0.0,))
+        TrajectoryBalance(4, behaviour=Behaviour(tempered=0.5, temperatures=(0.0, 1.0)))
     with pytest.raises(ValueError, match="insomnia=2"):
         WakeSleep(4, insomnia=2)
     with pytest.raises(TypeError, match="num_particle"):

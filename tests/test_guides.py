@@ -13,8 +13,9 @@ from test_objectives import perturbed
 
 from llmppl import LM
 from llmppl.guides import AutoregressiveGuide, GFlowNetGuide, PromptGuide
+from llmppl.particles import run_particles
 from llmppl.testing import tiny_lm
-from llmppl.tracing import run_particles, structure
+from llmppl.tracing import structure
 
 
 def told(lm: LM, guide: object, site: str, *args: object) -> str:

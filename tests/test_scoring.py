@@ -11,10 +11,11 @@ from pyro import poutine
 
 from llmppl import LM
 from llmppl.guides import AutoregressiveGuide, PromptGuide
+from llmppl.particles import compute_log_prob
 from llmppl.scoring import Request, score
 from llmppl.stopping import TextLaw
 from llmppl.testing import tiny_lm
-from llmppl.tracing import compute_log_prob, in_particles
+from llmppl.tracing import in_particles
 from llmppl.trie import Trie
 
 
@@ -167,7 +168,7 @@ def test_particles_share_their_prompt_in_one_forward_pass(lm: LM) -> None:
 
 
 def test_the_sites_of_a_program_share_their_context_in_one_forward_pass(story: Story) -> None:
-    from llmppl.tracing import run_particles
+    from llmppl.particles import run_particles
 
     guide = PromptGuide(story.program, story.lm)
     run_particles(story.program, guide, story.args, {}, 4)  # probes the network

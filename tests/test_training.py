@@ -9,7 +9,7 @@ import torch
 from conftest import Story
 from pyro.infer import TraceGraph_ELBO
 
-from llmppl import fit
+from llmppl import Behaviour, fit
 from llmppl.guides import AutoregressiveGuide, GFlowNetGuide, PromptGuide
 from llmppl.objectives import LeaveOneOutELBO, TrajectoryBalance, WakeSleep
 
@@ -27,7 +27,7 @@ def test_training_lowers_the_gap_on_its_data(story: Story) -> None:
         return float(exact - run([b for b, _ in DATA], [e for _, e in DATA]).elbo.mean())
 
     before = gap()
-    objective = TrajectoryBalance(12, temperatures=(1.0, 2.0))
+    objective = TrajectoryBalance(12, behaviour=Behaviour(tempered=0.5, temperatures=(2.0, 2.0)))
     history = fit(
         story.program,
         guide,

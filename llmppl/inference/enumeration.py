@@ -12,20 +12,8 @@ from torch import Tensor
 
 from llmppl.inference.importance import check_unscaled, gather
 from llmppl.inference.posterior import Posterior
-from llmppl.tracing import (
-    Given,
-    Particles,
-    Program,
-    Site,
-    check_finite,
-    common_axes,
-    compute_log_prob,
-    in_particles,
-    is_latent,
-    plate_nesting,
-    structure,
-    sum_sites,
-)
+from llmppl.particles import Particles, check_finite, common_axes, compute_log_prob, sum_sites
+from llmppl.tracing import Given, Program, Site, in_particles, is_latent, plate_nesting, structure
 
 LARGEST = 1_000_000
 BLOCK = 4096

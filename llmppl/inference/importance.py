@@ -11,16 +11,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from llmppl.inference.posterior import Posterior
-from llmppl.tracing import (
-    Particles,
-    Program,
-    Site,
-    check_finite,
-    in_data_plate,
-    is_latent,
-    is_text,
-    run_particles,
-)
+from llmppl.particles import Particles, check_finite, run_particles
+from llmppl.tracing import Program, Site, in_data_plate, is_latent, is_text
 
 BLOCK = 64
 """Particles that are drawn and scored together."""

@@ -1,9 +1,18 @@
 """Objectives that train guides for latent text; each is a pyro ``ELBO``."""
 
 from llmppl.objectives.base import ParticleObjective
-from llmppl.objectives.subtrajectory_balance import SubTrajectoryBalance
+from llmppl.objectives.off_policy import OffPolicyObjective
+from llmppl.objectives.subtrajectory_balance import DetailedBalance, SubTrajectoryBalance
 from llmppl.objectives.trajectory_balance import TrajectoryBalance
 from llmppl.objectives.variational import LeaveOneOutELBO
 from llmppl.objectives.wake_sleep import WakeSleep
 
-__all__ = ["LeaveOneOutELBO", "ParticleObjective", "SubTrajectoryBalance", "TrajectoryBalance", "WakeSleep"]
+__all__ = [
+    "DetailedBalance",
+    "LeaveOneOutELBO",
+    "OffPolicyObjective",
+    "ParticleObjective",
+    "SubTrajectoryBalance",
+    "TrajectoryBalance",
+    "WakeSleep",
+]

@@ -10,7 +10,8 @@ from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor
 
-from llmppl.tracing import Particles, Program, check_finite, run_particles
+from llmppl.particles import Particles, check_finite, run_particles
+from llmppl.tracing import Program
 
 
 class ParticleObjective(ELBO):
@@ -63,14 +64,19 @@ class ParticleObjective(ELBO):
         guide: Program,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        temperatures: Tensor | None = None,
-        **options: bool,
+        on_policy: Tensor | None = None,
+        **options: Any,
     ) -> Particles:
-        particles = run_particles(model, guide, args, kwargs, self.num_particles, temperatures=temperatures, **options)
+        """The particles of one step, scored and checked.
+
+        :param on_policy: which of them the guide drew as it is, boolean ``(K,)``; all by default.
+        :param options: of :func:`~llmppl.particles.run_particles`.
+        """
+        particles = run_particles(model, guide, args, kwargs, self.num_particles, **options)
         check_finite(particles.guide_trace)
         check_finite(particles.model_trace)
-        on_policy = slice(None) if temperatures is None else (temperatures == 1.0).to(particles.log_p.device)
-        self.diagnostics = diagnostics(particles.log_weights.detach()[on_policy])
+        chosen = slice(None) if on_policy is None else on_policy.to(particles.log_p.device)
+        self.diagnostics = diagnostics(particles.log_weights.detach()[chosen])
         return particles
 
 

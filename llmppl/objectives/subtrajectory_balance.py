@@ -1,28 +1,19 @@
-"""Subtrajectory balance over texts that may end at every prefix."""
+"""Subtrajectory balance and detailed balance over texts that may end at every prefix."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from llmppl.distributions.autoregressive import AutoregressiveText
-from llmppl.objectives.trajectory_balance import OffPolicyObjective
-from llmppl.text import PAD, lengths
-from llmppl.tracing import (
-    Given,
-    Particles,
-    Program,
-    check_finite,
-    compute_log_prob,
-    in_particles,
-    is_latent,
-    sum_sites,
-    text_sites,
-)
+from llmppl.objectives.base import diagnostics
+from llmppl.objectives.off_policy import Call, OffPolicyObjective
+from llmppl.objectives.states import States, ended_prefixes
+from llmppl.particles import check_finite, compute_log_prob, propose, run_particles, sum_sites
+from llmppl.replay import Behaviour
+from llmppl.tracing import Given, Program, in_particles
 
 
 class SubTrajectoryBalance(OffPolicyObjective):
@@ -41,12 +32,16 @@ class SubTrajectoryBalance(OffPolicyObjective):
     text, any of them closes a prefix rightly: the one that ended the sample is taken, or the first of
     the law.
 
+    With several latent texts each continues the trajectory of the former: the states are the first
+    text's prefixes, then the second's after the whole first, and so on. A state is ended by a stop
+    token, and the later texts, and latents that are no such texts, are those of the sample; every
+    state is then a configuration with a joint and a log q of its own, whose weights must all be equal.
+
     A step scores the program at every prefix; prefixes of one text share their tokens in one pass.
 
     :param num_particles: ``K``.
     :param decay: λ; below 1 short subtrajectories count more.
-    :param temperatures: particles take turns at these sampling temperatures, as in
-        :class:`TrajectoryBalance`.
+    :param behaviour: where particles come from, a :class:`~llmppl.Behaviour`; by default from the guide.
 
     References
 
@@ -56,107 +51,104 @@ class SubTrajectoryBalance(OffPolicyObjective):
     large language models`, eq. 3.
     """
 
-    def __init__(self, num_particles: int = 8, decay: float = 1.0, temperatures: Sequence[float] = (1.0,)) -> None:
-        super().__init__(num_particles, temperatures)
+    # A single particle already has subtrajectories to compare.
+    fewest_particles = 1
+
+    def __init__(self, num_particles: int = 8, decay: float = 1.0, behaviour: Behaviour | None = None) -> None:
+        super().__init__(num_particles, behaviour)
         if not decay > 0:
             raise ValueError(f"decay={decay} must be positive.")
-        self.decay = decay
+        self.decay = float(decay)
+        self._checked: Program | None = None
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        call = self.prepare(model, guide, args, kwargs)
         with torch.no_grad():
-            particles = self._particles(model, guide, args, kwargs, self._temperatures())
-        name, fn = _text_site(particles)
-        assert fn.law.max_tokens is not None
-        value = particles.guide_trace.nodes[name]["value"]  # (K, ..., T)
-        texts, terminable = prefixes(value, fn.law.stop, fn.law.min_tokens, fn.law.max_tokens)
-        count = texts.shape[0]
-        # Every prefix of every particle is a particle: (J * K, ..., T).
-        given = {name: texts.flatten(0, 1)}
-        log_p, log_q = (self._score(f, args, kwargs, given, particles, count) for f in (model, guide))
-        log_weights = (log_p - log_q).unflatten(0, (count, self.num_particles))  # (J, K) + batch_shape
-        ends = self._rows(terminable, particles)
-        return self._balance(log_weights, ends).mean(0).sum()
+            trace, axes, nesting = propose(
+                call.model, call.guide, args, kwargs, self.num_particles, behaviour=call.handler
+            )
+        states = ended_prefixes(trace, axes, nesting, type(self).__name__)
+        log_p = self._score(call.model, call, states, axes, nesting)  # (J, K) + batch_shape
+        log_q = self._score(call.guide, call, states, axes, nesting)
+        sampled_p, sampled_q = states.of_samples(log_p), states.of_samples(log_q)
+        if self._checked is not model:
+            self._check_prefixes(call, trace, states, sampled_p)
+            self._checked = model
+        chosen = call.on_policy.to(log_p.device)
+        self.diagnostics = diagnostics((sampled_p - sampled_q).detach()[chosen])
+        self.remember(call, trace, sampled_p, sampled_q)
+        log_weights = log_p / self.target_temperature - log_q
+        weight = self.pair_weights(states)  # (J, J, K) + batch_shape
+        squares = (log_weights[:, None] - log_weights[None]).square()
+        # A particle whose text can end at one place only has nothing to compare.
+        total = weight.sum((0, 1)).clamp(min=torch.finfo(weight.dtype).tiny)
+        return ((weight * squares).sum((0, 1)) / total).mean(0).sum()
 
-    def _score(
-        self,
-        program: Program,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        given: dict[str, Tensor],
-        particles: Particles,
-        count: int,
-    ) -> Tensor:
-        number = count * self.num_particles
-        with poutine.block(), Given(given):
-            trace = poutine.trace(in_particles(program, number, particles.nesting)).get_trace(*args, **kwargs)
+    def pair_weights(self, states: States) -> Tensor:
+        """ω up to a factor for each pair of states, ``(J, J, K) + batch_shape``; zero where one is none."""
+        distance = states.place[None] - states.place[:, None]
+        weight = torch.where(distance > 0, self.decay ** distance.double(), 0.0)
+        return weight * (states.valid[:, None] & states.valid[None])
+
+    def _score(self, program: Program, call: Call, states: States, axes: tuple[int, ...], nesting: int) -> Tensor:
+        number = len(states.place) * self.num_particles
+        try:
+            with poutine.block(), Given(states.values):
+                trace = poutine.trace(in_particles(program, number, nesting)).get_trace(*call.args, **call.kwargs)
+        except Exception as error:
+            raise ValueError(
+                f"the program cannot be run at prefixes of its texts ({type(error).__name__}: {error}). "
+                f"{type(self).__name__} needs the joint of every prefix, as particles of one plate: what the program "
+                "does in Python must not depend on a latent text. Use TrajectoryBalance, which runs it at the samples "
+                "only."
+            ) from error
         compute_log_prob(trace)
         check_finite(trace)
-        return sum_sites(trace, particles.axes, particles.nesting, number)
+        return sum_sites(trace, axes, nesting, number).unflatten(0, (len(states.place), self.num_particles))
 
-    def _rows(self, terminable: Tensor, particles: Particles) -> Tensor:
-        """``(J, K) + batch_shape`` from the shape of the site."""
-        full = terminable.reshape(
-            terminable.shape[:2] + (1,) * (particles.nesting + 2 - terminable.dim()) + terminable.shape[2:]
-        )
-        inner = [d for d in range(-particles.nesting, 0) if d not in particles.axes]
-        return full.all(dim=inner) if inner else full
+    def _check_prefixes(self, call: Call, trace: poutine.Trace, states: States, sampled: Tensor) -> None:
+        """Refuse a program whose joint at a text depends on which other particles are run.
 
-    def _balance(self, log_weights: Tensor, ends: Tensor) -> Tensor:
-        """Weighted mean of the squared differences over the pairs of prefixes that can end."""
-        count = len(log_weights)
-        place = torch.arange(count, device=log_weights.device)
-        distance = (place[None] - place[:, None]).to(log_weights.dtype)  # (J, J): j - i
-        shape = (count, count) + (1,) * (log_weights.dim() - 1)
-        weight = torch.where(distance > 0, self.decay**distance, 0.0).reshape(shape)
-        weight = weight * (ends[:, None] & ends[None])
-        squares = (log_weights[:, None] - log_weights[None]).square()
-        return (weight * squares).sum((0, 1)) / weight.sum((0, 1)).clamp(min=torch.finfo(weight.dtype).tiny)
+        :raises ValueError: e.g. an observed site that Python cuts to the longest text of the batch.
+        """
+        values = {name: site["value"] for name, site in trace.nodes.items() if name in states.values}
+        with torch.no_grad():
+            alone = run_particles(call.model, call.guide, call.args, call.kwargs, self.num_particles, Given(values))
+        difference = float((alone.log_p - sampled.detach()).abs().max())
+        # Another batch sums in another order, half precision coarsely so; anything more is another density.
+        single = alone.log_p.dtype in (torch.float32, torch.float64)
+        if not difference < (1e-3 if single else 0.05) * (1.0 + float(alone.log_p.abs().max())):
+            raise ValueError(
+                f"the joint of a sampled text changes by {difference:.3g} nats when its prefixes are run beside it: "
+                "the program depends in Python on the texts' lengths. Let observed sites and factors depend on each "
+                f"particle's own tokens only, or use TrajectoryBalance in place of {type(self).__name__}."
+            )
 
 
-def _text_site(particles: Particles) -> tuple[str, AutoregressiveText]:
-    """The program's only latent site, a text that a stop token ends.
+class DetailedBalance(SubTrajectoryBalance):
+    r"""Detailed balance [1] in the form for terminable states [2]: :class:`SubTrajectoryBalance` between
+    neighbouring states only,
 
-    :raises ValueError: any other program; names an objective that takes it.
+    .. math:: \mathcal L(x) = \frac1K\sum_k\frac1{n_k}\sum_t\Big(\log\frac{R(z_{1:t}\top)\,q(z_{t+1}|z_{1:t})\,
+              q(\top|z_{1:t+1})}{R(z_{1:t+1}\top)\,q(\top|z_{1:t})}\Big)^2
+
+    A token is judged by what it changes at once, so that credit for a late reward travels slowly;
+    :class:`SubTrajectoryBalance` and :class:`TrajectoryBalance` carry it in one step.
+
+    :param num_particles: ``K``.
+    :param behaviour: where particles come from, a :class:`~llmppl.Behaviour`; by default from the guide.
+
+    References
+
+    [1] Bengio, Lahlou, Deleu, Hu, Tiwari, Bengio (2023), `GFlowNet foundations`.
+    [2] Deleu, Góis, Emezue, Rankawat, Lacoste-Julien, Bauer, Bengio (2022), `Bayesian structure learning with
+    generative flow networks`.
     """
-    trace = particles.guide_trace
-    latent = [name for name, site in trace.nodes.items() if is_latent(site)]
-    texts = text_sites(trace)
-    instead = "Use TrajectoryBalance, which takes any program."
-    if len(latent) != 1 or len(texts) != 1:
-        raise ValueError(
-            f"SubTrajectoryBalance takes programs with one latent site, a text; this one has {latent}. {instead}"
-        )
-    name, site = next(iter(texts.items()))
-    fn = site["fn"]
-    if not isinstance(fn, AutoregressiveText) or not len(fn.law.stop):
-        raise ValueError(f"latent site {name!r} has no stop token, so its prefixes are no texts. {instead}")
-    if fn.law.grammar is not None:
-        raise ValueError(f"latent site {name!r} has a grammar, so its prefixes may be no texts. {instead}")
-    return name, fn
 
+    def __init__(self, num_particles: int = 8, behaviour: Behaviour | None = None) -> None:
+        super().__init__(num_particles, behaviour=behaviour)
 
-def prefixes(value: Tensor, stop: Tensor, min_tokens: int, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Every prefix of texts, ended.
-
-    :param value: ``batch_shape + (T,)`` with ``T = max_tokens``.
-    :returns: texts ``(T + 1,) + batch_shape + (T,)``: entry ``j`` holds the first ``j`` tokens and a stop
-        token, entry ``T`` a text cut at ``max_tokens``; and which of them are texts that the sample
-        passed through, ``(T + 1,) + batch_shape``. Entries that are not repeat the sample itself.
-    """
-    length = lengths(value)
-    last = value.gather(-1, (length - 1).clamp(min=0)[..., None])[..., 0]
-    stopped = torch.isin(last, stop)
-    closing = torch.where(stopped, last, stop[0])
-    free = length - stopped.long()  # tokens before the stop token
-    place = torch.arange(max_tokens, device=value.device)
-    texts, valid = [], []
-    for j in range(max_tokens + 1):
-        if j < max_tokens:
-            kept = torch.where(place < j, value, PAD)
-            text = torch.where(place == j, closing[..., None], kept)
-            reached = (free >= j) & (j + 1 >= min_tokens)
-        else:
-            text, reached = value, ~stopped
-        texts.append(torch.where(reached[..., None], text, value))
-        valid.append(reached)
-    return torch.stack(texts), torch.stack(valid)
+    def pair_weights(self, states: States) -> Tensor:
+        rank = states.valid.long().cumsum(0)  # states stand in the order of the trajectory
+        neighbours = rank[None] - rank[:, None] == 1
+        return (neighbours & states.valid[:, None] & states.valid[None]).double()

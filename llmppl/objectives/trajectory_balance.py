@@ -2,35 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from llmppl.objectives.base import ParticleObjective
+from llmppl.objectives.off_policy import OffPolicyObjective
+from llmppl.replay import Behaviour
 from llmppl.tracing import Program
-
-
-class OffPolicyObjective(ParticleObjective):
-    """An objective that any particles serve, whatever drew them.
-
-    :param temperatures: particles take turns at these sampling temperatures.
-    """
-
-    fewest_particles = 2
-
-    def __init__(self, num_particles: int, temperatures: Sequence[float]) -> None:
-        super().__init__(num_particles)
-        if not temperatures or not all(t > 0 for t in temperatures):
-            raise ValueError(f"temperatures={temperatures!r} must be positive numbers, at least one.")
-        self.temperatures = tuple(float(t) for t in temperatures)
-
-    def _temperatures(self) -> Tensor | None:
-        if self.temperatures == (1.0,):
-            return None
-        turns = [self.temperatures[k % len(self.temperatures)] for k in range(self.num_particles)]
-        return torch.tensor(turns)
 
 
 class TrajectoryBalance(OffPolicyObjective):
@@ -54,8 +32,7 @@ class TrajectoryBalance(OffPolicyObjective):
 
     :param num_particles: ``K``.
     :param log_partition: ``"vargrad"`` or ``"learned"``.
-    :param temperatures: particles take turns at these sampling temperatures (a behaviour policy);
-        ``(1.0, 1.3)`` draws half of them hotter. The objective itself is always at temperature 1.
+    :param behaviour: where particles come from, a :class:`~llmppl.Behaviour`; by default from the guide.
 
     References
 
@@ -69,16 +46,16 @@ class TrajectoryBalance(OffPolicyObjective):
         self,
         num_particles: int = 8,
         log_partition: str = "vargrad",
-        temperatures: Sequence[float] = (1.0,),
+        behaviour: Behaviour | None = None,
     ) -> None:
-        super().__init__(num_particles, temperatures)
+        super().__init__(num_particles, behaviour)
         if log_partition not in ("vargrad", "learned"):
             raise ValueError(f"log_partition={log_partition!r} must be 'vargrad' or 'learned'.")
         self.log_partition = log_partition
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        particles = self._particles(model, guide, args, kwargs, self._temperatures())
-        excess = particles.log_q - particles.log_p  # (K,) + batch_shape
+        call, particles = self._off_policy_particles(model, guide, args, kwargs)
+        excess = particles.log_q - particles.log_p / self.target_temperature  # (K,) + batch_shape
         if self.log_partition == "vargrad":
             return excess.var(0).sum()
         if not hasattr(guide, "log_partition"):
@@ -86,7 +63,7 @@ class TrajectoryBalance(OffPolicyObjective):
                 f"log_partition='learned' needs a guide with log_partition(*args), and {type(guide).__name__} has "
                 "none. Use GFlowNetGuide, or log_partition='vargrad'."
             )
-        log_z = guide.log_partition(*args, **kwargs)
+        log_z = call.guide.log_partition(*args, **kwargs)  # type: ignore[attr-defined]
         rows = excess.shape[1:]
         if log_z.shape != rows:
             raise ValueError(

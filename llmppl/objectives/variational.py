@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from llmppl.objectives.base import ParticleObjective
-from llmppl.tracing import Particles, Program, sum_site
+from llmppl.particles import Particles, sum_site
+from llmppl.tracing import Program
 
 
 class LeaveOneOutELBO(ParticleObjective):

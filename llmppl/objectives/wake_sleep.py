@@ -9,17 +9,8 @@ from pyro import poutine
 from torch import Tensor
 
 from llmppl.objectives.base import ParticleObjective
-from llmppl.tracing import (
-    Program,
-    Simulated,
-    check_finite,
-    common_axes,
-    compute_log_prob,
-    in_particles,
-    plate_nesting,
-    structure,
-    sum_sites,
-)
+from llmppl.particles import check_finite, common_axes, compute_log_prob, sum_sites
+from llmppl.tracing import Program, Simulated, in_particles, plate_nesting, structure
 
 
 class WakeSleep(ParticleObjective):

@@ -1,0 +1,146 @@
+"""What the objectives have in common that any particles serve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from llmppl.objectives.base import ParticleObjective
+from llmppl.particles import Particles
+from llmppl.replay import Behaviour, Mixed, has_data_plate, rows_of
+from llmppl.tracing import Program, is_latent, observing, plate_nesting, simulate, structure
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an objective: what to run, and where its particles come from.
+
+    :param handler: puts the behaviour's values in place of the guide's; ``None`` is on-policy.
+    :param on_policy: which of the ``K`` particles the guide draws as it is, boolean ``(K,)``.
+    :param observations: keys of the observations in the buffer; empty for simulated ones.
+    """
+
+    model: Program
+    guide: Program
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    handler: Mixed | None
+    on_policy: Tensor
+    observations: list[str]
+
+
+class OffPolicyObjective(ParticleObjective):
+    """An objective that any particles serve, whatever drew them.
+
+    :param behaviour: where particles come from; by default from the guide.
+    """
+
+    fewest_particles = 2
+
+    def __init__(self, num_particles: int, behaviour: Behaviour | None = None) -> None:
+        super().__init__(num_particles)
+        if behaviour is not None and not isinstance(behaviour, Behaviour):
+            raise TypeError(f"behaviour must be an llmppl.Behaviour, got {behaviour!r}.")
+        self.behaviour = behaviour or Behaviour()
+        self.target_temperature = 1.0
+        """``T`` of the target, p(x, z)^{1/T}; 1 but while a schedule of ``fit`` says otherwise."""
+
+    def prepare(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Decide where the particles of a call come from."""
+        behaviour, count = self.behaviour, self.num_particles
+        if behaviour.on_policy == 1 and not behaviour.sleep:
+            return Call(model, guide, args, kwargs, None, torch.ones(count, dtype=torch.bool), [])
+        sites = structure(model, args, kwargs)
+        nesting, data_plate = plate_nesting(sites), has_data_plate(sites)
+        events = {name: site["fn"].event_dim for name, site in sites.nodes.items() if is_latent(site)}
+        batch = (1,) * nesting
+        replayed, temperatures = behaviour.plan(count)
+        given: dict[str, Tensor] = {}
+        observations: list[str] = []
+        if behaviour.simulates():
+            given, seen = simulate(model, args, kwargs)
+            model, guide = observing(model, guide, seen)
+            given = {n: _full(v, events[n], nesting)[None] for n, v in given.items()}
+            temperatures = torch.cat([torch.ones(replayed + 1), temperatures[replayed:]])[:count]
+            taken = (torch.arange(count) == 0).reshape((-1,) + batch)
+        else:
+            observations = rows_of(args, data_plate)
+            taken = torch.zeros((count, *batch)) > 0
+            if behaviour.buffer is not None and replayed:
+                drawn = [behaviour.buffer.draw(observation, replayed) for observation in observations]
+                given, taken = _stack(drawn, events, count, nesting, data_plate)
+        handler = Mixed(temperatures, given, taken)
+        on_policy = (temperatures == 1.0) & ~taken.reshape(count, -1).any(1)
+        return Call(model, guide, args, kwargs, handler, on_policy, observations)
+
+    def remember(self, call: Call, trace: poutine.Trace, log_p: Tensor, log_q: Tensor) -> None:
+        """Put the particles of a call, ``(K,) + batch_shape``, into the buffer."""
+        buffer = self.behaviour.buffer
+        if buffer is None or not call.observations:
+            return
+        latents = {name: site for name, site in trace.nodes.items() if is_latent(site)}
+        split = has_data_plate(trace)
+        for row, observation in enumerate(call.observations):
+            # Without a data plate all plates of the program belong to one observation.
+            joint, guided = (
+                s.detach()[:, row] if split else s.detach().reshape(len(s), -1).sum(1) for s in (log_p, log_q)
+            )
+            for k in range(self.num_particles):
+                values = {}
+                for name, site in latents.items():
+                    value = site["value"][k]
+                    values[name] = value.select(value.dim() - 1 - site["fn"].event_dim, row) if split else value
+                buffer.add(observation, values, float(joint[k]), float(joint[k] - guided[k]))
+
+    def _off_policy_particles(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Call, Particles]:
+        """The particles of one call, scored with gradients, and remembered."""
+        call = self.prepare(model, guide, args, kwargs)
+        particles = self._particles(
+            call.model, call.guide, args, kwargs, behaviour=call.handler, on_policy=call.on_policy
+        )
+        self.remember(call, particles.guide_trace, particles.log_p, particles.log_q)
+        return call, particles
+
+    def state_dict(self) -> dict[str, Any]:
+        """The replay buffer, for checkpoints."""
+        buffer = self.behaviour.buffer
+        return {} if buffer is None else {"buffer": buffer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`state_dict` gave."""
+        if self.behaviour.buffer is not None and "buffer" in state:
+            self.behaviour.buffer.load_state_dict(state["buffer"])
+
+
+def _full(value: Tensor, event_dim: int, nesting: int) -> Tensor:
+    """A site's value with all ``nesting`` batch dimensions."""
+    missing = nesting + event_dim - value.dim()
+    return value.reshape((1,) * missing + value.shape) if missing > 0 else value
+
+
+def _stack(
+    drawn: list[list[dict[str, Tensor]]], events: dict[str, int], count: int, nesting: int, split: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Replayed values as ``(K,) + batch_shape + event_shape`` by site, and which entries they fill.
+
+    :param drawn: for each observation the configurations drawn for it.
+    :param events: event dimensions by site.
+    :param split: whether observations are rows of the data plate, the innermost batch dimension.
+    """
+    taken = torch.zeros((count, *(1,) * (nesting - 1), len(drawn)) if split else (count, *(1,) * nesting)) > 0
+    example = next((values for own in drawn for values in own), {})
+    given = {}
+    for name, some in example.items():
+        columns = []
+        for row, own in enumerate(drawn):
+            column = torch.stack([own[k][name] if k < len(own) else some for k in range(count)])
+            columns.append(column)
+            (taken[..., row] if split else taken)[: len(own)] = True
+        given[name] = torch.stack(columns, -1 - events[name]) if split else columns[0]
+    return given, taken
