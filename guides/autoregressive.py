@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmppl.checkpoint import load_adapter, save_adapter
+from llmppl.distributions.autoregressive import AutoregressiveText
 from llmppl.distributions.conditioned import ConditionedText
 from llmppl.guides.base import Prompt, TextGuide, register_module
 from llmppl.language_model import LM
@@ -44,6 +45,8 @@ class AutoregressiveGuide(TextGuide):
     :param target_modules: name endings of the layers to adapt; all linear layers but the head by default.
     :param adapter: name of the adapter on the model; made up by default.
     :param seed: of the adapter's initial weights; drawn from torch's generator by default.
+    :param sampling_dtype: draw with a copy of the model in this precision, e.g. ``torch.bfloat16``. Weights
+        of :func:`~llmppl.importance` use the log-probabilities recorded while drawing and stay exact.
 
     Other parameters as in :class:`TextGuide`.
     """
@@ -59,12 +62,14 @@ class AutoregressiveGuide(TextGuide):
         target_modules: list[str] | None = None,
         adapter: str | None = None,
         seed: int | None = None,
+        sampling_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(model, lm, prompt, others)
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}.")
         self.rank = rank
         self.alpha = float(2 * rank if alpha is None else alpha)
+        self.sampling_dtype = sampling_dtype
         self.adapter = adapter or f"{type(self).__name__}_{next(_numbers)}"
         # forget the seeded state afterwards, unless the caller's generator is what seeds it
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
@@ -76,7 +81,10 @@ class AutoregressiveGuide(TextGuide):
         )
 
     def distribution(self, name: str, prior: ConditionedText, context: Tensor) -> ConditionedText:
-        return prior.with_context(context, self.adapter)
+        fn = prior.with_context(context, self.adapter)
+        if isinstance(fn, AutoregressiveText):
+            fn.sampling_dtype = self.sampling_dtype
+        return fn
 
     def register(self) -> None:
         register_module(self.adapter, self.weights)

@@ -35,8 +35,9 @@ class GFlowNetGuide(AutoregressiveGuide):
         target_modules: list[str] | None = None,
         adapter: str | None = None,
         seed: int | None = None,
+        sampling_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(model, lm, prompt, others, rank, alpha, target_modules, adapter, seed)
+        super().__init__(model, lm, prompt, others, rank, alpha, target_modules, adapter, seed, sampling_dtype)
         width = lm.transformer.config.hidden_size
         self.head = nn.Linear(width, 1, device=lm.device, dtype=torch.promote_types(lm.dtype, torch.float32))
         nn.init.zeros_(self.head.weight)

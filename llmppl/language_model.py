@@ -16,6 +16,7 @@ from llmppl.adapters import Adapters
 from llmppl.distributions.autoregressive import AutoregressiveText
 from llmppl.distributions.choice import Choice
 from llmppl.network import Network
+from llmppl.sampler import Sampler
 from llmppl.scoring import Request, score
 from llmppl.stopping import TextLaw
 from llmppl.text import PAD, Piece, check_text, describe, join, pad_rows
@@ -50,6 +51,7 @@ class LM:
         self.adapters = Adapters(self.transformer)
         self.network = Network(self.transformer)
         self._found: dict[str, list[int]] = {}
+        self._samplers: dict[tuple[str | None, torch.dtype], Sampler] = {}
 
     @classmethod
     def from_pretrained(
@@ -295,6 +297,18 @@ class LM:
         :func:`llmppl.scoring.score`. With gradients where the adapter trains."""
         with self.using(adapter), torch.set_grad_enabled(torch.is_grad_enabled() and self.trains(adapter)):
             return score(self.network, requests)
+
+    @contextmanager
+    def drawing(self, adapter: str | None, dtype: torch.dtype | None) -> Iterator[PreTrainedModel]:
+        """The transformer to draw texts with: the model itself under an adapter, or its copy in ``dtype``."""
+        if dtype is None or dtype == self.dtype:
+            with self.using(adapter):
+                yield self.transformer
+        else:
+            sampler = self._samplers.get((adapter, dtype))
+            if sampler is None:
+                sampler = self._samplers[adapter, dtype] = Sampler(self.transformer, dtype)
+            yield sampler.refresh(self.transformer, adapter, self.version(adapter))
 
     @property
     def device(self) -> torch.device:

@@ -111,7 +111,7 @@ def _draw_block(
                 "and dtype: float16 overflows."
             )
         weights = log_probs if temperature is None else log_probs / temperature[active, None]
-        token = torch.multinomial(weights.softmax(-1), 1)[:, 0]
+        token = _choose(weights)
         alive = open_row[active]
         values[active[alive], step] = token[alive]
         recorded[active[alive], step] = log_probs.gather(-1, token[:, None])[alive, 0]
@@ -133,3 +133,13 @@ def _draw_block(
             use_cache=True,
         ).logits[:, -1]
     return values, recorded
+
+
+def _choose(log_weights: Tensor) -> Tensor:
+    """One token a row of ``(N, V)`` by inversion: one random number a row, where ``torch.multinomial``
+    draws one a token. Tokens of weight zero are never chosen."""
+    steps = log_weights.softmax(-1).cumsum(-1, dtype=torch.float64)
+    total = steps[:, -1:]
+    height = torch.rand(total.shape, dtype=torch.float64, device=total.device) * total
+    below = torch.nextafter(total, torch.zeros_like(total))
+    return torch.searchsorted(steps, torch.minimum(height, below), right=True)[:, 0]

@@ -11,7 +11,7 @@ from conftest import Story
 from safetensors import safe_open
 from test_objectives import perturbed
 
-from llmppl import LM
+from llmppl import LM, importance
 from llmppl.guides import AutoregressiveGuide, GFlowNetGuide, PromptGuide
 from llmppl.particles import run_particles
 from llmppl.testing import tiny_lm
@@ -200,3 +200,40 @@ def test_log_partition_is_a_function_of_the_prompt(story: Story) -> None:
 def test_reprs_tell(story: Story) -> None:
     assert repr(PromptGuide(story.program, story.lm)).startswith("PromptGuide(program, LM(")
     assert "rank=2" in repr(AutoregressiveGuide(story.program, story.lm, rank=2))
+
+
+def test_a_reduced_precision_sampler_records_its_own_density(story: Story) -> None:
+    """Its texts are weighted by the law they were drawn from: E[w] = Z holds with it, and with the
+    model's own density in its place it would not."""
+    guide = AutoregressiveGuide(story.program, story.lm, rank=2, seed=0, sampling_dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, dtype=parameter.dtype))
+    fn = structure(guide, story.args, {}).nodes["middle"]["fn"]
+    texts, log_joint = story.joint()
+    exact = fn.with_context(fn.context, fn.adapter).log_prob(texts).detach()
+    with story.lm.drawing(guide.adapter, torch.bfloat16) as copy:
+        reduced = LM(copy, story.lm.tokenizer)
+    assert reduced.dtype == torch.bfloat16
+    law = reduced(fn.context, max_tokens=3, stop=".").log_prob(texts).double()
+    assert float(law.exp().sum()) == pytest.approx(1.0, abs=0.02)  # bfloat16 normalises coarsely
+    assert 1e-4 < float((law - exact).abs().max()) < 1.0
+    values, recorded = fn.sample_with_log_prob((400,))
+    row = (values[:, None] == texts).all(-1).long().argmax(-1)
+    torch.testing.assert_close(recorded.double(), law[row], atol=0.05, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(fn.log_prob(values), recorded)
+    # The copy follows the adapter as it trains.
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.mul_(0.0)
+    values, recorded = fn.sample_with_log_prob((200,))
+    prior = fn.with_context(fn.context, None).log_prob(values)
+    torch.testing.assert_close(recorded.double(), prior, atol=0.15, rtol=0)
+    # The program is scored by the model itself.
+    posterior = importance(story.program, guide, 2000)(*story.args)
+    log_z = float(log_joint.logsumexp(0))
+    assert float(posterior.log_evidence) == pytest.approx(log_z, abs=4 * float(posterior.log_evidence_error))
+    middles = torch.as_tensor(posterior.samples["middle"])
+    row = (middles[:, None] == texts).all(-1).long().argmax(-1)
+    torch.testing.assert_close(torch.as_tensor(posterior.log_joint), log_joint[row])

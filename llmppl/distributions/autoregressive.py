@@ -32,6 +32,9 @@ class AutoregressiveText(ConditionedText, TorchDistribution):
     :param context: text tensor of shape ``batch_shape + (L,)``; padding in it is skipped.
     :param law: stop tokens, lengths, temperature, vocabulary, grammar.
     :param adapter: the adapter to switch on while sampling and scoring; ``None`` is the model itself.
+    :param sampling_dtype: draw with a copy of the model in this precision. A drawn value's recorded
+        log-probability is then that of the copy, the law it was drawn from; any other value is scored
+        by the model itself.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}
@@ -44,8 +47,10 @@ class AutoregressiveText(ConditionedText, TorchDistribution):
         law: TextLaw,
         adapter: str | None = None,
         validate_args: bool | None = None,
+        sampling_dtype: torch.dtype | None = None,
     ) -> None:
         self.lm, self.context, self.law, self.adapter = lm, context, law, adapter
+        self.sampling_dtype = sampling_dtype
         self._memo = Memo()
         if law.max_tokens is not None:
             check_length(context, law.max_tokens, lm.max_length)
@@ -59,7 +64,7 @@ class AutoregressiveText(ConditionedText, TorchDistribution):
 
     def with_context(self, context: Tensor, adapter: str | None) -> AutoregressiveText:
         """The same law after another context, under another adapter."""
-        return AutoregressiveText(self.lm, context, self.law, adapter, validate_args=self._validate_args)
+        return AutoregressiveText(self.lm, context, self.law, adapter, self._validate_args, self.sampling_dtype)
 
     def expand(self, batch_shape: Any, _instance: object = None) -> AutoregressiveText:
         batch_shape = torch.Size(batch_shape)
@@ -92,8 +97,8 @@ class AutoregressiveText(ConditionedText, TorchDistribution):
         rows = unpad_rows(context.reshape(-1, context.shape[-1]))
         heat = None if temperature is None else temperature.to(context.device).expand(shape).reshape(-1)
         try:
-            with self.lm.using(self.adapter):
-                tokens, token_log_probs = draw(self.lm.transformer, self.law, rows, heat)
+            with self.lm.drawing(self.adapter, self.sampling_dtype) as transformer:
+                tokens, token_log_probs = draw(transformer, self.law, rows, heat)
         except NotFiniteError as error:
             raise ValueError(f"site {self.site!r}: {error}" if self.site else str(error)) from None
         tokens = tokens.reshape(shape + self.event_shape)
@@ -189,4 +194,5 @@ class AutoregressiveText(ConditionedText, TorchDistribution):
         parts += [f"{int(law.allowed.sum())} allowed tokens"] if law.allowed is not None else []
         parts += [f"{law.grammar!r}"] if law.grammar is not None else []
         parts += [f"adapter={self.adapter!r}"] if self.adapter is not None else []
+        parts += [f"sampling_dtype={self.sampling_dtype}"] if self.sampling_dtype is not None else []
         return f"AutoregressiveText({', '.join(parts)})"

@@ -1,0 +1,80 @@
+"""(c) Texts with their log-probabilities: ``transformers.generate`` with scores against ours.
+
+    python benchmarks/sampling.py
+
+A shared prompt, texts of a fixed number of tokens. ``generate`` returns the logits of each step, of
+which the log-probabilities are taken; ours records them. Prints tokens per CPU second, medians of one
+run, one thread, float32, and ours with a bfloat16 copy as the sampler.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from measure import cpu_seconds, machine, table
+
+from llmppl import LM
+from llmppl.distributions import AutoregressiveText
+
+SHAPES = [(60, 16, 20), (60, 1, 20), (10, 16, 20), (200, 16, 20)]  # prompt, particles, tokens
+
+
+@torch.no_grad()
+def generate(lm: LM, prompt: torch.Tensor, particles: int, tokens: int) -> torch.Tensor:
+    ids = prompt.expand(particles, -1)
+    output = lm.transformer.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        temperature=1.0,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        return_dict_in_generate=True,
+        output_logits=True,
+        pad_token_id=0,
+    )
+    drawn = output.sequences[:, prompt.shape[-1] :]
+    return torch.stack([
+        step.float().log_softmax(-1).gather(-1, drawn[:, t, None])[:, 0] for t, step in enumerate(output.logits)
+    ]).sum(0)  # fmt: skip
+
+
+def ours(lm: LM, prompt: torch.Tensor, particles: int, tokens: int, dtype: torch.dtype | None) -> torch.Tensor:
+    law = lm("x", max_tokens=tokens).law
+    text = AutoregressiveText(lm, prompt, law, sampling_dtype=dtype)
+    return text.sample_with_log_prob((particles,))[1]
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--repeats", type=int, default=5)
+    arguments.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes")
+    options = arguments.parse_args()
+    torch.set_num_threads(1)
+    lm = LM.from_pretrained("smollm2-135m")
+    print(machine(), flush=True)
+    rows = []
+    for length, particles, tokens in SHAPES[: options.shapes]:
+        prompt = torch.randint(1000, 40000, (length,), generator=torch.Generator().manual_seed(0))
+        given = (lm, prompt, particles, tokens)
+        seconds = cpu_seconds(
+            {
+                "generate": lambda g=given: generate(*g),
+                "ours": lambda g=given: ours(*g, None),
+                "bfloat16": lambda g=given: ours(*g, torch.bfloat16),
+            },
+            options.repeats,
+        )
+        rate = {name: particles * tokens / value for name, value in seconds.items()}
+        shape = f"{length}/{particles}/{tokens}"
+        rows.append((shape, *rate.values(), rate["ours"] / rate["generate"], rate["bfloat16"] / rate["generate"]))
+        print(rows[-1], flush=True)
+    header = ("prompt/particles/tokens", "generate tok/s", "ours", "ours, bf16 sampler", "ratio", "ratio bf16")
+    print("\n" + table(header, rows))
+
+
+if __name__ == "__main__":
+    main()
