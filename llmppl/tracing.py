@@ -200,6 +200,71 @@ class Simulated(Messenger):
         self.observations[msg["name"]] = value
 
 
+def simulate(
+    model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One draw from the program with its observed sites drawn too: latents and observations by site.
+
+    Given the simulated observations the latents are an exact draw from the posterior. An observed
+    stream has as many tokens as the one that it replaces.
+
+    :raises ValueError: the program has a factor, which cannot be simulated.
+    """
+    for name, site in structure(model, args, kwargs).nodes.items():
+        if site["type"] == "sample" and isinstance(site["fn"], pyro.distributions.Unit):
+            raise ValueError(
+                f"factor {name!r}: simulated observations are asked for, and a factor cannot be simulated. "
+                "Express it as an observed site, or do without them (Evaluation(simulations=0) while training)."
+            )
+    with torch.no_grad(), poutine.block(), Simulated() as simulated:
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    latents = {name: site["value"] for name, site in trace.nodes.items() if is_latent(site)}
+    return latents, simulated.observations
+
+
+class Observed(Messenger):
+    """Puts values in the place of observed ones. A site's score broadcasts them against its batch."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["name"] in self.values and msg["is_observed"]:
+            msg["value"] = self.values[msg["name"]]
+
+
+def observing(model: Program, guide: Program, observations: dict[str, Tensor]) -> tuple[Program, Program]:
+    """The program with other values at its observed sites, and the guide told so.
+
+    :param observations: by site, as :func:`simulate` returns them.
+    :raises TypeError: a guide that takes no ``observations=``.
+    """
+    parameters = signature(guide).parameters
+    if "observations" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise TypeError(
+            "the guide must be told what was simulated, and this one takes no observations= argument "
+            "(a dict of values by observed site). Add it."
+        )
+
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        with Observed(observations):
+            return model(*args, **kwargs)
+
+    def told(*args: Any, **kwargs: Any) -> Any:
+        return guide(*args, observations=observations, **kwargs)
+
+    def log_partition(*args: Any, **kwargs: Any) -> Tensor:
+        return guide.log_partition(*args, observations=observations, **kwargs)  # type: ignore[attr-defined]
+
+    if hasattr(guide, "log_partition"):
+        told.log_partition = log_partition  # type: ignore[attr-defined]
+    told.exactness = getattr(guide, "exactness", "marginal")  # type: ignore[attr-defined]
+    told.__signature__ = signature(guide)  # type: ignore[attr-defined]
+    observed.__signature__ = signature(model)  # type: ignore[attr-defined]
+    return observed, told
+
+
 @dataclass
 class Particles:
     """``K`` particles of a guide and the model's joint there.

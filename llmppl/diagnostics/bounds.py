@@ -1,0 +1,204 @@
+"""Bounds of the log evidence from both sides, and of both divergences, on simulated observations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from llmppl.inference.importance import BLOCK, check_unscaled
+from llmppl.tracing import (
+    Given,
+    Particles,
+    Program,
+    check_finite,
+    in_data_plate,
+    in_particles,
+    is_latent,
+    observing,
+    run_particles,
+    simulate,
+    sum_sites,
+)
+
+
+class Estimate(NamedTuple):
+    """A mean over simulated observations and its standard error, nats."""
+
+    value: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ± {self.error:.2f}"
+
+
+@dataclass(frozen=True, repr=False)
+class Bounds:
+    r"""What ``K`` particles of a guide say of log Z(x) and of the divergences, at simulated ``x``.
+
+    Each array holds one number for each simulated observation, nats.
+
+    :param lower: log mean weight of ``K`` particles of the guide, below log Z in expectation.
+    :param upper: the same with the simulated latents as one of the ``K``, above log Z in expectation.
+    :param elbo: mean log-weight of the guide's particles.
+    :param exact_log_weight: log-weight of the simulated latents, which are exact posterior draws.
+    :param num_samples: ``K``.
+    """
+
+    lower: np.ndarray
+    upper: np.ndarray
+    elbo: np.ndarray
+    exact_log_weight: np.ndarray
+    num_samples: int
+
+    @property
+    def log_evidence(self) -> tuple[Estimate, Estimate]:
+        """Lower and upper bound of log Z(x), mean over the simulated ``x``."""
+        return _estimate(self.lower), _estimate(self.upper)
+
+    @property
+    def kl_q_p(self) -> tuple[Estimate, Estimate]:
+        """Lower and upper bound of KL(q‖p(z|x)) = log Z − ELBO."""
+        return _estimate(self.lower - self.elbo), _estimate(self.upper - self.elbo)
+
+    @property
+    def kl_p_q(self) -> tuple[Estimate, Estimate]:
+        """Lower and upper bound of KL(p(z|x)‖q) = E_p log w − log Z."""
+        return _estimate(self.exact_log_weight - self.upper), _estimate(self.exact_log_weight - self.lower)
+
+    @property
+    def kl_sum(self) -> Estimate:
+        """KL(q‖p) + KL(p‖q): unbiased, since log Z cancels."""
+        return _estimate(self.exact_log_weight - self.elbo)
+
+    def __repr__(self) -> str:
+        low, high = self.log_evidence
+        return (
+            f"Bounds({self.lower.size} simulated observations, {self.num_samples} samples each: "
+            f"log Z {low} to {high}, KL(q‖p) {self.kl_q_p[0]} to {self.kl_q_p[1]}, "
+            f"KL(p‖q) {self.kl_p_q[0]} to {self.kl_p_q[1]}, their sum {self.kl_sum} nats)"
+        )
+
+    @staticmethod
+    def join(parts: Sequence[Bounds]) -> Bounds:
+        """The simulated observations of several calls as one."""
+        names = ("lower", "upper", "elbo", "exact_log_weight")
+        columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return Bounds(**columns, num_samples=parts[0].num_samples)
+
+
+def bounds(
+    model: Program,
+    guide: Program,
+    num_samples: int = 64,
+    simulations: int = 1,
+    vectorize_data: bool = False,
+) -> Callable[..., Bounds]:
+    r"""Two-sided bounds by importance sampling on simulated data [1, 2]: a function of the program's arguments.
+
+    It draws :math:`(z^*, x^*)` from the program, so that :math:`z^*` is an exact posterior draw at
+    :math:`x^*`. With :math:`w(z) = p(x^*, z)/q(z|x^*)` and :math:`z_k \sim q`
+
+    .. math:: \mathbb E\log\frac1K\sum_{k=1}^{K} w(z_k) \le \log Z(x^*)
+              \le \mathbb E\log\frac1K\Big(w(z^*) + \sum_{k=1}^{K-1} w(z_k)\Big)
+
+    and with :math:`\log Z` both divergences are bracketed. The observed values among the arguments say
+    only what is observed and, of a stream, how many tokens. The bounds hold on average over simulated
+    observations; of an observation that was not simulated they say nothing.
+
+    A step costs one sampling pass of the guide, one scoring pass of the model for the particles, and
+    a pass of each for :math:`z^*`.
+
+    :param num_samples: ``K``, at least 2.
+    :param simulations: draws of :math:`(z^*, x^*)` for each call.
+    :param vectorize_data: as for :func:`~llmppl.importance`; each row is an observation of its own.
+    :raises ValueError: a factor in the program, a guide without an exact marginal density, a scaled site.
+    :raises TypeError: a guide that takes no ``observations=``.
+
+    References
+
+    [1] Grosse, Ghahramani, Adams (2015), `Sandwiching the marginal likelihood using bidirectional Monte Carlo`.
+    [2] Zhao, Brekelmans, Makhzani, Grosse (2024), `Probabilistic inference in language models via twisted
+    sequential Monte Carlo`, prop. 5.1.
+    """
+    if num_samples < 2:
+        raise ValueError(f"num_samples must be at least 2, got {num_samples}: one of them is the simulated latents.")
+    if simulations < 1:
+        raise ValueError(f"simulations must be at least 1, got {simulations}.")
+    exactness = getattr(guide, "exactness", "marginal")
+    if exactness != "marginal":
+        raise ValueError(
+            f"bounds need the guide's density of values that it did not draw, and {type(guide).__name__} has none "
+            f"(exactness {exactness!r}). Use a guide with exactness 'marginal'."
+        )
+    if vectorize_data:
+        model, guide = in_data_plate(model), in_data_plate(guide)
+
+    def run(*args: Any, **kwargs: Any) -> Bounds:
+        with torch.no_grad():
+            return Bounds.join([_simulated(model, guide, args, kwargs, num_samples) for _ in range(simulations)])
+
+    return run
+
+
+def _simulated(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> Bounds:
+    latents, observations = simulate(model, args, kwargs)
+    model, guide = observing(model, guide, observations)
+    blocks = []
+    for start in range(0, count, BLOCK):
+        particles = run_particles(model, guide, args, kwargs, min(BLOCK, count - start))
+        check_unscaled(particles)
+        check_finite(particles.guide_trace)
+        check_finite(particles.model_trace, allow_zero=True)
+        blocks.append(particles)
+    drawn = torch.cat([block.log_weights for block in blocks])  # (K,) + batch_shape
+    exact = _log_weight(model, guide, args, kwargs, latents, blocks[0])  # (1,) + batch_shape
+    among = torch.cat([drawn[:-1], exact])
+    return Bounds(
+        lower=_flat(drawn.logsumexp(0) - math.log(count)),
+        upper=_flat(among.logsumexp(0) - math.log(count)),
+        elbo=_flat(drawn.mean(0)),
+        exact_log_weight=_flat(exact[0]),
+        num_samples=count,
+    )
+
+
+def _log_weight(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    latents: dict[str, Tensor],
+    like: Particles,
+) -> Tensor:
+    """Log-weight of given latents, ``(1,) + batch_shape``."""
+    scores = []
+    for program in (model, guide):
+        with poutine.block(), Given(latents):
+            trace = poutine.trace(in_particles(program, 1, like.nesting)).get_trace(*args, **kwargs)
+        hidden = [name for name, site in trace.nodes.items() if is_latent(site) and name not in latents]
+        if hidden:
+            raise ValueError(
+                f"the guide has auxiliary sites {hidden}, so it has no marginal density of given latents. "
+                "Use a guide whose latent sites are the model's."
+            )
+        trace.compute_log_prob()
+        # Where the guide cannot go, KL(p‖q) is infinite: an answer, not an error.
+        check_finite(trace, allow_zero=True)
+        scores.append(sum_sites(trace, like.axes, like.nesting, 1))
+    return scores[0] - scores[1]
+
+
+def _flat(values: Tensor) -> np.ndarray:
+    return values.double().cpu().numpy().reshape(-1)
+
+
+def _estimate(values: np.ndarray) -> Estimate:
+    error = values.std(ddof=1) / math.sqrt(values.size) if values.size > 1 else math.nan
+    return Estimate(float(values.mean()), float(error))
