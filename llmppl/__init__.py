@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmppl.diagnostics.gap import inference_gap
+    from llmppl.evaluation import Evaluation
     from llmppl.grammar import Grammar
     from llmppl.inference.enumeration import exact_posterior
     from llmppl.inference.importance import importance
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Evaluation": "llmppl.evaluation",
     "Grammar": "llmppl.grammar",
     "LM": "llmppl.language_model",
     "Posterior": "llmppl.inference.posterior",
@@ -28,6 +30,7 @@ _PUBLIC = {
 
 __all__ = [
     "LM",
+    "Evaluation",
     "Grammar",
     "Posterior",
     "__version__",
