@@ -158,31 +158,17 @@ def fit(
         while step < steps and not (held_out is not None and held_out.exhausted()):
             temper(step)
             optimizer.zero_grad()
-            losses, reports = [], []
-            for _ in range(accumulate):
-                batch = batches.draw()
-                for args in [collate(batch)] if vectorize_data else batch:
-                    # Some of Pyro's objectives have no differentiable loss, and some return several.
-                    loss = float(np.sum(objective.loss_and_grads(program, proposal, *args)))
-                    if not math.isfinite(loss):
-                        raise ValueError(
-                            f"the loss is {loss} at step {step + 1}, on {args!r}. Lower learning_rate, or check the "
-                            "program's factors."
-                        )
-                    losses.append(loss)
-                    rows = len(batch) if vectorize_data else 1
-                    reports.append(getattr(objective, "diagnostics", None) or {"elbo": -loss / rows})
-            count = accumulate * batches.batch_size
+            loss, reports = _accumulated(objective, program, proposal, batches, accumulate, vectorize_data, step)
             for parameter in parameters.values():
                 if parameter.grad is not None:
-                    parameter.grad /= count
+                    parameter.grad /= accumulate * batches.batch_size
             norm = nn.utils.clip_grad_norm_(parameters.values(), clip_norm)
             rate = optimizer.param_groups[0]["lr"]
             optimizer.step()
             scheduler.step()
             step += 1
             history.append(
-                loss=sum(loss / count for loss in losses),
+                loss=loss,
                 elbo=_mean(reports, "elbo"),
                 ess=_mean(reports, "ess"),
                 gradient_norm=float(norm),
@@ -207,6 +193,37 @@ def fit(
             history.restored = held_out.best_step
             bar.set_postfix_str(f"stopped early, back to step {held_out.best_step}")
     return history
+
+
+def _accumulated(
+    objective: ELBO,
+    model: Program,
+    guide: Program,
+    batches: Minibatches,
+    accumulate: int,
+    vectorize_data: bool,
+    step: int,
+) -> tuple[float, list[dict[str, float]]]:
+    """The loss of a step, for one observation, and what the objective reported at each of its calls; the
+    summed gradients are left in the parameters.
+
+    :raises ValueError: a loss that is not finite.
+    """
+    total, reports = 0.0, []
+    for _ in range(accumulate):
+        batch = batches.draw()
+        for args in [collate(batch)] if vectorize_data else batch:
+            # Some of Pyro's objectives have no differentiable loss, and some return several.
+            loss = float(np.sum(objective.loss_and_grads(model, guide, *args)))
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"the loss is {loss} at step {step + 1}, on {args!r}. Lower learning_rate, or check the "
+                    "program's factors."
+                )
+            total += loss / (accumulate * len(batch))
+            rows = len(batch) if vectorize_data else 1
+            reports.append(getattr(objective, "diagnostics", None) or {"elbo": -loss / rows})
+    return total, reports
 
 
 @contextmanager

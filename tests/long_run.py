@@ -27,7 +27,7 @@ from llmppl.testing import tiny_lm
 DATA = [("ab", "cd"), ("cde", "a"), ("d", "eb"), ("aa", "bbb"), ("ce", "d")]
 HELD_OUT = [("bb", "ca"), ("e", "dd")]
 STEPS = 24
-KILLS = 5
+KILLS = 4
 
 
 def story(lm: LM) -> Callable[[str, str], None]:

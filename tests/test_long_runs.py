@@ -120,12 +120,12 @@ def test_parameters_of_the_model_and_of_numpy_samplers_resume(tmp_path: Path, st
 
 
 def test_killed_at_random_moments_it_ends_as_the_uninterrupted_run(tmp_path: Path) -> None:
-    """SIGKILL, six times, then to the end."""
+    """SIGKILL, four times, then to the end."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     script = [sys.executable, str(Path(__file__).parent / "long_run.py"), str(tmp_path), "0"]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("killed") >= 3, done.stdout
+    assert done.stdout.count("killed") >= 2, done.stdout
     guide, history = train(None)
     same(torch.load(tmp_path / "final", weights_only=True), guide.tensors())
     steps = [line for line in metrics(tmp_path) if line["event"] == "step"]
