@@ -119,11 +119,14 @@ class RunFolder:
 
     def begin(self, step: int) -> None:
         """Drop the metrics of steps after ``step``, which are about to be taken again, and open TensorBoard's
-        events if it is installed."""
+        events if it is installed.
+
+        :param step: of the checkpoint; 0 is a run from the start, of which no line is left.
+        """
         try:
             if self.metrics.exists():
                 lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-                _write(self.metrics, "".join(line for line in lines if _belongs(line, step)).encode())
+                _write(self.metrics, "".join(line for line in lines if step and _belongs(line, step)).encode())
         except OSError as error:
             self._complain(error)
         try:

@@ -1,7 +1,7 @@
 """A small training run that can be killed; tests start it in processes of their own.
 
 ``python tests/long_run.py FOLDER SEED`` trains in child processes, kills each by SIGKILL after a random
-time, resumes, and lets the last one finish.
+time or as soon as it writes a checkpoint, resumes, and lets the last one finish.
 """
 
 from __future__ import annotations
@@ -60,10 +60,21 @@ def train(folder: str | None = None, rank: int = 2, lm_seed: int = 0, **changes:
     return guide, fit(program, guide, **arguments)
 
 
+def wait_for_a_checkpoint(folder: str, seconds: float = 20.0) -> None:
+    """Until a file of a checkpoint appears, whole or not."""
+    before, end = set(os.listdir(folder)), time.monotonic() + seconds
+    while time.monotonic() < end:
+        if any(name.startswith("step-") for name in set(os.listdir(folder)) - before):
+            return
+
+
 def main(folder: str, seed: int) -> None:
     warnings.simplefilter("error")  # a kill leaves no damaged checkpoint
     torch.set_num_threads(1)
     rng = random.Random(seed)
+    # Imports of the libraries behind, once for all children.
+    warm = tiny_lm()
+    GFlowNetGuide(story(warm), warm, rank=1)
     for attempt in range(KILLS + 1):
         child = os.fork()
         if child == 0:
@@ -71,7 +82,10 @@ def main(folder: str, seed: int) -> None:
             torch.save({name: tensor.detach() for name, tensor in guide.tensors().items()}, f"{folder}/final")
             os._exit(0)
         if attempt < KILLS:
-            time.sleep(rng.uniform(0.3, 1.2))
+            if attempt % 2:
+                wait_for_a_checkpoint(folder)
+            else:
+                time.sleep(rng.uniform(0.3, 1.2))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         print("killed" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}", sorted(os.listdir(folder)))

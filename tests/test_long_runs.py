@@ -120,7 +120,7 @@ def test_parameters_of_the_model_and_of_numpy_samplers_resume(tmp_path: Path, st
 
 
 def test_killed_at_random_moments_it_ends_as_the_uninterrupted_run(tmp_path: Path) -> None:
-    """SIGKILL, four times, then to the end."""
+    """SIGKILL, twice at any time and twice while a checkpoint is being written, then to the end."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     script = [sys.executable, str(Path(__file__).parent / "long_run.py"), str(tmp_path), "0"]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=120, check=False)
@@ -473,6 +473,7 @@ def test_the_target_temperature_follows_the_step_and_is_one_in_the_end() -> None
     assert seen == [2.0, 1.5, 1.0]
     train(None, steps=1, target_temperature=3.0, **options)
     assert seen[-1] == 3.0
+    assert objective.target_temperature == 1.0
     with pytest.raises(ValueError, match="target_temperature must be positive, got 0.0 at step 1"):
         train(None, steps=3, target_temperature=lambda step: 1.0 - step, **{**options})
     assert objective.target_temperature == 1.0
