@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmppl.diagnostics.bounds import bounds
     from llmppl.diagnostics.gap import inference_gap
+    from llmppl.evaluation import Evaluation
     from llmppl.grammar import Grammar
     from llmppl.inference.enumeration import exact_posterior
     from llmppl.inference.importance import importance
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Behaviour": "llmppl.replay",
+    "Evaluation": "llmppl.evaluation",
     "Grammar": "llmppl.grammar",
     "LM": "llmppl.language_model",
     "Posterior": "llmppl.inference.posterior",
@@ -34,6 +36,7 @@ _PUBLIC = {
 __all__ = [
     "LM",
     "Behaviour",
+    "Evaluation",
     "Grammar",
     "Posterior",
     "ReplayBuffer",

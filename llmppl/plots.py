@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from llmppl.history import History
     from llmppl.inference.posterior import Posterior
-    from llmppl.training import History
 
 
 def plot_weights(posterior: Posterior, ax: Any = None) -> Any:
@@ -23,7 +23,8 @@ def plot_weights(posterior: Posterior, ax: Any = None) -> Any:
 
 
 def plot_history(history: History, ax: Any = None) -> Any:
-    """The ELBO of the training batches against steps, with its running mean."""
+    """The ELBO of the training batches against steps, with its running mean; where there are evaluations
+    the held-out gap with its standard error, on an axis of its own."""
     ax = _axes(ax)
     elbo = np.asarray(history.elbo, dtype=float)
     steps = np.arange(1, len(elbo) + 1)
@@ -33,7 +34,15 @@ def plot_history(history: History, ax: Any = None) -> Any:
         mean = np.convolve(elbo, np.ones(window) / window, mode="valid")
         ax.plot(steps[window - 1 :], mean, label=f"mean of {window} steps")
     ax.set(xlabel="step", ylabel="ELBO (nats)")
-    ax.legend()
+    lines = list(ax.get_lines())
+    if history.evaluations:
+        points = np.array([(item.step, item.gap, item.gap_error) for item in history.evaluations])
+        at, gap, error = points[np.isfinite(points).all(1)].T
+        right = ax.twinx()
+        lines += right.plot(at, gap, color="C3", marker=".", label="held-out gap ± s.e.")
+        right.fill_between(at, gap - error, gap + error, color="C3", alpha=0.2, linewidth=0)
+        right.set(ylabel="gap (nats)", ylim=(np.min(gap - error, initial=0.0), None))
+    ax.legend(handles=lines)
     return ax
 
 

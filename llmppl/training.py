@@ -3,61 +3,36 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer import ELBO
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from llmppl.text import pad_rows, unpad_rows
+from llmppl.evaluation import Evaluation, HeldOut
+from llmppl.history import COLUMNS, History
+from llmppl.minibatches import Data, Minibatches, checked, collate
+from llmppl.optimization import SCHEDULES, make_optimizer, make_scheduler, trained_parameters
+from llmppl.randomness import randomness_kept
+from llmppl.resumable import Resumable
+from llmppl.run_identity import run_identity
 from llmppl.tracing import Program, in_data_plate
 
-
-@dataclass(repr=False)
-class History:
-    """What a training run reported at each step.
-
-    :param loss: of the objective, for one observation.
-    :param elbo: nats, mean over the step's observations; NaN where the objective reports none.
-    :param ess: effective sample size of the step's on-policy particles, mean over observations.
-    :param gradient_norm: before clipping.
-    :param seconds: since the start.
-    """
-
-    loss: list[float] = field(default_factory=list)
-    elbo: list[float] = field(default_factory=list)
-    ess: list[float] = field(default_factory=list)
-    gradient_norm: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-    def __repr__(self) -> str:
-        if not self.loss:
-            return "History(no steps)"
-        last = max(len(self.loss) // 5, 1)
-        return (
-            f"History({len(self.loss)} steps in {self.seconds[-1]:.0f} s, mean of the last {last}: "
-            f"loss {np.mean(self.loss[-last:]):.2f}, ELBO {np.mean(self.elbo[-last:]):.2f} nats, "
-            f"ESS {np.mean(self.ess[-last:]):.1f})"
-        )
-
-    def plot(self, ax: Any = None) -> Any:
-        """See :func:`llmppl.plots.plot_history`."""
-        from llmppl.plots import plot_history
-
-        return plot_history(self, ax)
+__all__ = ["History", "fit"]
 
 
 def fit(
     model: Program,
     guide: Program,
-    data: Sequence[tuple[Any, ...]],
+    data: Data,
     objective: ELBO,
     steps: int,
     batch_size: int = 1,
@@ -70,12 +45,25 @@ def fit(
     seed: int | None = None,
     progress: bool = True,
     callback: Callable[[int, History], None] | None = None,
+    accumulate: int = 1,
+    schedule: str = "constant",
+    target_temperature: Callable[[int], float] | float = 1.0,
+    evaluation: Evaluation | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 50,
+    resume: bool = False,
 ) -> History:
     """Train a guide on minibatches of data with AdamW.
 
+    With a ``folder`` the run can be resumed: called again with ``resume=True`` and otherwise as before it
+    goes on from its newest whole checkpoint, bit for bit as if it had not stopped. Killed at any moment it
+    loses the steps since that checkpoint. The same call with ``resume=True`` starts a run, too, so that
+    one command can be repeated until it is through.
+
     :param data: the program's argument tuples; each is drawn once before any is drawn again.
-    :param objective: any pyro ``ELBO``.
-    :param batch_size: tuples a step; their gradients are averaged.
+    :param objective: any pyro ``ELBO``. One with ``state_dict()`` and ``load_state_dict(state)``, of
+        tensors, numbers, strings, lists and dicts, has its state in the checkpoints.
+    :param batch_size: tuples a minibatch; their gradients are averaged.
     :param vectorize_data: call the program once for a whole minibatch, with a list in place of each
         string argument (tensors are stacked, text tensors padded first), inside a plate: faster, for
         programs that treat rows alike.
@@ -84,139 +72,188 @@ def fit(
     :param clip_norm: the global gradient norm is clipped at this.
     :param seed: of every random number of the run; by default Pyro's current state is used.
     :param callback: called as ``callback(step, history)`` after each step.
-    :returns: the history.
-    :raises TypeError, ValueError: malformed data or numbers; a loss that is not finite.
+    :param accumulate: minibatches a step, one after another in memory; the gradients of all are averaged.
+    :param schedule: of the learning rate after warm-up, ``"constant"`` or ``"cosine"``, which falls to zero
+        at ``steps``.
+    :param target_temperature: of objectives that can temper the posterior they aim at; a number, or a
+        function of the step, from 0. Evaluations are at temperature 1.
+    :param evaluation: what is measured on held-out data; with ``patience`` it ends the training early.
+    :param folder: keeps the newest two checkpoints, ``metrics.jsonl`` with a line a step, and TensorBoard's
+        events where ``tensorboard`` is installed. Made if it does not exist.
+    :param checkpoint_every: steps between checkpoints; the last step has one in any case.
+    :param resume: go on from the folder's newest checkpoint, where it has one. ``steps`` may grow under the
+        constant schedule.
+    :returns: the history, of the resumed run from its first step.
+    :raises TypeError, ValueError: malformed data or numbers; a loss that is not finite; a folder with
+        checkpoints without ``resume``, of another run, or with damaged ones only.
     """
-    data = _checked(data)
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
-    if not batch_size >= 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    batch_size = min(batch_size, len(data))
+    data = checked(data)
+    _check_numbers(steps=steps, batch_size=batch_size, accumulate=accumulate, checkpoint_every=checkpoint_every)
     if not isinstance(objective, ELBO):
         raise TypeError(f"objective must be an ELBO such as TrajectoryBalance(num_particles=16), got {objective!r}.")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r} must be one of {SCHEDULES}.")
+    if resume and folder is None:
+        raise ValueError("resume=True needs folder=, where the run's checkpoints are.")
     if seed is not None:
         pyro.set_rng_seed(seed)
-    # Its own generator: the order of the data does not depend on how much the objective draws.
-    order = np.random.default_rng(torch.initial_seed() % 2**32 if seed is None else seed)
-    program, proposal = (model, guide)
-    if vectorize_data:
-        program, proposal = in_data_plate(model), in_data_plate(guide)
-
-    history, queue = History(), list[int]()
-    optimizer: torch.optim.Optimizer | None = None
-    parameters: list[Tensor] = []
+    batches = Minibatches(data, batch_size, torch.initial_seed() % 2**32 if seed is None else seed)
+    program, proposal = (in_data_plate(model), in_data_plate(guide)) if vectorize_data else (model, guide)
     # What an earlier run or backward pass left behind is none of this one's gradient.
     for _, parameter in pyro.get_param_store().named_parameters():
         parameter.grad = None
     if isinstance(guide, nn.Module):
         guide.zero_grad()
-    start = time.monotonic()
-    with tqdm(total=steps, desc=f"fit {type(objective).__name__}", disable=not progress) as bar:
-        for step in range(steps):
-            while len(queue) < batch_size:
-                queue.extend(order.permutation(len(data)).tolist())
-            batch, queue = [data[n] for n in queue[:batch_size]], queue[batch_size:]
-            calls = [_collate(batch)] if vectorize_data else batch
-            for parameter in parameters:
-                parameter.grad = None
-            total, reports = 0.0, []
-            for args in calls:
-                with poutine.trace(param_only=True) as captured:
-                    # Some of Pyro's objectives have no differentiable loss, and some return several.
-                    loss = float(np.sum(objective.loss_and_grads(program, proposal, *args)))
-                if not math.isfinite(loss):
-                    raise ValueError(
-                        f"the loss is {loss} at step {step + 1}, on {args!r}. Lower learning_rate, or check the "
-                        "program's factors."
-                    )
-                total += loss / len(batch)
-                reports.append(getattr(objective, "diagnostics", None) or {"elbo": -loss * len(calls) / len(batch)})
-            if optimizer is None:
-                optimizer = _optimizer(captured.trace, guide, learning_rate, log_partition_learning_rate, weight_decay)
-                parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                peaks = [group["lr"] for group in optimizer.param_groups]
-            for parameter in parameters:
+
+    first = collate(batches.upcoming()) if vectorize_data else batches.upcoming()[0]
+    with randomness_kept():
+        parameters = trained_parameters(program, proposal, guide, first)
+    optimizer = make_optimizer(parameters, guide, learning_rate, log_partition_learning_rate, weight_decay)
+    scheduler = make_scheduler(optimizer, schedule, warmup_steps, steps)
+    history = History()
+    held_out = (
+        None
+        if evaluation is None
+        else HeldOut(evaluation, model, guide, parameters, vectorize_data, history.evaluations)
+    )
+    parts: dict[str, Any] = {"batches": batches, "optimizer": optimizer, "scheduler": scheduler, "history": history}
+    parts |= {} if held_out is None else {"held_out": held_out}
+    parts |= {"objective": objective} if hasattr(objective, "state_dict") else {}
+    identity = run_identity(
+        guide,
+        parameters,
+        objective,
+        data,
+        batch_size=batches.batch_size,
+        accumulate=accumulate,
+        vectorize_data=vectorize_data,
+        schedule=schedule,
+        steps="any" if schedule == "constant" else steps,
+        learning_rate=learning_rate,
+        log_partition_learning_rate=log_partition_learning_rate,
+        warmup_steps=warmup_steps,
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
+        target_temperature="a function" if callable(target_temperature) else float(target_temperature),
+        evaluation=None if evaluation is None else evaluation.settings(),
+    )
+    run = Resumable(identity, parameters, guide, parts, folder)
+    step = run.open(resume)
+    start = time.monotonic() - (history.seconds[-1] if history.seconds else 0.0)
+
+    def evaluate(step: int) -> None:
+        if held_out is not None and held_out.due(step):
+            result = held_out.measure(step, time.monotonic() - start)
+            run.record("evaluation", step, asdict(result))
+
+    with (
+        _tempering(objective, target_temperature) as temper,
+        run,
+        tqdm(
+            total=steps, initial=min(step, steps), desc=f"fit {type(objective).__name__}", disable=not progress
+        ) as bar,
+    ):
+        if step == 0:
+            evaluate(0)
+        while step < steps and not (held_out is not None and held_out.exhausted()):
+            temper(step)
+            optimizer.zero_grad()
+            loss, reports = _accumulated(objective, program, proposal, batches, accumulate, vectorize_data, step)
+            for parameter in parameters.values():
                 if parameter.grad is not None:
-                    parameter.grad /= len(batch)
-            norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * min(1.0, (step + 1) / max(warmup_steps, 1))
+                    parameter.grad /= accumulate * batches.batch_size
+            norm = nn.utils.clip_grad_norm_(parameters.values(), clip_norm)
+            rate = optimizer.param_groups[0]["lr"]
             optimizer.step()
-            history.loss.append(total)
-            history.elbo.append(_mean(reports, "elbo"))
-            history.ess.append(_mean(reports, "ess"))
-            history.gradient_norm.append(float(norm))
-            history.seconds.append(time.monotonic() - start)
-            bar.set_postfix(
-                loss=f"{total:.2f}",
-                ELBO=f"{history.elbo[-1]:.2f}",
-                ESS=f"{history.ess[-1]:.1f}",
-                refresh=False,
+            scheduler.step()
+            step += 1
+            history.append(
+                loss=loss,
+                elbo=_mean(reports, "elbo"),
+                ess=_mean(reports, "ess"),
+                gradient_norm=float(norm),
+                learning_rate=rate,
+                seconds=time.monotonic() - start,
             )
+            run.record("step", step, {name: getattr(history, name)[-1] for name in COLUMNS})
+            evaluate(step)
+            stopped = held_out is not None and held_out.exhausted()
+            if step % checkpoint_every == 0 or step == steps or stopped:
+                run.save(step)
+            shown = {"loss": f"{history.loss[-1]:.2f}", "ELBO": f"{history.elbo[-1]:.2f}"}
+            shown["ESS"] = f"{history.ess[-1]:.1f}"
+            if history.evaluations:
+                shown["gap"] = f"{history.evaluations[-1].gap:.2f}"
+            bar.set_postfix(shown, refresh=False)
             bar.update()
             if callback is not None:
-                callback(step + 1, history)
+                callback(step, history)
+        if held_out is not None and held_out.exhausted():
+            held_out.restore()
+            history.restored = held_out.best_step
+            bar.set_postfix_str(f"stopped early, back to step {held_out.best_step}")
     return history
 
 
-def _checked(data: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    data = list(data)
-    if not data:
-        raise ValueError("data is empty. Pass a list of the program's argument tuples.")
-    for n, item in enumerate(data):
-        if not isinstance(item, tuple):
-            raise TypeError(
-                f"data[{n}] is a {type(item).__name__}; it must be a tuple of the program's arguments, "
-                f"e.g. ({item!r},)."
-            )
-    return data
+def _accumulated(
+    objective: ELBO,
+    model: Program,
+    guide: Program,
+    batches: Minibatches,
+    accumulate: int,
+    vectorize_data: bool,
+    step: int,
+) -> tuple[float, list[dict[str, float]]]:
+    """The loss of a step, for one observation, and what the objective reported at each of its calls; the
+    summed gradients are left in the parameters.
+
+    :raises ValueError: a loss that is not finite.
+    """
+    total, reports = 0.0, []
+    for _ in range(accumulate):
+        batch = batches.draw()
+        for args in [collate(batch)] if vectorize_data else batch:
+            # Some of Pyro's objectives have no differentiable loss, and some return several.
+            loss = float(np.sum(objective.loss_and_grads(model, guide, *args)))
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"the loss is {loss} at step {step + 1}, on {args!r}. Lower learning_rate, or check the "
+                    "program's factors."
+                )
+            total += loss / (accumulate * len(batch))
+            rows = len(batch) if vectorize_data else 1
+            reports.append(getattr(objective, "diagnostics", None) or {"elbo": -loss / rows})
+    return total, reports
 
 
-def _collate(batch: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
-    """A minibatch as one argument tuple: lists of strings, stacked tensors."""
-    if len({len(item) for item in batch}) > 1:
-        raise ValueError("vectorize_data=True needs tuples of one length. Leave it out for others.")
-    columns: list[Any] = []
-    for n, column in enumerate(zip(*batch, strict=True)):
-        if all(isinstance(item, str) for item in column):
-            columns.append(list(column))
-        elif all(isinstance(item, Tensor) for item in column):
-            if all(item.dtype == torch.long and item.dim() == 1 for item in column):
-                rows = [unpad_rows(item[None])[0] for item in column]
-                columns.append(pad_rows(rows, device=column[0].device))
-            else:
-                columns.append(torch.stack(column))
-        elif all(isinstance(item, (int, float)) for item in column):
-            columns.append(torch.tensor(column))
-        else:
-            kinds = sorted({type(item).__name__ for item in column})
-            raise TypeError(
-                f"vectorize_data=True cannot batch argument {n} of types {kinds}: strings, numbers and tensors can be. "
-                "Leave vectorize_data out."
-            )
-    return tuple(columns)
-
-
-def _optimizer(
-    captured: poutine.Trace, guide: Program, learning_rate: float, head_rate: float, weight_decay: float
-) -> torch.optim.Optimizer:
-    """AdamW over every parameter that the first step met in Pyro's store, as SVI finds them."""
-    # In order of first use: sums over a set would differ from one process to the next.
-    found = dict.fromkeys(site["value"].unconstrained() for site in captured.nodes.values())
-    if isinstance(guide, nn.Module):
-        found |= dict.fromkeys(p for p in guide.parameters() if p.requires_grad)
-    head = set(guide.head.parameters()) if hasattr(guide, "head") else set()
-    groups = [
-        {"params": [p for p in found if p not in head], "lr": learning_rate},
-        {"params": [p for p in found if p in head], "lr": head_rate, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if not groups:
-        raise ValueError(
-            "nothing to train: neither model nor guide has parameters. PromptGuide has none; use AutoregressiveGuide."
+@contextmanager
+def _tempering(objective: Any, temperature: Callable[[int], float] | float) -> Iterator[Callable[[int], None]]:
+    """Sets the objective's temperature before a step, and 1 in the end."""
+    if not callable(temperature) and temperature == 1.0:
+        yield lambda step: None
+        return
+    if not hasattr(objective, "target_temperature"):
+        raise TypeError(
+            f"target_temperature= is for objectives that can temper their target, and {type(objective).__name__} "
+            "cannot. Leave it out, or use an off-policy objective such as TrajectoryBalance."
         )
-    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=weight_decay)
+
+    def temper(step: int) -> None:
+        value = float(temperature(step) if callable(temperature) else temperature)
+        if not 0 < value < math.inf:
+            raise ValueError(f"target_temperature must be positive, got {value} at step {step}.")
+        objective.target_temperature = value
+
+    try:
+        yield temper
+    finally:
+        objective.target_temperature = 1.0
+
+
+def _check_numbers(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if not value >= 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
 def _mean(reports: list[dict[str, float]], key: str) -> float:

@@ -203,9 +203,10 @@ TRAINED = {
     "subtrajectory": (SubTrajectoryBalance(16, behaviour=HOTTER), 0.05),
     "detailed": (DetailedBalance(32, behaviour=HOTTER), 0.05),
     "replay": (TrajectoryBalance(32, behaviour=Behaviour(0.5, 0.25, temperatures=(1.5, 3.0))), 0.05),
-    # On-policy objectives can miss a mode of the posterior; they are reported beside the others.
+    # On-policy it can miss part of a mode of the posterior.
     "leave-one-out": (LeaveOneOutELBO(32), 0.5),
-    "wake": (WakeSleep(64, insomnia=1.0), 0.5),
+    # With 64 particles wake-φ loses a mode on most seeds: its self-normalised weights are biased by 1/K.
+    "wake": (WakeSleep(128, insomnia=1.0), 0.1),
 }
 
 

@@ -107,6 +107,10 @@ class OffPolicyObjective(ParticleObjective):
         self.remember(call, particles.guide_trace, particles.log_p, particles.log_q)
         return call, particles
 
+    def settings(self) -> dict[str, Any]:
+        """What makes a run of this objective the same run: its numbers and its behaviour's."""
+        return {"num_particles": self.num_particles, **self.behaviour.settings()}
+
     def state_dict(self) -> dict[str, Any]:
         """The replay buffer, for checkpoints."""
         buffer = self.behaviour.buffer

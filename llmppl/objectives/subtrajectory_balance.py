@@ -90,6 +90,9 @@ class SubTrajectoryBalance(OffPolicyObjective):
         weight = torch.where(distance > 0, self.decay ** distance.double(), 0.0)
         return weight * (states.valid[:, None] & states.valid[None])
 
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "decay": self.decay}
+
     def _score(self, program: Program, call: Call, states: States, axes: tuple[int, ...], nesting: int) -> Tensor:
         number = len(states.place) * self.num_particles
         try:

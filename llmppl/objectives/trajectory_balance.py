@@ -71,3 +71,6 @@ class TrajectoryBalance(OffPolicyObjective):
                 f"shape {tuple(rows)}: rows that share a latent are one observation. Use log_partition='vargrad'."
             )
         return (log_z + excess).square().mean(0).sum()
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "log_partition": self.log_partition}

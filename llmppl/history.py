@@ -1,0 +1,77 @@
+"""What a training run reported."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from llmppl.evaluation import Evaluated
+
+COLUMNS = ("loss", "elbo", "ess", "gradient_norm", "learning_rate", "seconds")
+
+
+@dataclass(repr=False)
+class History:
+    """What a training run reported at each step.
+
+    :param loss: of the objective, for one observation.
+    :param elbo: nats, mean over the step's observations; NaN where the objective reports none.
+    :param ess: effective sample size of the step's on-policy particles, mean over observations.
+    :param gradient_norm: before clipping.
+    :param seconds: since the start, without the pauses between a stop and its resumption.
+    :param learning_rate: of the step.
+    :param evaluations: on held-out data, where ``fit`` was given an :class:`~llmppl.Evaluation`.
+    :param restored: the step whose parameters were put back where training stopped early.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    elbo: list[float] = field(default_factory=list)
+    ess: list[float] = field(default_factory=list)
+    gradient_norm: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)
+    evaluations: list[Evaluated] = field(default_factory=list)
+    restored: int | None = None
+
+    def append(self, **values: float) -> None:
+        """Add a step's numbers."""
+        for name in COLUMNS:
+            getattr(self, name).append(float(values[name]))
+
+    def state_dict(self) -> dict[str, Any]:
+        columns = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in COLUMNS}
+        return {**columns, "evaluations": [asdict(item) for item in self.evaluations]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        from llmppl.evaluation import Evaluated
+
+        for name in COLUMNS:
+            setattr(self, name, state[name].tolist())
+        # In place: the evaluations of a run go on in this list.
+        self.evaluations[:] = [Evaluated(**item) for item in state["evaluations"]]
+
+    def __repr__(self) -> str:
+        if not self.loss:
+            return "History(no steps)"
+        last = max(len(self.loss) // 5, 1)
+        text = (
+            f"History({len(self.loss)} steps in {self.seconds[-1]:.0f} s, mean of the last {last}: "
+            f"loss {np.mean(self.loss[-last:]):.2f}, ELBO {np.mean(self.elbo[-last:]):.2f} nats, "
+            f"ESS {np.mean(self.ess[-last:]):.1f}"
+        )
+        if self.evaluations:
+            first, newest = self.evaluations[0], self.evaluations[-1]
+            text += f"; held-out gap {first.gap:.2f} at step {first.step}, {newest.gap:.2f} at step {newest.step}"
+        if self.restored is not None:
+            text += f"; stopped early, the parameters are those of step {self.restored}"
+        return text + ")"
+
+    def plot(self, ax: Any = None) -> Any:
+        """See :func:`llmppl.plots.plot_history`."""
+        from llmppl.plots import plot_history
+
+        return plot_history(self, ax)

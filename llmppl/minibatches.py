@@ -1,0 +1,93 @@
+"""The order in which a run draws its data, and minibatches as arguments of a program."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmppl.text import pad_rows, unpad_rows
+
+Data = Sequence[tuple[Any, ...]]
+
+
+class Minibatches:
+    """Minibatches of data; each tuple is drawn once before any is drawn again.
+
+    It has its own generator: the order of the data does not depend on how much the objective draws.
+
+    :param batch_size: tuples a minibatch; at most all of them.
+    """
+
+    def __init__(self, data: Data, batch_size: int, seed: int) -> None:
+        self.data, self.batch_size = list(data), min(batch_size, len(data))
+        self.order = np.random.default_rng(seed)
+        self.queue = list[int]()
+
+    def upcoming(self) -> list[tuple[Any, ...]]:
+        """The minibatch that :meth:`draw` returns next."""
+        while len(self.queue) < self.batch_size:
+            self.queue.extend(self.order.permutation(len(self.data)).tolist())
+        return [self.data[n] for n in self.queue[: self.batch_size]]
+
+    def draw(self) -> list[tuple[Any, ...]]:
+        batch = self.upcoming()
+        self.queue = self.queue[self.batch_size :]
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        # As text: the generator's state has whole numbers of 128 bits.
+        return {"queue": list(self.queue), "order": json.dumps(self.order.bit_generator.state)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.queue = list(state["queue"])
+        self.order.bit_generator.state = json.loads(state["order"])
+
+
+def checked(data: Data, name: str = "data") -> list[tuple[Any, ...]]:
+    """Data as a list.
+
+    :raises TypeError, ValueError: naming the item that is no tuple; no data.
+    """
+    data = list(data)
+    if not data:
+        raise ValueError(f"{name} is empty. Pass a list of the program's argument tuples.")
+    for n, item in enumerate(data):
+        if not isinstance(item, tuple):
+            raise TypeError(
+                f"{name}[{n}] is a {type(item).__name__}; it must be a tuple of the program's arguments, "
+                f"e.g. ({item!r},)."
+            )
+    return data
+
+
+def collate(batch: Data) -> tuple[Any, ...]:
+    """A minibatch as one argument tuple: lists of strings, stacked tensors.
+
+    :raises TypeError, ValueError: arguments that cannot be batched; tuples of several lengths.
+    """
+    if len({len(item) for item in batch}) > 1:
+        raise ValueError("vectorize_data=True needs tuples of one length. Leave it out for others.")
+    columns: list[Any] = []
+    for n, column in enumerate(zip(*batch, strict=True)):
+        if all(isinstance(item, str) for item in column):
+            columns.append(list(column))
+        elif all(isinstance(item, Tensor) for item in column):
+            if all(item.dtype == torch.long and item.dim() == 1 for item in column):
+                rows = [unpad_rows(item[None])[0] for item in column]
+                columns.append(pad_rows(rows, device=column[0].device))
+            else:
+                columns.append(torch.stack(column))
+        elif all(isinstance(item, (int, float)) for item in column):
+            columns.append(torch.tensor(column))
+        else:
+            kinds = sorted({type(item).__name__ for item in column})
+            raise TypeError(
+                f"vectorize_data=True cannot batch argument {n} of types {kinds}: strings, numbers and tensors can be. "
+                "Leave vectorize_data out."
+            )
+    return tuple(columns)
