@@ -49,6 +49,7 @@ from llmppl.packaged import packaged_folder
 from llmppl.text import PAD
 
 Array = NDArray[np.float64]
+NONE: Array = np.empty(0)
 Story = tuple[str, str]
 Guides = dict[str, TextGuide]
 
@@ -89,7 +90,7 @@ class Run:
     cpu: float
     texts: Tensor  # (K, MAX_TOKENS)
     log_weights: Array  # (K,), empty for plain generation
-    log_joint: Array | None = None  # (K,), log p(x, z)
+    log_joint: Array  # (K,), log p(x, z); of our runs only
 
 
 @dataclass
@@ -135,7 +136,7 @@ def generation(lm: LM, stop: list[int], story: Story, count: int, seed: int) -> 
             eos_token_id=stop,
             pad_token_id=stop[0],
         )
-    return Run(cpu_seconds() - start, values[:, ids.shape[1] :], np.empty(0))
+    return Run(cpu_seconds() - start, values[:, ids.shape[1] :], NONE, NONE)
 
 
 class Engine:
@@ -182,7 +183,7 @@ class Engine:
         texts = torch.full((count, MAX_TOKENS), PAD)
         for row, middle in zip(texts, answer["middles"], strict=True):
             row[: len(middle)] = torch.tensor(middle)
-        return Run(answer["cpu_seconds"], texts, np.array(answer["log_weights"]))
+        return Run(answer["cpu_seconds"], texts, np.array(answer["log_weights"]), NONE)
 
     def close(self) -> None:
         self.process.terminate()
@@ -234,6 +235,15 @@ def largest_difference(lm: LM, guides: Guides, proposal: str, stories: Sequence[
     return float(max(differences))
 
 
+def repetition(lm: LM, story: Story) -> Tensor:
+    """The ending as a middle, ``(1, MAX_TOKENS)``: up to its first stop token, or closed by one."""
+    stop = lm(story[0], max_tokens=MAX_TOKENS, stop=".").law.stop.tolist()
+    ids = lm.encode(story[1]).tolist()
+    end = next((n for n, token in enumerate(ids) if token in stop), len(ids))
+    ids = ([*ids[:end], ids[end] if end < len(ids) else stop[0]])[:MAX_TOKENS]
+    return torch.tensor([ids + [PAD] * (MAX_TOKENS - len(ids))])
+
+
 @dataclass
 class Reference:
     log_evidence: float
@@ -243,13 +253,10 @@ class Reference:
 
 def reference(lm: LM, guides: Guides, story: Story, runs: dict[str, Run]) -> Reference:
     """Z / E_posterior[w] of every proposal, from the samples of all of them."""
-    ending = lm.encode(story[1])[:MAX_TOKENS]
-    repeated = torch.full((1, MAX_TOKENS), PAD)
-    repeated[0, : len(ending)] = ending
+    repeated = repetition(lm, story)
     groups = {**{name: run.texts for name, run in runs.items()}, "repeated": repeated}
     texts = torch.cat(list(groups.values()))
-    joints = [run.log_joint for run in runs.values() if run.log_joint is not None]
-    joint = np.concatenate([*joints, log_joint(lm, story, repeated)])
+    joint = np.concatenate([*(run.log_joint for run in runs.values()), log_joint(lm, story, repeated)])
     densities = {}
     for name, run in runs.items():
         others = torch.cat([group for other, group in groups.items() if other != name])
