@@ -18,7 +18,9 @@ and is too large, as the run does not know what it has missed. *Reference ESS* i
 posterior draws that K samples are worth: a property of the proposal, whoever draws from it. Both expectations come
 from all our samples of a story, pooled under their mixture's density (balance heuristic, Veach and Guibas 1995). The
 pool also has one text that is chosen, not drawn: the ending itself as the middle, a repetition that language models
-think probable. A mode that the whole pool misses stays unseen.
+think probable. A mode that the whole pool misses stays unseen, and with few samples the number is noisy.
+
+``--stories 3 --particles 8 32`` takes about 15 CPU minutes, the default about three times as long.
 """
 
 from __future__ import annotations
