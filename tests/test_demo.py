@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from llmppl import LM, demo
+from llmppl import LM, Behaviour, demo
 from llmppl.cli import app
 from llmppl.guides import PromptGuide
 from llmppl.models import infilling
@@ -33,7 +33,7 @@ def test_the_demo_trains_and_reports(
 ) -> None:
     monkeypatch.setattr(demo, "PARTICLES", 3)
     monkeypatch.setattr(demo, "STORIES_A_STEP", 1)
-    monkeypatch.setattr(demo, "TEMPERATURES", (1.0,))
+    monkeypatch.setattr(demo, "BEHAVIOUR", Behaviour())
     path = f"{tmp_path}/guide.safetensors"
     result = CliRunner().invoke(
         app, ["demo", "--steps", "1", "--samples", "4", "--held-out", "1", "--save", path, "--threads", "1"]

@@ -200,13 +200,13 @@ def test_the_loss_of_leave_one_out_is_the_negative_elbo(story: Story) -> None:
 TRAINED = {
     "vargrad": (TrajectoryBalance(32, behaviour=HOTTER), 0.05),
     "learned": (TrajectoryBalance(32, log_partition="learned", behaviour=HOTTER), 0.15),
-    "subtrajectory": (SubTrajectoryBalance(16, behaviour=HOTTER), 0.05),
+    "subtrajectory": (SubTrajectoryBalance(32, behaviour=HOTTER), 0.05),
     "detailed": (DetailedBalance(32, behaviour=HOTTER), 0.05),
     "replay": (TrajectoryBalance(32, behaviour=Behaviour(0.5, 0.25, temperatures=(1.5, 3.0))), 0.05),
     # On-policy it can miss part of a mode of the posterior.
     "leave-one-out": (LeaveOneOutELBO(32), 0.5),
     # With 64 particles wake-φ loses a mode on most seeds: its self-normalised weights are biased by 1/K.
-    "wake": (WakeSleep(128, insomnia=1.0), 0.1),
+    "wake": (WakeSleep(128, insomnia=1.0), 0.2),
 }
 
 
@@ -223,11 +223,11 @@ def test_a_trained_guide_reaches_the_exact_posterior_both_ways(case: str, record
     objective, floor = TRAINED[case]
     guide = GFlowNetGuide(program, lm, seed=0)
     rates = [
-        {"params": guide.weights.parameters(), "lr": 1e-3},
+        {"params": guide.weights.parameters(), "lr": 2e-3},
         {"params": guide.head.parameters(), "lr": 0.3},
     ]
     elbo, optimizer = objective(program, guide), torch.optim.Adam(rates)
-    steps = 400
+    steps = 260
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, steps)
     for _ in range(steps):
         optimizer.zero_grad()
