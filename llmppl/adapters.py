@@ -21,6 +21,7 @@ class Adapters:
         self.transformer = transformer
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
         self._active: str | None = None
+        self._layers: list[Any] = []
 
     @property
     def names(self) -> list[str]:
@@ -36,6 +37,7 @@ class Adapters:
         :param target_modules: name endings of the layers to adapt; every linear one but the head by default.
         """
         from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
         if name in self._parameters:
             raise ValueError(f"adapter={name!r} exists on this model already. Choose another name.")
@@ -59,6 +61,8 @@ class Adapters:
             for key, parameter in self.transformer.named_parameters()
             if "lora_" in key and f".{name}." in key
         }
+        # Looked up once: a walk over all modules at every switch takes longer than the switch.
+        self._layers = [m for m in self.transformer.modules() if isinstance(m, BaseTunerLayer)]
         self._switch(None)
 
     def _linear_layers(self) -> list[str]:
@@ -90,14 +94,11 @@ class Adapters:
             self._switch(before)
 
     def _switch(self, name: str | None) -> None:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
         trainable = [p for group in self._parameters.values() for p in group.values() if p.requires_grad]
-        for module in self.transformer.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.enable_adapters(name is not None)
-                if name is not None:
-                    module.set_adapter(name)
+        for layer in self._layers:
+            layer.enable_adapters(name is not None)
+            if name is not None and layer.active_adapters != [name]:
+                layer.set_adapter(name)
         # peft freezes what it switches off; a graph built while it was on needs it trainable still.
         for parameter in trainable:
             parameter.requires_grad_(True)

@@ -29,10 +29,11 @@ class Trie:
     def of(cls, rows: Sequence[Sequence[int]]) -> Trie:
         trie = cls(paths=[[] for _ in rows])
         before, path = list[int](), list[int]()
-        for n in sorted(range(len(rows)), key=lambda n: list(rows[n])):
-            row = list(rows[n])
+        for row, n in sorted((list(row), n) for n, row in enumerate(rows)):
             shared = 0
-            while shared < min(len(row), len(before)) and row[shared] == before[shared]:
+            for token, former in zip(row, before, strict=False):
+                if token != former:
+                    break
                 shared += 1
             path = path[:shared]
             for depth in range(shared, len(row)):
