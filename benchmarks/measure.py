@@ -13,15 +13,14 @@ import torch
 
 
 def cpu_seconds(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each contender. They take turns, so that a slow minute hits all alike; the
-    first turn of each warms up and is not counted."""
+    """Median CPU seconds of each contender, which ran once before. They take turns, so that a slow minute
+    hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(repeats + 1):
+    for _ in range(repeats):
         for name, run in contenders.items():
             start = time.process_time()
             run()
-            if turn:
-                times[name].append(time.process_time() - start)
+            times[name].append(time.process_time() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -60,14 +60,13 @@ def main() -> None:
     for length, particles, tokens in SHAPES[: options.shapes]:
         prompt = torch.randint(1000, 40000, (length,), generator=torch.Generator().manual_seed(0))
         given = (lm, prompt, particles, tokens)
-        seconds = cpu_seconds(
-            {
-                "generate": lambda g=given: generate(*g),
-                "ours": lambda g=given: ours(*g, None),
-                "bfloat16": lambda g=given: ours(*g, torch.bfloat16),
-            },
-            options.repeats,
-        )
+        contenders = {
+            "generate": lambda g=given: generate(*g),
+            "ours": lambda g=given: ours(*g, None),
+            "bfloat16": lambda g=given: ours(*g, torch.bfloat16),
+        }
+        cpu_seconds(contenders, 1)  # warms up
+        seconds = cpu_seconds(contenders, options.repeats)
         rate = {name: particles * tokens / value for name, value in seconds.items()}
         shape = f"{length}/{particles}/{tokens}"
         rows.append((shape, *rate.values(), rate["ours"] / rate["generate"], rate["bfloat16"] / rate["generate"]))

