@@ -57,7 +57,7 @@ Guides = dict[str, TextGuide]
 
 MAX_TOKENS = 16
 SHORT_STORY: Story = ("Anna was thirsty.", " She drank it all.")
-SHIPPED_STEPS = 150
+SHIPPED_STEPS = 110
 """Training steps of the shipped adapter; see llmppl/demo_adapter/README.md."""
 PROMPTS: dict[str, Callable[[str, str], list[Any]]] = {
     "prior": lambda beginning, ending: [beginning],

@@ -48,7 +48,7 @@ def split(data: Sequence[tuple[str, str]], held_out: int) -> tuple[list[tuple[st
 
 
 def shipped_adapter() -> Path:
-    """An adapter trained by this demo for longer; see its README."""
+    """An adapter trained for longer, with replay; see its README."""
     return Path(str(resources.files("llmppl").joinpath("demo_adapter", "infilling.safetensors")))
 
 

@@ -25,10 +25,10 @@ from llmppl.trie import Trie
 if TYPE_CHECKING:
     from llmppl.stopping import TextLaw
 
-MAX_NODES = {"cpu": 128, "cuda": 2048}
+MAX_NODES = {"cpu": 384, "cuda": 2048}
 """Tokens of one forward pass, by device: attention is quadratic in them, everything else linear."""
 
-HEAD_ROWS = 256
+HEAD_ROWS = 512
 """States whose logits over the vocabulary exist at one time."""
 
 
