@@ -115,6 +115,8 @@ def infill(options: argparse.Namespace) -> None:
     steps: dict[str, list[int]] = {}
     for seed in range(options.seeds):
         for name, make in contenders(options.particles).items():
+            if options.objectives and name not in options.objectives:
+                continue
             curve, count = _infilling_run(make(), options, training, held, marks, seed)
             found.setdefault(name, []).append(curve)
             steps.setdefault(name, []).append(count)
@@ -187,6 +189,7 @@ def main() -> None:
     arguments.add_argument("--held-out", type=int, default=6)
     arguments.add_argument("--samples", type=int, default=24)
     arguments.add_argument("--batch-size", type=int, default=2)
+    arguments.add_argument("--objectives", nargs="*", default=None, help="names of those to compare; all by default")
     options = arguments.parse_args()
     options.particles = options.particles or (32 if options.part == "twin" else 12)
     torch.set_num_threads(1)
