@@ -125,6 +125,23 @@ def test_a_row_without_replays_draws_in_their_place(story: Story) -> None:
     assert {row[1] for row in middles[:2]} != {"aaa", "bbb"}
 
 
+def test_rows_with_different_numbers_of_replays_keep_all_of_theirs(story: Story) -> None:
+    buffer = ReplayBuffer()
+    buffer.seed(story.program, DATA[0], middle=["aaa", "bbb"])
+    for x in DATA[1:]:
+        buffer.seed(story.program, x, middle=["ccc"])
+    objective = TrajectoryBalance(4, behaviour=Behaviour(replayed=0.5, buffer=buffer))
+    guide = AutoregressiveGuide(story.program, story.lm, rank=2, seed=0)
+    args = tuple(map(list, zip(*DATA, strict=True)))
+    model, proposal = in_data_plate(story.program), in_data_plate(guide)
+    call = objective.prepare(model, proposal, args, {})
+    particles = run_particles(model, proposal, args, {}, 4, call.handler)
+    middles = story.lm.decode(particles.guide_trace.nodes["middle"]["value"])
+    assert {middles[0][0], middles[1][0]} == {"aaa", "bbb"}
+    assert middles[0][1:] == ["ccc", "ccc"]
+    assert middles[1][1:] != ["ccc", "ccc"]
+
+
 def test_what_was_seen_is_remembered_under_its_own_observation(story: Story) -> None:
     behaviour = Behaviour(replayed=0.25)
     objective = TrajectoryBalance(8, behaviour=behaviour)
