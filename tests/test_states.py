@@ -15,6 +15,7 @@ from llmppl import LM, exact_posterior
 from llmppl.guides import AutoregressiveGuide, GFlowNetGuide
 from llmppl.objectives import DetailedBalance, SubTrajectoryBalance
 from llmppl.objectives.states import prefixes
+from llmppl.particles import propose
 from llmppl.replay import Behaviour
 from llmppl.testing import tiny_lm
 from llmppl.text import lengths
@@ -95,8 +96,6 @@ def test_the_loss_over_several_texts_is_zero_at_the_posterior_alone(lm: LM, obje
     pyro.set_rng_seed(3)
     loss = objective.loss(program, guide, "ab", "cd")
     pyro.set_rng_seed(3)
-    from llmppl.particles import propose
-
     trace, _, _ = propose(program, guide, ("ab", "cd"), {}, 8)
     expected = []
     rows = {(*a, *b): n for n, (a, b) in enumerate(zip(first.tolist(), second.tolist(), strict=True))}
@@ -174,13 +173,32 @@ def test_other_latents_keep_their_values(story: Story) -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_texts_in_a_plate_are_one_configuration(lm: LM, objective: SubTrajectoryBalance) -> None:
-    def program(ending: str) -> None:
-        with pyro.plate("texts", 3):
-            middle = pyro.sample("middle", lm("ab", max_tokens=3, stop="."))
-        pyro.factor("taste", lengths(middle).sum(-1, keepdim=True).double() if middle.dim() > 2 else torch.zeros(()))
+    """Under a guide that is the prior, only the factor on the texts' lengths is left of the weights."""
 
-    guide = AutoregressiveGuide(program, lm, prompt={"middle": lambda ending: [ending]}, rank=2, seed=0)
-    assert objective.loss_and_grads(program, guide, "cd") > 0
+    def program(beginning: str) -> None:
+        with pyro.plate("texts", 3):
+            middle = pyro.sample("middle", lm(beginning, max_tokens=3, stop="."))
+            pyro.factor("taste", 0.7 * lengths(middle).double())
+        # A site outside of it makes the plate part of one observation.
+        pyro.sample("title", lm(beginning), obs=lm.encode("c"))
+
+    guide = AutoregressiveGuide(program, lm, prompt={"middle": lambda beginning: [beginning]}, rank=2, seed=0)
+    pyro.set_rng_seed(4)
+    loss = objective.loss_and_grads(program, guide, "ab")
+    pyro.set_rng_seed(4)
+    trace, _, _ = propose(program, guide, ("ab",), {}, 8)
+    expected = 0.0
+    for texts in trace.nodes["middle"]["value"]:
+        free = lengths(texts) - (texts == 0).any(-1).long()
+        # All three are cut at once, as long as each has so many tokens; the sample as a whole comes last.
+        cut = [t for t in range(int(free.min()) + 1) if t < 3 and not bool(((free == t) & (texts == 0).any(-1)).all())]
+        weights = torch.tensor([0.7 * 3 * (t + 1) for t in cut] + [0.7 * float(lengths(texts).sum())])
+        pairs = [(a, b) for a in range(len(weights)) for b in range(a + 1, len(weights))]
+        chosen = [p for p in pairs if p[1] == p[0] + 1 or not isinstance(objective, DetailedBalance)]
+        squares = [float(weights[a] - weights[b]) ** 2 for a, b in chosen]
+        expected += sum(squares) / max(len(squares), 1) / 8
+    assert expected > 0.1
+    assert loss == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_joint_that_depends_on_lengths_in_python_is_refused(story: Story) -> None:
@@ -253,8 +271,6 @@ def test_every_prefix_costs_its_own_tokens_only(story: Story) -> None:
 
 
 def structure_of(guide: AutoregressiveGuide, story: Story) -> Tensor:
-    from llmppl.particles import propose
-
     trace, _, _ = propose(story.program, guide, story.args, {}, 6)
     assert "middle" in structure(guide, story.args, {}).nodes
     return trace.nodes["middle"]["value"]

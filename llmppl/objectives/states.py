@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,45 +67,28 @@ def ended_prefixes(trace: poutine.Trace, axes: tuple[int, ...], nesting: int, ob
         free = lengths(value) - torch.isin(value, law.stop).any(-1).long()
         place = torch.arange(len(texts), device=value.device).reshape((-1,) + (1,) * (1 + len(axes)))
         # The sample as a whole is one state, the last.
-        whole = _Rows((texts == value).all(-1), axes, nesting, 1).all
-        ends = _Rows(reached, axes, nesting, 1).all & ~whole
+        whole = _rows((texts == value).all(-1), axes, nesting, 1, torch.all)
+        ends = _rows(reached, axes, nesting, 1, torch.all) & ~whole
         places.append((place + before).expand(ends.shape).clone())
         valid.append(ends)
-        places[-1][-1] = _Rows(free, axes, nesting, 0).largest + before
-        before = before + _Rows(lengths(value), axes, nesting, 0).largest
+        places[-1][-1] = _rows(free, axes, nesting, 0, torch.amax) + before
+        before = before + _rows(lengths(value), axes, nesting, 0, torch.amax)
     valid[-1][-1] = True
     values = {name: torch.cat(parts).flatten(0, 1) for name, parts in blocks.items()}
     return States(values, torch.cat(places), torch.cat(valid))
 
 
-@dataclass(frozen=True)
-class _Rows:
+def _rows(
+    full: Tensor, axes: tuple[int, ...], nesting: int, front: int, reduce: Callable[[Tensor, list[int]], Tensor]
+) -> Tensor:
     """A site's ``(..., K) + site batch``, reduced to ``(..., K) + batch_shape`` over inner plates.
 
     :param front: dimensions in front of the particles'.
     """
-
-    full: Tensor
-    axes: tuple[int, ...]
-    nesting: int
-    front: int
-
-    @property
-    def _shaped(self) -> tuple[Tensor, list[int]]:
-        missing = self.nesting + 1 + self.front - self.full.dim()
-        split = self.front + 1
-        shaped = self.full.reshape(self.full.shape[:split] + (1,) * missing + self.full.shape[split:])
-        return shaped, [d for d in range(-self.nesting, 0) if d not in self.axes]
-
-    @property
-    def all(self) -> Tensor:
-        shaped, inner = self._shaped
-        return shaped.all(dim=inner) if inner else shaped
-
-    @property
-    def largest(self) -> Tensor:
-        shaped, inner = self._shaped
-        return shaped.amax(inner) if inner else shaped
+    missing, split = nesting + 1 + front - full.dim(), front + 1
+    shaped = full.reshape(full.shape[:split] + (1,) * missing + full.shape[split:])
+    inner = [d for d in range(-nesting, 0) if d not in axes]
+    return reduce(shaped, inner) if inner else shaped
 
 
 def prefixes(value: Tensor, stop: Tensor, min_tokens: int, max_tokens: int) -> tuple[Tensor, Tensor]:
