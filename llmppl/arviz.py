@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,3 +68,22 @@ def to_arviz(posterior: Posterior, num_samples: int | None = None, seed: int = 0
     if hasattr(arviz, "InferenceData"):
         return arviz.InferenceData(**groups, warn_on_custom_groups=False)
     return xarray.DataTree.from_dict({f"/{name}": group for name, group in groups.items()})
+
+
+def chain_ess(posterior: Posterior) -> np.ndarray:
+    """Bulk effective sample size of the joint over the chains of MCMC, of shape ``batch_shape``."""
+    import arviz
+
+    return _of_chains(posterior, lambda chains: arviz.ess(chains))
+
+
+def chain_rhat(posterior: Posterior) -> np.ndarray:
+    """R̂ (rank-normalised, split) of the joint over the chains of MCMC, of shape ``batch_shape``."""
+    import arviz
+
+    return _of_chains(posterior, lambda chains: arviz.rhat(chains))
+
+
+def _of_chains(posterior: Posterior, measure: Callable[[np.ndarray], Any]) -> np.ndarray:
+    chains = posterior.log_joint.reshape(posterior.num_chains, -1, math.prod(posterior.batch_shape))
+    return np.array([float(measure(chains[..., n])) for n in range(chains.shape[-1])]).reshape(posterior.batch_shape)

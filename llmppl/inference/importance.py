@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pyro.distributions as dist
 import torch
+from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from llmppl.distributions.autoregressive import AutoregressiveText
 from llmppl.inference.posterior import Posterior
-from llmppl.particles import Particles, check_finite, run_particles
+from llmppl.particles import Particles, check_finite, run_particles, sum_site
 from llmppl.tracing import Program, Site, in_data_plate, is_latent, is_text
 
 BLOCK = 64
@@ -87,6 +90,12 @@ def gather(blocks: list[Particles], method: str, exactness: str) -> Posterior:
         if site["type"] == "sample" and site["is_observed"] and is_text(site)
     }
     log_weights = [b.log_p if method == "enumeration" else b.log_weights for b in blocks]
+    texts = [name for name, site in latent.items() if isinstance(site["fn"], AutoregressiveText)]
+    seen = [
+        name
+        for name, site in first.nodes.items()
+        if site["type"] == "sample" and site["is_observed"] and not isinstance(site["fn"], dist.Unit)
+    ]
     return Posterior(
         samples=samples,
         log_weights=_numpy(torch.cat(log_weights)),
@@ -95,15 +104,43 @@ def gather(blocks: list[Particles], method: str, exactness: str) -> Posterior:
         exactness=exactness,
         decoders={name: site["fn"].lm.decode for name, site in latent.items() if is_text(site)},
         observed=observed,
+        token_log_p={
+            name: np.concatenate([_token_scores(b, b.model_trace, name, rows) for b in blocks]) for name in texts
+        },
+        token_log_q={
+            name: np.concatenate([_token_scores(b, b.guide_trace, name, rows) for b in blocks])
+            for name in texts
+            if name in blocks[0].guide_trace.nodes
+            and isinstance(blocks[0].guide_trace.nodes[name]["fn"], AutoregressiveText)
+        },
+        log_likelihood={
+            name: _numpy(
+                torch.cat(
+                    [
+                        sum_site(b.model_trace.nodes[name]["log_prob"], b.axes, b.nesting).expand(len(b.log_p), *rows)
+                        for b in blocks
+                    ]
+                )
+            )
+            for name in seen
+        },
     )
+
+
+def _token_scores(particles: Particles, trace: poutine.Trace, name: str, rows: torch.Size) -> np.ndarray:
+    """A text's token log-probabilities, laid out as its values are; known from scoring the trace."""
+    site = trace.nodes[name]
+    return _layout(particles, site["fn"].token_log_prob(site["value"]), 1, rows)
 
 
 def _value(particles: Particles, name: str, rows: torch.Size) -> np.ndarray:
     """A site's values as ``(K,) + batch_shape + inner + event_shape``."""
     site = particles.model_trace.nodes[name]
-    event = site["value"].dim() - _batch_dims(site)
+    return _layout(particles, site["value"], site["value"].dim() - _batch_dims(site), rows)
+
+
+def _layout(particles: Particles, value: Tensor, event: int, rows: torch.Size) -> np.ndarray:
     count = len(particles.log_p)
-    value = site["value"]
     missing = 1 + particles.nesting - (value.dim() - event)
     value = value.reshape((1,) * missing + value.shape) if missing > 0 else value
     # Rows in front, dimensions of inner plates behind, those of size 1 dropped.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,21 +15,35 @@ from llmppl.inference.pareto import pareto_k
 
 Array = NDArray[Any]
 EXACTNESS = ("marginal", "conditional", "extended", "none")
+METHODS = ("enumeration", "importance", "smc", "mcmc", "decoding")
 
 
 @dataclass(repr=False)
 class Posterior:
-    r"""Samples of a program's latent sites with unnormalised weights.
+    r"""Samples of a program's latent sites, with unnormalised weights where the method has them.
+
+    Weighted are those of enumeration, importance sampling and SMC. Draws of MCMC are equally weighted
+    and say nothing of the evidence; answers of decoding are points, with their joint and no weight.
 
     :param samples: by site, ``(K,) + batch_shape + event_shape``.
     :param log_weights: ``(K,) + batch_shape``, nats. From importance sampling
-        :math:`\log p(x, z_k) - \log q(z_k|x)`; from enumeration :math:`\log p(x, z_k)`.
+        :math:`\log p(x, z_k) - \log q(z_k|x)`; from enumeration :math:`\log p(x, z_k)`; from SMC such that
+        their mean weight is :math:`\hat Z`; zero from MCMC; NaN from decoding.
     :param log_joint: :math:`\log p(x, z_k)`, same shape.
-    :param method: ``"importance"`` or ``"enumeration"``.
+    :param method: one of :data:`METHODS`.
     :param exactness: what the weights are exact for: the guide's ``marginal`` density, one
         ``conditional`` on auxiliary choices, an ``extended`` space, or ``none``.
     :param decoders: by text site, a function from one text's ids to a string.
     :param observed: the observed texts, by site.
+    :param token_log_p: by text site, log-probability of each token under the prior, nats, of the shape of
+        the site's ``samples``; zero behind the end.
+    :param token_log_q: the same under the guide.
+    :param log_likelihood: by observed site, its log-density at each sample, ``(K,) + batch_shape``, nats.
+    :param ancestors: of SMC, which first-generation particle each sample descends from, ``(K,) + batch_shape``.
+    :param ess_history: of SMC, the effective sample size at each step before any resampling,
+        ``(steps,) + batch_shape``; the last entry is that of the final weights.
+    :param num_chains: of MCMC; samples stand chain after chain.
+    :param acceptance: of MCMC, the share of accepted moves, ``(num_chains,) + batch_shape``.
     """
 
     samples: Mapping[str, Array]
@@ -39,10 +53,17 @@ class Posterior:
     exactness: str = "marginal"
     decoders: Mapping[str, Callable[[Array], str]] = field(default_factory=dict)
     observed: Mapping[str, Array] = field(default_factory=dict)
+    token_log_p: Mapping[str, Array] = field(default_factory=dict)
+    token_log_q: Mapping[str, Array] = field(default_factory=dict)
+    log_likelihood: Mapping[str, Array] = field(default_factory=dict)
+    ancestors: Array | None = None
+    ess_history: Array | None = None
+    num_chains: int = 1
+    acceptance: Array | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in ("importance", "enumeration"):
-            raise ValueError(f"method={self.method!r} must be 'importance' or 'enumeration'.")
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} must be one of {METHODS}.")
         if self.exactness not in EXACTNESS:
             raise ValueError(f"exactness={self.exactness!r} must be one of {EXACTNESS}.")
         if self.exactness == "none":
@@ -62,9 +83,25 @@ class Posterior:
     # --- evidence and quality, each of shape batch_shape -------------------------------------------
 
     @property
+    def weighted(self) -> bool:
+        """Whether the samples have weights that say something of the evidence."""
+        return self.method in ("enumeration", "importance", "smc")
+
+    def _need_weights(self, what: str) -> None:
+        if not self.weighted:
+            raise ValueError(
+                f"{what} needs weights, and a posterior by {self.method} has none. Use importance() or smc() with a "
+                "guide, or exact_posterior()."
+            )
+
+    @property
     def log_evidence(self) -> Array:
-        """log Z in nats. Exact by enumeration; by importance sampling the logarithm of an unbiased
-        estimate of Z, below log Z in expectation."""
+        """log Z in nats. Exact by enumeration; by importance sampling and SMC the logarithm of an unbiased
+        estimate of Z, below log Z in expectation.
+
+        :raises ValueError: a method without weights; so do the properties below.
+        """
+        self._need_weights("log_evidence")
         total = _logsumexp(self.log_weights)
         return total if self.method == "enumeration" else total - math.log(self.num_samples)
 
@@ -72,32 +109,82 @@ class Posterior:
     def log_evidence_error(self) -> Array:
         """Standard error of :attr:`log_evidence` by the delta method, nats; zero by enumeration.
 
-        It is itself estimated from the weights, and too small where k̂ is above 0.7.
+        It is itself estimated from the weights, and too small where k̂ is above 0.7. By SMC samples that
+        descend from one ancestor count as one (Chan and Lai 2013; Lee and Whiteley 2018), exact for
+        multinomial resampling and cautious for the others; once one ancestor is left it says 1 nat whatever
+        the truth.
         """
+        self._need_weights("log_evidence_error")
         if self.method == "enumeration":
             return np.zeros(self.batch_shape)
         if self.num_samples < 2:
             return np.full(self.batch_shape, np.nan)
-        relative = self.weights * self.num_samples
-        return np.asarray(relative.std(0, ddof=1) / math.sqrt(self.num_samples))
+        if self.ancestors is None:
+            squares = np.square(self.weights).sum(0)
+        else:
+            families = np.stack([self.weights * (self.ancestors == n) for n in range(self.num_samples)]).sum(1)
+            squares = np.square(families).sum(0)
+        return np.asarray(np.sqrt(np.maximum(squares * self.num_samples - 1, 0) / (self.num_samples - 1)))
 
     @property
     def weights(self) -> Array:
         """Normalised weights, ``(K,) + batch_shape``, summing to one over the samples."""
+        if self.method == "decoding":
+            self._need_weights("weights")
         return np.exp(self.log_weights - _logsumexp(self.log_weights))
 
     @property
     def ess(self) -> Array:
-        """Effective sample size (Kish): (Σw)² / Σw². By enumeration, of the exact posterior itself."""
-        return np.asarray(1.0 / np.square(self.weights).sum(0))
+        """Effective sample size. Of weights (Kish): (Σw)² / Σw²; by enumeration, of the exact posterior
+        itself; by SMC, the smallest at any step, before resampling could hide it; by MCMC, of the joint's
+        chains, from their autocorrelation (Vehtari et al. 2021)."""
+        if self.method == "decoding":
+            self._need_weights("ess")
+        if self.method == "mcmc":
+            from llmppl.arviz import chain_ess
+
+            return chain_ess(self)
+        kish = np.asarray(1.0 / np.square(self.weights).sum(0))
+        return kish if self.ess_history is None else np.minimum(kish, self.ess_history.min(0))
+
+    @property
+    def rhat(self) -> Array:
+        """R̂ of the joint's chains (Vehtari et al. 2021), of MCMC: below 1.01 they agree.
+
+        :raises ValueError: another method.
+        """
+        if self.method != "mcmc":
+            raise ValueError(f"rhat is for chains of MCMC, and this posterior is by {self.method}.")
+        from llmppl.arviz import chain_rhat
+
+        return chain_rhat(self)
+
+    @property
+    def distinct_ancestors(self) -> Array:
+        """How many first-generation particles of SMC have a descendant with weight; elsewhere the number of
+        samples."""
+        if self.ancestors is None:
+            return np.full(self.batch_shape, self.num_samples)
+        flat = self.ancestors.reshape(self.num_samples, -1)
+        alive = np.isfinite(self.log_weights).reshape(self.num_samples, -1)
+        counts = [len(np.unique(flat[alive[:, n], n])) for n in range(flat.shape[1])]
+        return np.array(counts).reshape(self.batch_shape)
+
+    def distinct_texts(self, site: str) -> Array:
+        """How many different values the samples of a site have, of shape ``batch_shape``."""
+        values = self.samples[site].reshape(self.num_samples, math.prod(self.batch_shape), -1)
+        counts = [len(np.unique(values[:, n], axis=0)) for n in range(values.shape[1])]
+        return np.array(counts).reshape(self.batch_shape)
 
     @property
     def khat(self) -> Array:
         """Pareto k̂ of the weights (Vehtari et al. 2024): below 0.7 they can be relied on, if no mode
-        was missed. −inf for equal weights; NaN where there are too few samples, or by enumeration. Where
+        was missed. −inf for equal weights; NaN where there are too few samples, by enumeration, and by SMC,
+        whose weights resampling has cut. Where
         few texts have most of the mass the weights are few distinct numbers, and k̂ can be far above 0.7
         although they are nearly equal: read it beside :attr:`ess`."""
-        if self.method == "enumeration":
+        self._need_weights("khat")
+        if self.method in ("enumeration", "smc"):
             return np.full(self.batch_shape, np.nan)
         flat = self.log_weights.reshape(self.num_samples, -1)
         return np.array([pareto_k(column) for column in flat.T]).reshape(self.batch_shape)
@@ -105,17 +192,21 @@ class Posterior:
     @property
     def elbo(self) -> Array:
         """Mean log-weight, the evidence lower bound of the guide, nats; of the exact posterior by
-        enumeration it is log Z itself."""
+        enumeration it is log Z itself. NaN by SMC, whose weights are not those of one guide's samples."""
+        self._need_weights("elbo")
         if self.method == "enumeration":
             return self.log_evidence
+        if self.method == "smc":
+            return np.full(self.batch_shape, np.nan)
         return np.asarray(self.log_weights.mean(0))
 
     @property
     def elbo_error(self) -> Array:
         """Standard error of :attr:`elbo`, nats."""
+        self._need_weights("elbo_error")
         if self.method == "enumeration":
             return np.zeros(self.batch_shape)
-        if self.num_samples < 2:
+        if self.num_samples < 2 or self.method == "smc":
             return np.full(self.batch_shape, np.nan)
         with np.errstate(invalid="ignore"):  # a weight of zero: the ELBO is −inf, its error undefined
             return np.asarray(self.log_weights.std(0, ddof=1) / math.sqrt(self.num_samples))
@@ -125,7 +216,8 @@ class Posterior:
     def resample(self, num_samples: int | None = None, seed: int = 0) -> Posterior:
         """Equally weighted samples: systematic resampling by the weights, row by row.
 
-        The evidence is kept: every new log-weight is :attr:`log_evidence`.
+        The evidence is kept: every new log-weight is :attr:`log_evidence`. Draws of MCMC are equally weighted
+        already; of them this takes some, as one chain.
 
         :param num_samples: how many; as many as there are by default.
         """
@@ -141,15 +233,26 @@ class Posterior:
             index[:, column] = np.searchsorted(bounds / bounds[-1], points).clip(max=self.num_samples - 1)
             generator.shuffle(index[:, column])
         index = index.reshape((count, *self.batch_shape))
-        return Posterior(
-            samples={name: self._take(value, index) for name, value in self.samples.items()},
-            log_weights=np.broadcast_to(self.log_evidence, (count, *self.batch_shape)).copy(),
-            log_joint=self._take(self.log_joint, index),
-            method="importance",
-            exactness=self.exactness,
-            decoders=self.decoders,
-            observed=self.observed,
+        evidence = self.log_evidence if self.weighted else np.zeros(self.batch_shape)
+        return replace(
+            self,
+            **self._taken(index),
+            log_weights=np.broadcast_to(evidence, (count, *self.batch_shape)).copy(),
+            method="importance" if self.weighted else self.method,
+            ancestors=None,
+            ess_history=None,
+            num_chains=1,
+            acceptance=None,
         )
+
+    def _taken(self, index: Array) -> dict[str, Any]:
+        """Everything that each sample has, at an index ``(K',) + batch_shape``."""
+        columns = ("samples", "token_log_p", "token_log_q", "log_likelihood")
+        chosen: dict[str, Any] = {
+            column: {name: self._take(value, index) for name, value in getattr(self, column).items()}
+            for column in columns
+        }
+        return {**chosen, "log_joint": self._take(self.log_joint, index)}
 
     def _take(self, value: Array, index: Array) -> Array:
         rows = len(self.batch_shape)
@@ -175,7 +278,8 @@ class Posterior:
         if self.batch_shape:
             raise ValueError("top() needs a posterior without batch rows. Ask for one row: posterior.row(0).")
         total: dict[str, float] = {}
-        for text, weight in zip(self.decode(site), self.weights, strict=True):
+        weights = np.zeros(self.num_samples) if self.method == "decoding" else self.weights
+        for text, weight in zip(self.decode(site), weights, strict=True):
             total[text] = total.get(text, 0.0) + float(weight)
         return sorted(total.items(), key=lambda item: -item[1])[:count]
 
@@ -184,14 +288,17 @@ class Posterior:
         if len(index) != len(self.batch_shape):
             raise IndexError(f"batch_shape is {self.batch_shape}: pass {len(self.batch_shape)} numbers.")
         place: Any = (slice(None), *index)
-        return Posterior(
-            {name: value[place] for name, value in self.samples.items()},
-            self.log_weights[place],
-            self.log_joint[place],
-            self.method,
-            self.exactness,
-            self.decoders,
-            {n: v[index] if v.shape[: len(index)] == self.batch_shape else v for n, v in self.observed.items()},
+        columns = ("samples", "token_log_p", "token_log_q", "log_likelihood")
+        chosen: dict[str, Any] = {
+            column: {name: value[place] for name, value in getattr(self, column).items()} for column in columns
+        }
+        chosen |= {
+            name: None if getattr(self, name) is None else getattr(self, name)[place]
+            for name in ("ancestors", "ess_history", "acceptance")
+        }
+        observed = {n: v[index] if v.shape[: len(index)] == self.batch_shape else v for n, v in self.observed.items()}
+        return replace(
+            self, **chosen, log_weights=self.log_weights[place], log_joint=self.log_joint[place], observed=observed
         )
 
     # --- out ---------------------------------------------------------------------------------------
@@ -224,6 +331,21 @@ class Posterior:
         head = f"Posterior({self.num_samples} samples of {sites}{rows}, {self.method}"
         if self.method == "enumeration":
             return f"{head}: log evidence {_span(self.log_evidence)} exactly)"
+        if self.method == "decoding":
+            return f"{head}: log joint {_span(self.log_joint)}; points, no weights)"
+        if self.method == "mcmc":
+            return (
+                f"{head}: {self.num_chains} chains, accepted {_span(self.acceptance)}, "  # type: ignore[arg-type]
+                f"ESS {_span(self.ess, 1)} of {self.num_samples}, R̂ {_span(self.rhat, 3)}; no evidence)"
+            )
+        if self.method == "smc":
+            return (
+                f"{head}: log evidence {_span(self.log_evidence)} ± {_span(self.log_evidence_error)}, "
+                f"smallest ESS {_span(self.ess, 1)} of {self.num_samples} before resampling, "
+                f"{_span(self.distinct_ancestors, 0)} distinct ancestors"
+                + "".join(f", {_span(self.distinct_texts(site), 0)} distinct {site} texts" for site in self.decoders)
+                + ")"
+            )
         return (
             f"{head}: log evidence {_span(self.log_evidence)} ± {_span(self.log_evidence_error)}, "
             f"ELBO {_span(self.elbo)} ± {_span(self.elbo_error)}, ESS {_span(self.ess, 1)} of {self.num_samples}, "
