@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmppl.diagnostics.bounds import bounds
+    from llmppl.diagnostics.calibration import calibrate, expected_coverage
     from llmppl.diagnostics.gap import inference_gap
     from llmppl.evaluation import Evaluation
     from llmppl.grammar import Grammar
@@ -27,7 +28,9 @@ _PUBLIC = {
     "Posterior": "llmppl.inference.posterior",
     "ReplayBuffer": "llmppl.replay",
     "bounds": "llmppl.diagnostics.bounds",
+    "calibrate": "llmppl.diagnostics.calibration",
     "exact_posterior": "llmppl.inference.enumeration",
+    "expected_coverage": "llmppl.diagnostics.calibration",
     "fit": "llmppl.training",
     "importance": "llmppl.inference.importance",
     "inference_gap": "llmppl.diagnostics.gap",
@@ -42,7 +45,9 @@ __all__ = [
     "ReplayBuffer",
     "__version__",
     "bounds",
+    "calibrate",
     "exact_posterior",
+    "expected_coverage",
     "fit",
     "importance",
     "inference_gap",

@@ -1,0 +1,370 @@
+"""Simulation-based calibration of a guide: are exact posterior draws ranked among its own as its own are?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from llmppl.diagnostics.simulated import Array, Pair, Sampler, Scored, simulated_pair
+from llmppl.diagnostics.uniformity import MOST_POINTS, ecdf_band, uniformity_p_value
+from llmppl.inference.importance import importance
+from llmppl.randomness import randomness_kept
+from llmppl.tracing import Program, in_data_plate
+
+Functional = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
+LOG_P, LOG_Q = "log p(x,z)", "log q(z|x)"
+CREDIBILITY = "credibility of "
+PROPOSALS = 10
+"""Samples of importance sampling for each draw that is taken from them."""
+
+
+class Coverage(NamedTuple):
+    """How often credible sets of a level hold the simulated latent.
+
+    :param coverage: share of the simulated pairs.
+    :param lower, upper: exact binomial interval of it (Clopper and Pearson 1934).
+    """
+
+    level: float
+    coverage: float
+    lower: float
+    upper: float
+
+    def __str__(self) -> str:
+        return f"{self.level:.0%} sets hold {self.coverage:.1%} ({self.lower:.1%} to {self.upper:.1%})"
+
+
+@dataclass(frozen=True, repr=False)
+class Calibration:
+    """Ranks of simulated latents among draws, which are uniform where the draws are of the posterior.
+
+    A low rank of log q(z|x) says that the guide finds the truth less probable than its own draws: it misses
+    mass. Ranks in the middle too often: too wide; at both ends: too narrow.
+
+    :param ranks: by functional, ``(S,)``, in (0, 1), ties broken at random. Those named ``credibility of
+        <site>`` are the levels of the smallest credible sets of a finite site that hold the latent.
+    :param num_draws: ``K`` draws for each pair; 0 where only credible sets are asked for.
+    :param level: of all tests together.
+    """
+
+    ranks: Mapping[str, Array]
+    num_draws: int
+    level: float = 0.95
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.ranks)
+
+    @property
+    def simulations(self) -> int:
+        """``S``, how many simulated pairs."""
+        return len(next(iter(self.ranks.values())))
+
+    def p_value(self, name: str) -> float:
+        """Probability of ranks as far from uniform, if the draws are of the posterior: exact, by the largest
+        departure of the ECDF (:func:`~llmppl.diagnostics.uniformity.uniformity_p_value`).
+
+        :raises KeyError: no such functional.
+        """
+        return uniformity_p_value(self._of(name), self._num_points)
+
+    def band(self, name: str) -> tuple[Array, Array, Array]:
+        """Points in (0, 1), and the lower and upper end of the band of the ECDF there.
+
+        The band holds at all points at once with probability ``1 - (1 - level)/len(names)``, so that all
+        ECDFs stay in their bands with probability ``level`` (Bonferroni).
+
+        :raises KeyError: no such functional.
+        """
+        return ecdf_band(len(self._of(name)), self._num_points, 1 - self._share)
+
+    @property
+    def rejected(self) -> tuple[str, ...]:
+        """Functionals whose ECDF leaves its band."""
+        return tuple(name for name in self.names if self.p_value(name) <= self._share)
+
+    @property
+    def passed(self) -> bool:
+        """Whether no ECDF leaves its band. An exact posterior passes with probability ``level`` or more:
+        Bonferroni's correction, each p-value against ``(1 - level)/len(names)``. Passing proves nothing of
+        what these functionals cannot see, or too few simulations."""
+        return not self.rejected
+
+    def coverage(self, site: str, levels: Iterable[float] = (0.5, 0.8, 0.9, 0.95)) -> list[Coverage]:
+        """Expected coverage of the guide's credible sets of a finite site (Hermans et al. 2022).
+
+        :raises KeyError: no such finite site.
+        """
+        values = self._of(CREDIBILITY + site)
+        found = []
+        for level in levels:
+            count = int((values <= level).sum())
+            interval = stats.binomtest(count, len(values)).proportion_ci(self.level)
+            found.append(Coverage(level, count / len(values), float(interval.low), float(interval.high)))
+        return found
+
+    def plot(self, name: str, ax: Any = None) -> Any:
+        """The ECDF of the ranks in its band; see :func:`llmppl.plots.plot_calibration`."""
+        from llmppl.plots import plot_calibration
+
+        return plot_calibration(self, name, ax)
+
+    @staticmethod
+    def join(parts: Sequence[Calibration]) -> Calibration:
+        """The simulated pairs of several calls as one.
+
+        :raises ValueError: calls with different functionals, numbers of draws or levels; none.
+        """
+        if not parts:
+            raise ValueError("Calibration.join needs at least one calibration. Pass a list of them.")
+        first = parts[0]
+        for part in parts[1:]:
+            if (part.names, part.num_draws, part.level) != (first.names, first.num_draws, first.level):
+                raise ValueError(
+                    f"calibrations of {part.names} with {part.num_draws} draws at level {part.level} and of "
+                    f"{first.names} with {first.num_draws} at {first.level} cannot be joined. Make them by one calibrate()."
+                )
+        ranks = {name: np.concatenate([part.ranks[name] for part in parts]) for name in first.names}
+        return Calibration(ranks, first.num_draws, first.level)
+
+    @property
+    def _share(self) -> float:
+        return (1 - self.level) / len(self.names)
+
+    @property
+    def _num_points(self) -> int:
+        return min(self.num_draws + 1, MOST_POINTS) if self.num_draws else MOST_POINTS
+
+    def _of(self, name: str) -> Array:
+        if name not in self.ranks:
+            raise KeyError(f"no functional {name!r}; there are {list(self.names)}.")
+        return self.ranks[name]
+
+    def __repr__(self) -> str:
+        drawn = f", {self.num_draws} draws each" if self.num_draws else ""
+        verdict = "passed" if self.passed else "rejected by " + ", ".join(self.rejected)
+        values = ", ".join(f"{name} p = {self.p_value(name):.2g}" for name in self.names)
+        return (
+            f"Calibration({self.simulations} simulated pairs{drawn}: {verdict} at level {self.level:g}, "
+            f"p-values against {self._share:.2g}: {values})"
+        )
+
+
+def calibrate(
+    model: Program,
+    guide: Program,
+    num_draws: int = 63,
+    simulations: int = 100,
+    functionals: Mapping[str, Functional] | None = None,
+    sampler: str | Sampler = "guide",
+    level: float = 0.95,
+    seed: int = 0,
+    vectorize_data: bool = False,
+    progress: bool = True,
+) -> Callable[..., Calibration]:
+    r"""Simulation-based calibration [1]: a function of the program's arguments that returns a :class:`Calibration`.
+
+    It draws :math:`(z^*, x^*)` from the program, so that :math:`z^*` is an exact posterior draw at
+    :math:`x^*`, and ``K`` draws :math:`z_k` of the sampler there. If those are of the posterior too, the
+    rank of :math:`f(z^*, x^*)` among the :math:`f(z_k, x^*)` is uniform for every functional. These are
+    the length in tokens of each text, :math:`\log p(x, z)`, :math:`\log q(z|x)` and the user's own. The
+    last but one finds what the guide misses, where lengths and often the joint do not: functionals have to
+    depend on the data [2]. Ranks of :math:`\log q` are, upside down, the credibility of whole latents.
+    Finite sites (choices) add the credibility of their value, without draws: see :func:`expected_coverage`.
+
+    As in :func:`~llmppl.bounds` the observed values among the arguments say only what is observed and of
+    what length, and the result holds on average over simulated observations. One call makes ``simulations``
+    pairs, or so many for each row; :meth:`Calibration.join` joins calls. Each costs ``K + 1`` scores of both
+    programs and ``K`` draws; draws other than the guide's are scored once more.
+
+    A guide that lacks 10 % of every posterior is found in at least 9 of 10 runs with ``K = 63`` and
+    100 pairs, the defaults; with ``K = 20`` it takes 200 pairs. The bands are those of [3].
+
+    :param num_draws: ``K``.
+    :param simulations: pairs for each call, and each row.
+    :param functionals: by name, functions of latents ``(K,) + batch_shape + event_shape`` by site and of the
+        simulated observations by site, that return ``(K,) + batch_shape``; called for draws and, with one
+        particle, for :math:`z^*`.
+    :param sampler: ``"guide"``; or ``"importance"``, draws by weight from 10 ``K`` of the guide; or a
+        function of the program and the guide, told of the simulated observations, such as
+        ``lambda model, guide: partial(exact_posterior, model)``. From the :class:`~llmppl.Posterior` that the
+        function it returns makes of the arguments, ``K`` are drawn.
+    :param level: probability that an exact posterior passes.
+    :param seed: of each call's random numbers, and of the number of the call: calls of one function differ.
+    :param vectorize_data: as for :func:`~llmppl.importance`.
+    :param progress: show a progress bar if it takes more than a few seconds.
+    :raises ValueError: a factor in the program, a guide without an exact marginal density, a scaled site,
+        functionals of the wrong shape or NaN.
+    :raises TypeError: a guide that takes no ``observations=``.
+
+    References
+
+    [1] Talts, Betancourt, Simpson, Vehtari, Gelman (2018), `Validating Bayesian inference algorithms with
+    simulation-based calibration`.
+    [2] Modrák, Moon, Kim, Bürkner, Huurre, Faltejsková, Gelman, Vehtari (2023), `Simulation-based calibration
+    checking for Bayesian computation: the choice of test quantities shapes sensitivity`.
+    [3] Säilynoja, Bürkner, Vehtari (2022), `Graphical test for discrete uniformity and its applications in
+    goodness-of-fit evaluation and multiple sample comparison`.
+    """
+    if num_draws < 1:
+        raise ValueError(f"num_draws must be at least 1, got {num_draws}.")
+    if sampler == "importance":
+        chosen: Sampler | None = _weighted(PROPOSALS * num_draws)
+    elif sampler == "guide":
+        chosen = None
+    elif callable(sampler):
+        chosen = sampler
+    else:
+        raise ValueError(
+            f"sampler={sampler!r} must be 'guide', 'importance', or a function of the program and the guide that "
+            "returns a function of the program's arguments, e.g. lambda model, guide: importance(model, guide, 500)."
+        )
+    return _simulating(
+        model, guide, num_draws, simulations, dict(functionals or {}), chosen, level, seed, vectorize_data, progress
+    )
+
+
+def expected_coverage(
+    model: Program,
+    guide: Program,
+    simulations: int = 100,
+    level: float = 0.95,
+    seed: int = 0,
+    vectorize_data: bool = False,
+    progress: bool = True,
+) -> Callable[..., Calibration]:
+    r"""Expected coverage of a guide's credible sets at finite sites [1]: a function of the program's arguments.
+
+    At simulated :math:`(z^*, x^*)`, and after the earlier latents in :math:`z^*`, the options of a choice
+    are taken in the order of the guide's probability until the true one is in; one at the border is in
+    with the probability that makes the level exact. Where the guide is the posterior, sets of every level
+    hold the truth as often as the level says: :meth:`Calibration.coverage`, with the test and the band of
+    :class:`Calibration` over all levels. It needs no draws. Parameters and errors as of :func:`calibrate`.
+
+    :raises ValueError: also a program without a finite latent site.
+
+    [1] Hermans, Delaunoy, Rozet, Wehenkel, Begy, Louppe (2022), `A crisis in simulation-based inference? Beware,
+    your posterior approximations can be unfaithful`.
+    """
+    return _simulating(model, guide, 0, simulations, {}, None, level, seed, vectorize_data, progress)
+
+
+def ranks_of(pair: Pair, functionals: Mapping[str, Functional], generator: np.random.Generator) -> dict[str, Array]:
+    """Ranks in (0, 1) of every functional of one simulated pair, ``(S,)`` for its rows."""
+    found = {}
+    if pair.drawn is not None:
+        same = _same(pair.drawn, pair.truth)
+        drawn, truth = (_values(each, pair.observations, functionals) for each in (pair.drawn, pair.truth))
+        for name in drawn:
+            # A text drawn and the same text simulated were scored in two passes, and may differ in the last digit.
+            ties = ((drawn[name] == truth[name]) | same).sum(0)
+            below = ((drawn[name] < truth[name]) & ~same).sum(0)
+            rank = below + generator.random(ties.shape) * (ties + 1)
+            found[name] = (rank / (len(same) + 1)).reshape(-1)
+    for site, value in pair.credibility.items():
+        found[CREDIBILITY + site] = value.reshape(-1)
+    return found
+
+
+def call_seed(seed: int, call: int) -> int:
+    """A seed for one of several calls, so that neither calls nor neighbouring seeds repeat each other."""
+    return int(np.random.SeedSequence((seed, call)).generate_state(1)[0])
+
+
+def check_marginal(guide: Program, what: str) -> None:
+    """Refuse a guide whose density of values that it did not draw is unknown.
+
+    :raises ValueError: naming its exactness.
+    """
+    exactness = getattr(guide, "exactness", "marginal")
+    if exactness != "marginal":
+        raise ValueError(
+            f"{what} needs the guide's density of values that it did not draw, and {type(guide).__name__} has none "
+            f"(exactness {exactness!r}). Use a guide with exactness 'marginal'."
+        )
+
+
+def _simulating(
+    model: Program,
+    guide: Program,
+    num_draws: int,
+    simulations: int,
+    functionals: dict[str, Functional],
+    sampler: Sampler | None,
+    level: float,
+    seed: int,
+    vectorize_data: bool,
+    progress: bool,
+) -> Callable[..., Calibration]:
+    if simulations < 1:
+        raise ValueError(f"simulations must be at least 1, got {simulations}.")
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}. It is the probability to pass, e.g. 0.95.")
+    check_marginal(guide, "calibration")
+    if vectorize_data:
+        model, guide = in_data_plate(model), in_data_plate(guide)
+    calls = 0
+
+    def run(*args: Any, **kwargs: Any) -> Calibration:
+        nonlocal calls
+        state = call_seed(seed, calls)
+        calls += 1
+        generator = np.random.default_rng(state)
+        parts = []
+        with torch.no_grad(), randomness_kept(state):
+            for _ in tqdm(range(simulations), desc="calibrate", disable=not progress, delay=5, leave=False):
+                pair = simulated_pair(model, guide, args, kwargs, num_draws, generator, sampler)
+                parts.append(Calibration(ranks_of(pair, functionals, generator), num_draws, level))
+                if not parts[0].names:
+                    raise ValueError(
+                        "expected_coverage needs a latent site of finitely many options, as lm.choice makes, and the "
+                        "guide has none. Use calibrate()."
+                    )
+        return Calibration.join(parts)
+
+    return run
+
+
+def _weighted(num_samples: int) -> Sampler:
+    return lambda model, guide: importance(model, guide, num_samples, progress=False)
+
+
+def _values(
+    of: Scored, observations: dict[str, Tensor], functionals: Mapping[str, Functional]
+) -> dict[str, Array]:
+    """Every functional, ``(K,) + batch_shape``."""
+    posterior, shape = of.posterior, of.log_q.shape
+    values = {
+        f"length of {name}": (posterior.samples[name] >= 0).reshape(*shape, -1).sum(-1) for name in posterior.token_log_p
+    }
+    values |= {LOG_P: posterior.log_joint, LOG_Q: of.log_q}
+    latents = {name: torch.as_tensor(value) for name, value in posterior.samples.items()}
+    for name, functional in functionals.items():
+        if name in values:
+            raise ValueError(f"functionals= names {name!r}, which is measured already. Give it another name.")
+        value = torch.as_tensor(functional(latents, observations))
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"functional {name!r} returned shape {tuple(value.shape)} for {shape[0]} particles; it must be {shape}, "
+                "one number for each particle and observation."
+            )
+        if bool(value.isnan().any()):
+            raise ValueError(f"functional {name!r} is NaN, which has no rank. Return a number that can be ordered.")
+        values[name] = value.double().cpu().numpy()
+    return values
+
+
+def _same(drawn: Scored, truth: Scored) -> Array:
+    """Which draws are the simulated latents themselves, ``(K,) + batch_shape``."""
+    shape = drawn.log_q.shape
+    equal = np.ones(shape, dtype=bool)
+    for name, value in drawn.posterior.samples.items():
+        equal &= (value == truth.posterior.samples[name]).reshape(*shape, -1).all(-1)
+    return equal
