@@ -15,7 +15,15 @@ from torch import Tensor
 from llmppl.distributions.autoregressive import AutoregressiveText
 from llmppl.inference.importance import BLOCK, check_unscaled, gather
 from llmppl.inference.posterior import Posterior
-from llmppl.particles import Particles, check_finite, check_sites, common_axes, compute_log_prob, run_particles, sum_sites
+from llmppl.particles import (
+    Particles,
+    check_finite,
+    check_sites,
+    common_axes,
+    compute_log_prob,
+    run_particles,
+    sum_sites,
+)
 from llmppl.tracing import Given, Program, Site, in_particles, is_latent, observing, plate_nesting, simulate, structure
 
 Array = np.ndarray
@@ -83,9 +91,7 @@ def simulated_pair(
     return Pair(scored([truth]), drawn, observations, credibility(truth, generator))
 
 
-def draw_scored(
-    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], count: int
-) -> Scored:
+def draw_scored(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> Scored:
     """Draws of the guide and both scores, as :func:`~llmppl.importance` makes them."""
     blocks = []
     for start in range(0, count, BLOCK):
