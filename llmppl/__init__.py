@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from llmppl.diagnostics.bounds import bounds
     from llmppl.diagnostics.calibration import calibrate, expected_coverage
     from llmppl.diagnostics.gap import inference_gap
+    from llmppl.diagnostics.verdict import diagnose
     from llmppl.evaluation import Evaluation
     from llmppl.grammar import Grammar
     from llmppl.inference.enumeration import exact_posterior
@@ -29,6 +30,7 @@ _PUBLIC = {
     "ReplayBuffer": "llmppl.replay",
     "bounds": "llmppl.diagnostics.bounds",
     "calibrate": "llmppl.diagnostics.calibration",
+    "diagnose": "llmppl.diagnostics.verdict",
     "exact_posterior": "llmppl.inference.enumeration",
     "expected_coverage": "llmppl.diagnostics.calibration",
     "fit": "llmppl.training",
@@ -46,6 +48,7 @@ __all__ = [
     "__version__",
     "bounds",
     "calibrate",
+    "diagnose",
     "exact_posterior",
     "expected_coverage",
     "fit",

@@ -2,15 +2,20 @@
 
 from llmppl.diagnostics.bounds import Bounds, bounds
 from llmppl.diagnostics.calibration import Calibration, Coverage, calibrate, expected_coverage
+from llmppl.diagnostics.findings import Finding
 from llmppl.diagnostics.gap import InferenceGap, inference_gap
+from llmppl.diagnostics.verdict import Diagnosis, diagnose
 
 __all__ = [
     "Bounds",
     "Calibration",
     "Coverage",
+    "Diagnosis",
+    "Finding",
     "InferenceGap",
     "bounds",
     "calibrate",
+    "diagnose",
     "expected_coverage",
     "inference_gap",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,8 +86,10 @@ def simulated_pair(
     if num_draws and sampler is None:
         drawn = draw_scored(model, guide, args, kwargs, num_draws)
     elif num_draws and sampler is not None:
-        drawn = _resampled(sampler(model, guide)(*args, **kwargs), truth, num_draws, generator)
-        drawn = scored([score_given(model, guide, args, kwargs, _placed(drawn, truth), num_draws)])
+        rows = tuple(truth.log_p.shape[1:])
+        samples = _resampled(sampler(model, guide)(*args, **kwargs), rows, num_draws, generator)
+        given = placed(model, guide, args, kwargs, samples)
+        drawn = scored([score_given(model, guide, args, kwargs, given, num_draws)])
     return Pair(scored([truth]), drawn, observations, credibility(truth, generator))
 
 
@@ -183,9 +185,10 @@ def _is_finite(site: Site) -> bool:
     return bool(getattr(fn, "has_enumerate_support", False)) and not isinstance(fn, AutoregressiveText)
 
 
-def _resampled(posterior: Posterior, truth: Particles, count: int, generator: np.random.Generator) -> Scored:
+def _resampled(
+    posterior: Posterior, rows: tuple[int, ...], count: int, generator: np.random.Generator
+) -> dict[str, Array]:
     """Independent draws from a weighted posterior: systematic ones would not be exchangeable with ``z*``."""
-    rows = tuple(truth.log_p.shape[1:])
     if posterior.batch_shape != rows:
         raise ValueError(
             f"the sampler's posterior has batch shape {posterior.batch_shape}, the program's observations {rows}. "
@@ -200,28 +203,33 @@ def _resampled(posterior: Posterior, truth: Particles, count: int, generator: np
         axis=1,
     ).clip(max=posterior.num_samples - 1)
     index = index.reshape((count, *rows))
-    samples = {
+    return {
         name: np.take_along_axis(value, index.reshape(index.shape + (1,) * (value.ndim - index.ndim)), 0)
         for name, value in posterior.samples.items()
     }
-    log_joint = np.take_along_axis(posterior.log_joint, index, 0)
-    return Scored(Posterior(samples, np.zeros_like(log_joint), log_joint), np.zeros_like(log_joint))
 
 
-def _placed(drawn: Scored, truth: Particles) -> dict[str, Tensor]:
-    """A posterior's samples with every site's dimensions where the program has them."""
-    placed = {}
-    for name, values in drawn.posterior.samples.items():
-        site = truth.model_trace.nodes[name]
-        own = site["value"]  # particles and plates as the program has them, event dimensions behind
-        event = site["fn"].event_dim
+def placed(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], samples: Mapping[str, Array]
+) -> dict[str, Tensor]:
+    """A posterior's samples as :func:`score_given` takes them: every dimension where the program has it.
+
+    :param samples: by site, ``(K,) + batch_shape + inner + event_shape``, dimensions of inner plates of
+        size one dropped.
+    """
+    sites = structure(model, args, kwargs)
+    nesting, axes = plate_nesting(sites), common_axes(sites, structure(guide, args, kwargs))
+    outer = [dim + nesting + 1 for dim in axes]
+    inner = [dim for dim in range(1, nesting + 1) if dim not in outer]
+    order = [0, *outer, *inner]
+    back = [order.index(dim) for dim in range(nesting + 1)]
+    found = {}
+    for name, values in samples.items():
+        site = sites.nodes[name]
+        own, event = site["value"], site["fn"].event_dim
         batch = own.shape[: own.dim() - event]
-        batch = (1,) * (truth.nesting + 1 - len(batch)) + tuple(batch)
-        outer = [dim + truth.nesting + 1 for dim in truth.axes]
-        inner = [dim for dim in range(1, truth.nesting + 1) if dim not in outer]
-        lead = [len(values), *(truth.log_p.shape[1:]), *(batch[dim] for dim in inner)]
+        batch = (1,) * (nesting + 1 - len(batch)) + tuple(batch)
+        lead = [len(values), *values.shape[1 : 1 + len(axes)], *(batch[dim] for dim in inner)]
         tensor = torch.as_tensor(values, device=own.device).reshape(*lead, *own.shape[own.dim() - event :])
-        order = [0, *outer, *inner]
-        back = [order.index(dim) for dim in range(truth.nesting + 1)]
-        placed[name] = tensor.permute(*back, *range(len(order), tensor.dim()))
-    return placed
+        found[name] = tensor.permute(*back, *range(len(order), tensor.dim()))
+    return found
