@@ -92,7 +92,7 @@ def _draw_block(
                 "and dtype: float16 overflows."
             )
         weights = log_probs if temperature is None else log_probs / temperature[active, None]
-        token = _choose(weights)
+        token = choose(weights)
         alive = open_row[active]
         values[active[alive], step] = token[alive]
         recorded[active[alive], step] = log_probs.gather(-1, token[:, None])[alive, 0]
@@ -159,7 +159,7 @@ class Stream:
         ).logits[:, -1]
 
 
-def _choose(log_weights: Tensor) -> Tensor:
+def choose(log_weights: Tensor) -> Tensor:
     """One token a row of ``(N, V)`` by inversion: one random number a row, where ``torch.multinomial``
     draws one a token. Tokens of weight zero are never chosen."""
     steps = log_weights.softmax(-1).cumsum(-1, dtype=torch.float64)
