@@ -338,3 +338,29 @@ def test_bad_input_is_named(story: Story) -> None:
         smc(two_texts(story.lm, plated=True), None, 4, resampling="optimal")("d", "e")
     with pytest.raises(ValueError, match="'mood' is a latent of another kind"):
         smc(two_texts(story.lm, plated=False), None, 4, resampling="optimal")("d", "e")
+
+
+def test_a_masked_guide_is_distrusted_and_optimal_resampling_finds_what_it_misses(lm: LM) -> None:
+    """Masked decoding must write 'a' or 'b' first; nearly all of the mass is behind the one it seldom writes."""
+    from llmppl import Grammar, importance
+
+    grammar = Grammar.regex("ac|bd")
+    end = lm.tokenizer.eos_token_id
+    wanted = [lm.encode("ac").tolist() + [end], lm.encode("bd").tolist() + [end]]
+
+    def program() -> None:
+        text = pyro.sample("text", lm("e", max_tokens=3, stop=[end]))
+        matches = torch.stack([(text == torch.tensor(row)).all(-1) for row in wanted]).any(0)
+        pyro.factor("form", torch.where(matches, 0.0, -torch.inf))
+
+    def masked() -> None:
+        pyro.sample("text", lm("e", max_tokens=3, grammar=grammar))
+
+    exact = float(exact_posterior(program).log_evidence)
+    found = smc(program, masked, 4)()
+    assert found.complete
+    assert found.log_evidence == pytest.approx(exact, abs=1e-9)
+    assert "NOT TO BE TRUSTED" not in repr(found)
+    for posterior in (importance(program, masked, 20)(), smc(program, masked, 20, resampling="systematic", seed=0)()):
+        assert posterior.masked == ("text",)
+        assert "NOT TO BE TRUSTED: the guide writes 'text' under a mask" in repr(posterior)

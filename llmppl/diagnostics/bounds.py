@@ -12,7 +12,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from llmppl.inference.importance import BLOCK, check_unscaled
+from llmppl.inference.gathering import check_unscaled
+from llmppl.inference.importance import BLOCK
 from llmppl.inference.population import Population
 from llmppl.inference.resampling import log_mean
 from llmppl.inference.stages import Stages
