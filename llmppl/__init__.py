@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llmppl.inference.enumeration import exact_posterior
     from llmppl.inference.importance import importance
     from llmppl.inference.posterior import Posterior
+    from llmppl.inference.smc import smc
     from llmppl.language_model import LM
     from llmppl.replay import Behaviour, ReplayBuffer
     from llmppl.training import fit
@@ -36,6 +37,7 @@ _PUBLIC = {
     "fit": "llmppl.training",
     "importance": "llmppl.inference.importance",
     "inference_gap": "llmppl.diagnostics.gap",
+    "smc": "llmppl.inference.smc",
 }
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "fit",
     "importance",
     "inference_gap",
+    "smc",
 ]
 
 

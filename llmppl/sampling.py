@@ -76,34 +76,15 @@ def _draw_block(
     values = torch.full((len(contexts), law.max_tokens), PAD, dtype=torch.long, device=device)
     recorded = torch.zeros(values.shape, dtype=dtype, device=device)
 
-    distinct = list(dict.fromkeys(tuple(context) for context in contexts))
-    number = {context: n for n, context in enumerate(distinct)}
-    source = torch.tensor([number[tuple(context)] for context in contexts], device=device)
-    longest = max(map(len, distinct))
-    # Left padding, masked out: every row's last token stands in the last column.
-    ids = torch.tensor([[0] * (longest - len(c)) + list(c) for c in distinct], device=device)
-    seen = torch.tensor([[0] * (longest - len(c)) + [1] * len(c) for c in distinct], device=device)
-    cache = DynamicCache(config=transformer.config)
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(transformer.forward).parameters else {}
-    logits = transformer(
-        input_ids=ids,
-        attention_mask=seen,
-        position_ids=(seen.cumsum(-1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-        **last_only,
-    ).logits[:, -1]
-    cache.batch_select_indices(source)
-    logits, seen = logits[source], seen[source]
-
-    active = torch.arange(len(contexts), device=device)  # rows of the cache -> rows of the result
+    stream = Stream(transformer, contexts)
+    active = torch.arange(len(contexts), device=device)  # rows of the stream -> rows of the result
     open_row = torch.ones(len(contexts), dtype=torch.bool, device=device)
     for step in range(law.max_tokens):
         prefixes = None if law.grammar is None else values[active, :step].tolist()
         if prefixes is not None:
             prefixes = [[token for token in row if token != PAD] for row in prefixes]
         steps = torch.full((len(active),), step, device=device)
-        log_probs = law.scaled_logits(logits, steps, prefixes).log_softmax(-1)
+        log_probs = law.scaled_logits(stream.logits, steps, prefixes).log_softmax(-1)
         if bool(log_probs.isnan().any()):
             row = int(active[log_probs.isnan().any(-1)][0])
             raise NotFiniteError(
@@ -111,7 +92,7 @@ def _draw_block(
                 "and dtype: float16 overflows."
             )
         weights = log_probs if temperature is None else log_probs / temperature[active, None]
-        token = _choose(weights)
+        token = choose(weights)
         alive = open_row[active]
         values[active[alive], step] = token[alive]
         recorded[active[alive], step] = log_probs.gather(-1, token[:, None])[alive, 0]
@@ -122,20 +103,63 @@ def _draw_block(
         if law.grammar is not None or int(alive.sum()) <= 0.8 * len(alive):
             # Copying the cache costs about as much as a few wasted rows, hence the threshold.
             kept = alive.nonzero()[:, 0]
-            cache.batch_select_indices(kept)
-            active, token, seen = active[kept], token[kept], seen[kept]
-        seen = torch.cat([seen, seen.new_ones(len(seen), 1)], -1)
-        logits = transformer(
-            input_ids=token[:, None],
-            attention_mask=seen,
-            position_ids=seen.sum(-1, keepdim=True) - 1,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+            stream.select(kept)
+            active, token = active[kept], token[kept]
+        stream.advance(token)
     return values, recorded
 
 
-def _choose(log_weights: Tensor) -> Tensor:
+class Stream:
+    """Rows of tokens that a transformer reads one after another, with their keys and values.
+
+    Each distinct context is read once. Rows can be dropped and doubled on the way.
+
+    :param contexts: ``N`` token lists, none empty.
+    """
+
+    logits: Tensor
+    """Of the next token of each row, ``(N, V)``."""
+
+    def __init__(self, transformer: torch.nn.Module, contexts: Sequence[Sequence[int]]) -> None:
+        self.transformer = transformer
+        device = next(transformer.parameters()).device
+        distinct = list(dict.fromkeys(tuple(context) for context in contexts))
+        number = {context: n for n, context in enumerate(distinct)}
+        source = torch.tensor([number[tuple(context)] for context in contexts], device=device)
+        longest = max(map(len, distinct))
+        # Left padding, masked out: every row's last token stands in the last column.
+        ids = torch.tensor([[0] * (longest - len(c)) + list(c) for c in distinct], device=device)
+        self._seen = torch.tensor([[0] * (longest - len(c)) + [1] * len(c) for c in distinct], device=device)
+        self._cache = DynamicCache(config=transformer.config)
+        last_only = "logits_to_keep" in inspect.signature(transformer.forward).parameters
+        self._read(ids, (self._seen.cumsum(-1) - 1).clamp(min=0), **({"logits_to_keep": 1} if last_only else {}))
+        self.tokens_read = sum(map(len, distinct))
+        self.select(source)
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows, ``(M,)``; a row may be named several times."""
+        self._cache.batch_select_indices(rows)
+        self.logits, self._seen = self.logits[rows], self._seen[rows]
+
+    def advance(self, tokens: Tensor) -> None:
+        """Read one token a row, ``(N,)``."""
+        self._seen = torch.cat([self._seen, self._seen.new_ones(len(self._seen), 1)], -1)
+        self._read(tokens[:, None], self._seen.sum(-1, keepdim=True) - 1)
+        self.tokens_read += len(tokens)
+
+    @torch.no_grad()
+    def _read(self, ids: Tensor, positions: Tensor, **keywords: int) -> None:
+        self.logits = self.transformer(
+            input_ids=ids,
+            attention_mask=self._seen,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            **keywords,
+        ).logits[:, -1]
+
+
+def choose(log_weights: Tensor) -> Tensor:
     """One token a row of ``(N, V)`` by inversion: one random number a row, where ``torch.multinomial``
     draws one a token. Tokens of weight zero are never chosen."""
     steps = log_weights.softmax(-1).cumsum(-1, dtype=torch.float64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pyro
@@ -66,11 +66,18 @@ def _any_tokens(law: TextLaw) -> Tensor:
     return value
 
 
-class _DummyTexts(Messenger):
-    """Gives latent text sites some value, so that a run costs no forward pass."""
+class DummyTexts(Messenger):
+    """Gives latent text sites some value, so that a run costs no forward pass.
+
+    :param drawn: names of sites that are drawn all the same.
+    """
+
+    def __init__(self, drawn: Collection[str] = ()) -> None:
+        super().__init__()
+        self.drawn = drawn
 
     def _pyro_sample(self, msg: Site) -> None:
-        if is_latent(msg) and is_text(msg) and not msg["done"]:
+        if is_latent(msg) and is_text(msg) and not msg["done"] and msg["name"] not in self.drawn:
             try:
                 msg["value"] = any_text(msg["fn"])
             except ValueError as error:
@@ -80,7 +87,7 @@ class _DummyTexts(Messenger):
 
 def structure(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> poutine.Trace:
     """A trace of the model whose latent texts hold arbitrary values: sites, plates, observations."""
-    with poutine.block(), _DummyTexts():
+    with poutine.block(), DummyTexts():
         return poutine.trace(model).get_trace(*args, **kwargs)
 
 

@@ -103,7 +103,7 @@ class AutoregressiveText(ConditionedText, TorchDistribution):
             raise ValueError(f"site {self.site!r}: {error}" if self.site else str(error)) from None
         tokens = tokens.reshape(shape + self.event_shape)
         token_log_probs = token_log_probs.reshape(tokens.shape)
-        self._remember(tokens, token_log_probs)
+        self.remember(tokens, token_log_probs)
         return tokens, token_log_probs.sum(-1)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -137,11 +137,11 @@ class AutoregressiveText(ConditionedText, TorchDistribution):
 
         def finish(scores: Tensor) -> None:
             scores = scores.masked_fill(~self.support.check(flat)[:, None], -torch.inf)
-            self._remember(value, scores[row].reshape(shape + value.shape[-1:]))
+            self.remember(value, scores[row].reshape(shape + value.shape[-1:]))
 
         return Pending(Request(self.law, unpad_rows(context), unpad_rows(flat), value.shape[-1]), finish)
 
-    def _remember(self, value: Tensor, scores: Tensor) -> None:
+    def remember(self, value: Tensor, scores: Tensor) -> None:
         self._memo.value, self._memo.scores = value.clone(), scores
         self._memo.version = self.lm.version(self.adapter)
 

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import pyro.distributions as dist
 import torch
-from pyro import poutine
-from torch import Tensor
+from pyro.poutine.util import site_is_subsample
 from tqdm.auto import tqdm
 
-from llmppl.distributions.autoregressive import AutoregressiveText
-from llmppl.inference.posterior import Posterior
-from llmppl.particles import Particles, check_finite, run_particles, sum_site
-from llmppl.tracing import Program, Site, in_data_plate, is_latent, is_text
+from llmppl.inference.gathering import Gathering, check_unscaled
+from llmppl.inference.posterior import Array, Posterior
+from llmppl.particles import Particles, check_finite, run_particles
+from llmppl.randomness import randomness_kept
+from llmppl.tracing import Program, in_data_plate, is_text, structure
 
 BLOCK = 64
-"""Particles that are drawn and scored together."""
+"""Particles that are drawn and scored together, at most."""
+
+BLOCK_BYTES = 256 * 2**20
+"""Memory of the tokens of the particles that are drawn and scored together. (The network's own is bounded apart:
+``sampling.CACHE_BYTES``, ``scoring.MAX_NODES``.)"""
+
+TOKEN_BYTES = 512
+"""Of one token of a particle while it is drawn and scored, as measured."""
+
+FEWEST = 2 * BLOCK
+"""Samples before an early stop is thought of."""
 
 
 def importance(
@@ -27,23 +37,37 @@ def importance(
     num_samples: int = 64,
     vectorize_data: bool = False,
     progress: bool = True,
+    target_error: float | None = None,
 ) -> Callable[..., Posterior]:
     r"""Importance sampling: a function of the program's arguments that returns a :class:`Posterior`.
 
     .. math:: w_k = p(x, z_k) / q(z_k|x), \quad z_k\sim q, \qquad \mathbb E[w_k] = Z
 
     with the log q recorded while sampling. Rows of plates that contain every site are observations of
-    their own, each with its own evidence.
+    their own, each with its own evidence. Particles are drawn in blocks under a memory bound, and only
+    numbers are kept of them: a hundred thousand samples take megabytes.
 
-    :param num_samples: ``K`` for each observation.
+    With ``target_error`` the number of samples is chosen by the samples themselves, and then :math:`\hat Z`
+    is not exactly unbiased. It is decided at multiples of 64 and never before 128, so that with error
+    :math:`\varepsilon` reached, relative deviation :math:`c` and skewness :math:`\gamma` of the weights the
+    relative bias is about :math:`-\varepsilon^2(\gamma/c - 2)`: smaller than the error by a factor of order
+    :math:`\varepsilon`, as is the :math:`-\varepsilon^2/2` that the logarithm has anyway. This is asymptotic:
+    where k̂ is above 0.7 the error itself is too small, stopping comes too early, and a fixed number is safer.
+
+    :param num_samples: ``K`` for each observation; with ``target_error`` the most that are drawn.
     :param vectorize_data: the returned function takes a list in place of each argument, one entry an
         observation, and runs the program once inside a plate, as :func:`~llmppl.fit` does.
     :param progress: show a progress bar if it takes more than a few seconds.
+    :param target_error: stop as soon as the standard error of the log evidence is at most this, nats, for
+        every observation. By default all ``num_samples`` are drawn.
     :raises ValueError: log-probabilities that are NaN (with site and row), a scaled site, a guide that
-        misses sites or has no exact density, or no sample of positive weight.
+        misses sites or has no exact density, no sample of positive weight, or a ``target_error`` that is not
+        a positive number or cannot be decided on with so few samples.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    if target_error is not None:
+        _check_target(target_error, num_samples)
     exactness = getattr(guide, "exactness", "marginal")
     if exactness == "none":
         raise ValueError(
@@ -54,128 +78,105 @@ def importance(
         model, guide = in_data_plate(model), in_data_plate(guide)
 
     def run(*args: Any, **kwargs: Any) -> Posterior:
-        blocks: list[Particles] = []
+        gathering = Gathering()
         with (
             torch.no_grad(),
             tqdm(total=num_samples, desc="importance", disable=not progress, delay=5, leave=False) as bar,
         ):
-            for start in range(0, num_samples, BLOCK):
-                count = min(BLOCK, num_samples - start)
-                particles = run_particles(model, guide, args, kwargs, count)
-                check_unscaled(particles)
-                check_finite(particles.guide_trace)
-                check_finite(particles.model_trace, allow_zero=True)
-                blocks.append(particles)
+            error = _RunningError()
+            for count, decides in _plan(num_samples, block_size(model, args, kwargs)):
+                _take(gathering, model, guide, args, kwargs, count)
                 bar.update(count)
-        posterior = gather(blocks, "importance", exactness)
+                error.add(gathering.parts[-1]["log_p"] - gathering.parts[-1]["log_q"])
+                if target_error is not None and decides and error.largest() <= target_error:
+                    break
+        posterior = gathering.posterior("importance", exactness)
         if np.isneginf(posterior.log_evidence).any():
             raise ValueError(
-                f"none of the {num_samples} samples has positive weight: a factor or an allowed= of the program "
-                "excludes them all. Take more samples, or a guide that satisfies the condition."
+                f"none of the {posterior.num_samples} samples has positive weight: a factor or an allowed= of the "
+                "program excludes them all. Take more samples, or a guide that satisfies the condition."
             )
         return posterior
 
     return run
 
 
-def gather(blocks: list[Particles], method: str, exactness: str) -> Posterior:
-    """The particles of several passes as one posterior."""
-    first = blocks[0].model_trace
-    latent = {name: site for name, site in first.nodes.items() if is_latent(site)}
-    rows = blocks[0].log_p.shape[1:]
-    samples = {name: np.concatenate([_value(block, name, rows) for block in blocks]) for name in latent}
-    observed = {
-        name: site["value"].cpu().numpy()
-        for name, site in first.nodes.items()
-        if site["type"] == "sample" and site["is_observed"] and is_text(site)
-    }
-    log_weights = [b.log_p if method == "enumeration" else b.log_weights for b in blocks]
-    texts = [name for name, site in latent.items() if isinstance(site["fn"], AutoregressiveText)]
-    seen = [
-        name
-        for name, site in first.nodes.items()
-        if site["type"] == "sample" and site["is_observed"] and not isinstance(site["fn"], dist.Unit)
-    ]
-    return Posterior(
-        samples=samples,
-        log_weights=_numpy(torch.cat(log_weights)),
-        log_joint=_numpy(torch.cat([block.log_p for block in blocks])),
-        method=method,
-        exactness=exactness,
-        decoders={name: site["fn"].lm.decode for name, site in latent.items() if is_text(site)},
-        observed=observed,
-        token_log_p={
-            name: np.concatenate([_token_scores(b, b.model_trace, name, rows) for b in blocks]) for name in texts
-        },
-        token_log_q={
-            name: np.concatenate([_token_scores(b, b.guide_trace, name, rows) for b in blocks])
-            for name in texts
-            if name in blocks[0].guide_trace.nodes
-            and isinstance(blocks[0].guide_trace.nodes[name]["fn"], AutoregressiveText)
-        },
-        log_likelihood={
-            name: _numpy(
-                torch.cat(
-                    [
-                        sum_site(b.model_trace.nodes[name]["log_prob"], b.axes, b.nesting).expand(len(b.log_p), *rows)
-                        for b in blocks
-                    ]
-                )
-            )
-            for name in seen
-        },
-    )
+def block_size(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Particles that are drawn and scored together: :data:`BLOCK`, fewer where plates have many rows."""
+    with randomness_kept():
+        trace = structure(model, args, kwargs)
+    tokens = 0
+    for site in trace.nodes.values():
+        if site["type"] != "sample" or site_is_subsample(site):
+            continue
+        if is_text(site):
+            # Each row is read with its context.
+            width = site["fn"].context.shape[-1] + site["value"].shape[-1]
+            tokens += math.prod(torch.broadcast_shapes(site["fn"].batch_shape, site["value"].shape[:-1])) * width
+        else:
+            tokens += site["value"].numel() if isinstance(site["value"], torch.Tensor) else 1
+    return min(max(BLOCK_BYTES // (TOKEN_BYTES * max(tokens, 1)), 1), BLOCK)
 
 
-def _token_scores(particles: Particles, trace: poutine.Trace, name: str, rows: torch.Size) -> np.ndarray:
-    """A text's token log-probabilities, laid out as its values are; known from scoring the trace."""
-    site = trace.nodes[name]
-    return _layout(particles, site["fn"].token_log_prob(site["value"]), 1, rows)
+def _take(
+    gathering: Gathering,
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    count: int,
+) -> None:
+    # A function of its own, so that the particles of one block are gone before the next is drawn.
+    particles: Particles = run_particles(model, guide, args, kwargs, count)
+    check_unscaled(particles)
+    check_finite(particles.guide_trace)
+    check_finite(particles.model_trace, allow_zero=True)
+    gathering.add(particles)
 
 
-def _value(particles: Particles, name: str, rows: torch.Size) -> np.ndarray:
-    """A site's values as ``(K,) + batch_shape + inner + event_shape``."""
-    site = particles.model_trace.nodes[name]
-    return _layout(particles, site["value"], site["value"].dim() - _batch_dims(site), rows)
+def _plan(num_samples: int, block: int) -> Iterator[tuple[int, bool]]:
+    """How many particles each block has, and whether stopping is decided on behind it. Where it is decided
+    does not depend on the blocks, lest memory change the law of the result."""
+    drawn = 0
+    while drawn < num_samples:
+        count = min(block, BLOCK - drawn % BLOCK, num_samples - drawn)
+        drawn += count
+        yield count, drawn % BLOCK == 0 and drawn >= FEWEST
 
 
-def _layout(particles: Particles, value: Tensor, event: int, rows: torch.Size) -> np.ndarray:
-    count = len(particles.log_p)
-    missing = 1 + particles.nesting - (value.dim() - event)
-    value = value.reshape((1,) * missing + value.shape) if missing > 0 else value
-    # Rows in front, dimensions of inner plates behind, those of size 1 dropped.
-    inner = [d for d in range(1, 1 + particles.nesting) if d - 1 - particles.nesting not in particles.axes]
-    outer = [d for d in range(1, 1 + particles.nesting) if d not in inner]
-    behind = list(range(1 + particles.nesting, value.dim()))
-    value = value.permute(0, *outer, *inner, *behind)
-    value = value.expand((count, *rows) + value.shape[1 + len(outer) :])
-    for dim in reversed(range(1 + len(outer), 1 + len(outer) + len(inner))):
-        if value.shape[dim] == 1:
-            value = value.squeeze(dim)
-    return value.detach().cpu().numpy()
+class _RunningError:
+    """Standard error of the log evidence, as :attr:`Posterior.log_evidence_error` has it, from running sums."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: Array | float = -math.inf  # log Σ w
+        self.second: Array | float = -math.inf  # log Σ w²
+
+    def add(self, log_weights: Array) -> None:
+        self.count += len(log_weights)
+        self.first = np.logaddexp(self.first, np.logaddexp.reduce(log_weights))
+        self.second = np.logaddexp(self.second, np.logaddexp.reduce(2 * log_weights))
+
+    def of_rows(self) -> Array:
+        """For each observation; infinite while it has no positive weight."""
+        first, second = np.asarray(self.first), np.asarray(self.second)
+        positive = np.isfinite(first)
+        squares = np.exp(np.where(positive, second, 0.0) - 2 * np.where(positive, first, 0.0))
+        error = np.sqrt(np.maximum(squares * self.count - 1, 0) / max(self.count - 1, 1))
+        return np.where(positive & (self.count > 1), error, math.inf)
+
+    def largest(self) -> float:
+        return float(self.of_rows().max())
 
 
-def _batch_dims(site: Site) -> int:
-    return site["value"].dim() - site["fn"].event_dim
-
-
-def check_unscaled(particles: Particles) -> None:
-    """Refuse scaled sites: their weights are not those of the program.
-
-    :raises ValueError: naming the site.
-    """
-    for trace in (particles.model_trace, particles.guide_trace):
-        for name, site in trace.nodes.items():
-            if site["type"] == "sample" and not _is_one(site["scale"]):
-                raise ValueError(
-                    f"site {name!r} is scaled (by poutine.scale or a subsampled plate), so its weights are not those "
-                    "of the program. Run importance sampling without scaling or subsampling."
-                )
-
-
-def _is_one(scale: float | Tensor) -> bool:
-    return bool((scale == 1).all()) if isinstance(scale, Tensor) else scale == 1
-
-
-def _numpy(values: Tensor) -> np.ndarray:
-    return values.detach().double().cpu().numpy()
+def _check_target(target_error: float, num_samples: int) -> None:
+    if isinstance(target_error, bool) or not 0 < target_error < math.inf:
+        raise ValueError(
+            f"target_error={target_error!r} must be a positive number of nats, e.g. 0.1. Leave it out to draw all "
+            "num_samples."
+        )
+    if num_samples < FEWEST:
+        raise ValueError(
+            f"target_error= is decided on from {FEWEST} samples on, and num_samples={num_samples} is the most that "
+            "are drawn. Raise num_samples, or leave target_error out."
+        )

@@ -39,7 +39,11 @@ class Posterior:
         the site's ``samples``; zero behind the end.
     :param token_log_q: the same under the guide.
     :param log_likelihood: by observed site, its log-density at each sample, ``(K,) + batch_shape``, nats.
+    :param masked: text sites whose guide has a grammar or a vocabulary that forbids what the program permits.
     :param ancestors: of SMC, which first-generation particle each sample descends from, ``(K,) + batch_shape``.
+    :param num_ancestors: how many of those there were in the beginning.
+    :param complete: of SMC with optimal resampling, that no continuation had to be dropped: every text that the
+        guide can write and the program permits is here, and the evidence over the guide's support is exact.
     :param ess_history: of SMC, the effective sample size at each step before any resampling,
         ``(steps,) + batch_shape``; the last entry is that of the final weights.
     :param num_chains: of MCMC; samples stand chain after chain.
@@ -56,7 +60,10 @@ class Posterior:
     token_log_p: Mapping[str, Array] = field(default_factory=dict)
     token_log_q: Mapping[str, Array] = field(default_factory=dict)
     log_likelihood: Mapping[str, Array] = field(default_factory=dict)
+    masked: tuple[str, ...] = ()
     ancestors: Array | None = None
+    num_ancestors: int = 0
+    complete: bool = False
     ess_history: Array | None = None
     num_chains: int = 1
     acceptance: Array | None = None
@@ -110,21 +117,29 @@ class Posterior:
         """Standard error of :attr:`log_evidence` by the delta method, nats; zero by enumeration.
 
         It is itself estimated from the weights, and too small where k̂ is above 0.7. By SMC samples that
-        descend from one ancestor count as one (Chan and Lai 2013; Lee and Whiteley 2018), exact for
+        descend from one ancestor count as one (Chan and Lai 2013; Lee and Whiteley 2018), consistent for
         multinomial resampling and cautious for the others; once one ancestor is left it says 1 nat whatever
         the truth.
         """
         self._need_weights("log_evidence_error")
-        if self.method == "enumeration":
+        if self.method == "enumeration" or self.complete:
             return np.zeros(self.batch_shape)
-        if self.num_samples < 2:
+        count = self.num_samples if self.ancestors is None else self.num_ancestors
+        if count < 2:
             return np.full(self.batch_shape, np.nan)
         if self.ancestors is None:
             squares = np.square(self.weights).sum(0)
         else:
-            families = np.stack([self.weights * (self.ancestors == n) for n in range(self.num_samples)]).sum(1)
+            families = np.stack([(self.weights * (self.ancestors == n)).sum(0) for n in range(self.num_ancestors)])
             squares = np.square(families).sum(0)
-        return np.asarray(np.sqrt(np.maximum(squares * self.num_samples - 1, 0) / (self.num_samples - 1)))
+        return np.asarray(np.sqrt(np.maximum(squares * count - 1, 0) / (count - 1)))
+
+    @property
+    def doubts(self) -> list[str]:
+        """Why the weights may not be trusted, as far as they can tell; see :mod:`llmppl.inference.doubts`."""
+        from llmppl.inference.doubts import doubts
+
+        return doubts(self)
 
     @property
     def weights(self) -> Array:
@@ -308,6 +323,7 @@ class Posterior:
         lines = [repr(self)]
         if self.batch_shape:
             return lines[0]
+        lines += [f"  doubt: {reason}" for reason in self.doubts]
         for site in self.decoders:
             lines.append(f"  {site}:")
             lines += [f"    {weight:6.1%}  {text!r}" for text, weight in self.top(site, 5)]
@@ -344,12 +360,14 @@ class Posterior:
                 f"smallest ESS {_span(self.ess, 1)} of {self.num_samples} before resampling, "
                 f"{_span(self.distinct_ancestors, 0)} distinct ancestors"
                 + "".join(f", {_span(self.distinct_texts(site), 0)} distinct {site} texts" for site in self.decoders)
+                + (f". NOT TO BE TRUSTED: {'; '.join(self.doubts)}" if self.doubts else "")
                 + ")"
             )
         return (
             f"{head}: log evidence {_span(self.log_evidence)} ± {_span(self.log_evidence_error)}, "
             f"ELBO {_span(self.elbo)} ± {_span(self.elbo_error)}, ESS {_span(self.ess, 1)} of {self.num_samples}, "
-            f"k̂ {_span(self.khat)})"
+            f"k̂ {_span(self.khat)}" + (f". NOT TO BE TRUSTED: {'; '.join(self.doubts)}" if self.masked else "") + ")"
+            # Of importance sampling the numbers speak for themselves, but for what no weight can show.
         )
 
     def _repr_html_(self) -> str:
