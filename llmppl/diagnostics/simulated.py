@@ -13,7 +13,8 @@ from pyro import poutine
 from torch import Tensor
 
 from llmppl.distributions.autoregressive import AutoregressiveText
-from llmppl.inference.importance import BLOCK, check_unscaled, gather
+from llmppl.inference.gathering import check_unscaled, gather
+from llmppl.inference.importance import block_size
 from llmppl.inference.posterior import Posterior
 from llmppl.particles import (
     Particles,
@@ -95,9 +96,9 @@ def simulated_pair(
 
 def draw_scored(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> Scored:
     """Draws of the guide and both scores, as :func:`~llmppl.importance` makes them."""
-    blocks = []
-    for start in range(0, count, BLOCK):
-        particles = run_particles(model, guide, args, kwargs, min(BLOCK, count - start))
+    blocks, size = [], block_size(model, args, kwargs)
+    for start in range(0, count, size):
+        particles = run_particles(model, guide, args, kwargs, min(size, count - start))
         check_unscaled(particles)
         check_finite(particles.guide_trace)
         check_finite(particles.model_trace, allow_zero=True)

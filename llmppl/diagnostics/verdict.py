@@ -37,8 +37,9 @@ ROWS = 16
 WIDTH = 118
 MARKS = {"certified": "certified", "suggested": "suggested", "failed": "FAILED", "unknown": "unknown"}
 FAILURES = {
+    "density": "the guide's probabilities are wrong",
     "modes": "the guide misses part of the posterior",
-    "evidence": "log Ẑ is not log Z",
+    "evidence": "log Z is not known to 1 nat",
     "prior": "log Ẑ is too low",
     "weights": "the weights on the data cannot be relied on",
 }
@@ -68,11 +69,10 @@ class Diagnosis:
         for finding in self.findings:
             text = f"{MARKS[finding.status]:<10} {finding.claim}: {finding.number}"
             lines += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent=" " * 13)
-        advice = list(dict.fromkeys(finding.advice for finding in self.findings if finding.advice))
-        for number, text in enumerate(advice):
-            lines += textwrap.wrap(
-                f"{'next' if not number else '':<10} {text}.", WIDTH, initial_indent="  ", subsequent_indent=" " * 13
-            )
+        parts = [part for finding in self.findings for part in finding.advice.split("; ") if part]
+        advice = ["; ".join(dict.fromkeys(parts))] if parts else []
+        for text in advice:
+            lines += textwrap.wrap(f"{'next':<10} {text}.", WIDTH, initial_indent="  ", subsequent_indent=" " * 13)
         return "\n".join([*lines, f"  {self.seconds:.0f} s"])
 
     def _repr_html_(self) -> str:
@@ -268,17 +268,18 @@ def _enumerated(model: Program, guide: Program, args: tuple[Any, ...], sampled: 
     size = 1.0
     for site in structure(model, args, {}).nodes.values():
         if is_latent(site):
-            size *= _support_size(site)
+            size *= _support_size(site, sampled.batch_shape)
     if size > ENUMERABLE or getattr(guide, "exactness", "marginal") != "marginal":
         return None
     try:
         exact = exact_posterior(model, *args)
     except ValueError:
-        # A latent inside an inner plate, whose combinations multiply.
+        # Supports or plates that depend on sampled values were not seen above: it is larger, or impossible.
         return None
-    if exact.batch_shape != sampled.batch_shape:
+    if exact.batch_shape != sampled.batch_shape or exact.num_samples > ENUMERABLE or _branches(exact):
         return None
-    of_guide = scored([score_given(model, guide, args, {}, placed(model, guide, args, {}, exact.samples), int(size))])
+    given = placed(model, guide, args, {}, exact.samples)
+    of_guide = scored([score_given(model, guide, args, {}, given, exact.num_samples)])
     log_q = of_guide.log_q
     log_p = exact.log_joint - exact.log_evidence
     p, q = np.exp(log_p), np.exp(log_q)
@@ -290,15 +291,27 @@ def _enumerated(model: Program, guide: Program, args: tuple[Any, ...], sampled: 
             kl_p_q=np.where(p > 0, p * ratio, 0.0).sum(0).reshape(-1),
             missed=np.where(ratio > math.log(sampled.num_samples), p, 0.0).sum(0).reshape(-1),
             mass=q.sum(0).reshape(-1),
-            combinations=int(size),
+            combinations=exact.num_samples,
         )
 
 
-def _support_size(site: Site) -> float:
+def _support_size(site: Site, rows: tuple[int, ...]) -> float:
+    """Values of a site in one observation: of a plate's entries, all combinations."""
     fn = site["fn"]
     if isinstance(fn, AutoregressiveText):
-        return math.inf if fn.law.max_tokens is None else float(fn.law.support_size())
-    return float(len(fn.enumerate_support(expand=False))) if fn.has_enumerate_support else math.inf
+        size = math.inf if fn.law.max_tokens is None else float(fn.law.support_size())
+    else:
+        size = float(len(fn.enumerate_support(expand=False))) if fn.has_enumerate_support else math.inf
+    entries = max(math.prod(fn.batch_shape) // math.prod(rows), 1)
+    return size**entries if entries * math.log(max(size, 1.0)) < math.log(1e9) else math.inf
+
+
+def _branches(exact: Posterior) -> bool:
+    """Whether some combinations lack a site: a guide's scores of those cannot be asked for at once."""
+    return any(
+        bool(((values < 0).all(-1) if name in exact.decoders else np.isnan(values.astype(np.float64))).any())
+        for name, values in exact.samples.items()
+    )
 
 
 def _joined(parts: Sequence[Exact]) -> Exact:
