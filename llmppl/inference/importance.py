@@ -102,7 +102,11 @@ def gather(blocks: list[Particles], method: str, exactness: str) -> Posterior:
         log_joint=_numpy(torch.cat([block.log_p for block in blocks])),
         method=method,
         exactness=exactness,
-        decoders={name: site["fn"].lm.decode for name, site in latent.items() if is_text(site)},
+        decoders={
+            name: site["fn"].lm.decode
+            for name, site in first.nodes.items()
+            if site["type"] == "sample" and is_text(site)
+        },
         observed=observed,
         token_log_p={
             name: np.concatenate([_token_scores(b, b.model_trace, name, rows) for b in blocks]) for name in texts
