@@ -69,7 +69,7 @@ def plot_tail(posterior: Posterior, ax: Any = None) -> Any:
         verdict = "reliable" if tail.shape < 0.7 else "not reliable"
         ax.plot(unit * values[seen], share[seen], color=ORANGE, label=f"fit, k̂ = {tail.shape:.2f} ({verdict})")
     ax.set(xlabel="weight / mean weight", ylabel="share of weights above", xscale="log", yscale="log")
-    ax.legend()
+    ax.legend(loc="lower left")
     return ax
 
 
@@ -187,7 +187,8 @@ def plot_calibration(calibration: Calibration, name: str, ax: Any = None) -> Any
     ax.plot(at, difference, color=BLUE, linewidth=1.5, label=f"{name}, p = {calibration.p_value(name):.2g}")
     ax.axhline(0, color=GREY, linewidth=0.8)
     ax.set(xlabel="normalised rank", ylabel="ECDF − uniform", xlim=(0, 1))
-    ax.legend()
+    # Above the axes: band and curve leave no corner free.
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     return ax
 
 
