@@ -91,27 +91,29 @@ def plot_ladder(bounds: Bounds, log_evidence: float | None = None, ax: Any = Non
     """
     ax = _axes(ax)
     rungs = {"ELBO": bounds.elbo, "lower bound": bounds.lower, "upper bound": bounds.upper}
+    means = {name: math.nan if values is None else _mean(values)[0] for name, values in rungs.items()}
+    finite = [mean for mean in means.values() if math.isfinite(mean)]
     for height, (name, values) in enumerate(rungs.items()):
-        if values is None:
+        if not math.isfinite(means[name]):
+            # By SMC there is no ELBO; a guide that cannot draw a posterior text has an infinite upper bound.
+            said = "not available: not simulated" if values is None else f"{means[name]:.2f}".replace("inf", "∞")
+            ax.annotate(said, (np.mean(finite or [0.0]), height), ha="center", va="center", style="italic")
             continue
         mean, error = _mean(values)
-        paired = _mean(values - bounds.lower)[1]
         ax.errorbar(mean, height, xerr=_shown(error), color=BLUE, linewidth=1, capsize=4)
         if name != "lower bound":
-            ax.errorbar(mean, height, xerr=_shown(paired), color=BLUE, linewidth=5, alpha=0.5)
+            ax.errorbar(mean, height, xerr=_shown(_mean(values - bounds.lower)[1]), color=BLUE, linewidth=5, alpha=0.5)
         ax.plot(mean, height, "o", color=BLUE)
         own = f"{mean:.2f}" + (f" ± {error:.2f}" if math.isfinite(error) else "")
         ax.annotate(own, (mean, height), xytext=(0, 8), textcoords="offset points", ha="center")
-    low = float(np.mean(bounds.lower))
-    if bounds.upper is None:
-        ax.annotate("not available: not simulated", (low, 2), ha="center", va="center", style="italic")
-    else:
-        ax.axvspan(low, float(np.mean(bounds.upper)), color=ORANGE, alpha=0.25, linewidth=0, label="log Z lies here")
-        ax.legend(loc="lower right")
+    low, high = means["lower bound"], means["upper bound"]
+    if math.isfinite(low) and math.isfinite(high):
+        ax.axvspan(low, high, color=ORANGE, alpha=0.25, linewidth=0, label="log Z lies here")
     if log_evidence is not None:
         ax.axvline(log_evidence, color=ORANGE, label="log Z")
+    if ax.get_legend_handles_labels()[1]:
         ax.legend(loc="lower right")
-    count = len(np.atleast_1d(bounds.lower))
+    count = np.size(bounds.lower)
     ax.set(xlabel=f"nats, mean over {count} observations", yticks=range(3), yticklabels=rungs, ylim=(-0.5, 2.6))
     ax.margins(x=0.25)
     return ax
@@ -219,8 +221,8 @@ def plot_history(history: History, ax: Any = None) -> Any:
 def _mean(values: np.ndarray) -> tuple[float, float]:
     """A mean and its standard error, NaN of a single value."""
     values = np.atleast_1d(np.asarray(values, dtype=float))
-    error = values.std(ddof=1) / math.sqrt(values.size) if values.size > 1 else math.nan
-    return float(values.mean()), float(error)
+    spread = np.isfinite(values).all() and values.size > 1
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(values.size)) if spread else math.nan
 
 
 def _shown(error: float) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
@@ -386,13 +387,17 @@ def two_rows() -> Posterior:
     )
 
 
-def test_the_report_has_its_parts_and_stands_alone() -> None:
+@functools.cache
+def full_page() -> str:
     diagnosis = Diagnosis(two_rows(), bounds=bracket(), calibration=Calibration(np.linspace(0.01, 0.99, 50)))
-    page = report_page(
-        diagnosis, gaps=GapReport(gaps(2, 1), gaps(2, 3)), about={"guide": "<mine>", "seed": 3}, title="A & B"
-    )
+    parts = GapReport(gaps(2, 1), gaps(2, 3))
+    return report_page(diagnosis, gaps=parts, about={"guide": "<mine>", "seed": 3}, title="A & B")
+
+
+def test_the_report_has_its_parts_and_stands_alone() -> None:
+    page = full_page()
     root = parse(page)
-    assert root.all("p", "verdict")[0].text == diagnosis.verdict
+    assert root.all("p", "verdict")[0].text == Diagnosis.verdict
     assert root.all("title")[0].text == "A & B"
     statuses = [item.attributes["class"] for item in root.all("li")]
     assert statuses == ["certified", "failed", "unknown"]
@@ -422,7 +427,7 @@ def test_the_report_has_its_parts_and_stands_alone() -> None:
 
 
 def test_ids_of_the_page_are_its_own_and_what_refers_to_them_finds_them() -> None:
-    page = report_page(Diagnosis(two_rows(), bounds=bracket()))
+    page = full_page()
     ids = re.findall(r'\bid="([^"]*)"', page)
     assert len(ids) == len(set(ids))
     referred = set(re.findall(r'href="#([^"]*)"', page)) | set(re.findall(r"url\(#([^)]*)\)", page))
@@ -431,7 +436,7 @@ def test_ids_of_the_page_are_its_own_and_what_refers_to_them_finds_them() -> Non
 
 
 def test_figures_take_the_pages_text_colour() -> None:
-    page = report_page(Diagnosis(two_rows()))
+    page = full_page()
     svg = page[page.index("<svg") : page.index("</svg>")]
     assert "currentColor" in svg
     assert "#010203" not in page
@@ -448,11 +453,11 @@ def test_a_report_without_bounds_calibration_or_rows_leaves_them_out() -> None:
 
 
 def test_observations_are_named_by_the_caller_and_as_many_as_rows() -> None:
-    names = [{"beginning": 'A "b"', "ending": "<i>"}, {"beginning": "C", "ending": "D"}]
-    root = parse(report_page(Diagnosis(two_rows()), observations=names))
-    assert [part.text for part in root.all("dl", "observed")] == ['beginningA "b"ending<i>', "beginningCendingD"]
+    made = posterior({(1, 0): [1.0, 2.0]}, method="mcmc", num_chains=1)
+    root = parse(report_page(Diagnosis(made), observations=[{"beginning": 'A "b"', "ending": "<i>"}]))
+    assert root.all("dl", "observed")[0].text == 'beginningA "b"ending<i>'
     with pytest.raises(ValueError, match="observations has 1 entries, and the posterior has 2 rows"):
-        report_page(Diagnosis(two_rows()), observations=names[:1])
+        report_page(Diagnosis(two_rows()), observations=[{"beginning": "A"}])
 
 
 # --- command line ----------------------------------------------------------------------------------

@@ -121,6 +121,16 @@ def test_without_simulated_data_the_upper_rung_says_so() -> None:
     assert ax.get_legend() is None
 
 
+def test_rungs_without_a_finite_number_say_what_they_have() -> None:
+    bounds = bracket()
+    object.__setattr__(bounds, "elbo", np.full(40, np.nan))
+    bounds.upper[3] = np.inf
+    drawn = texts(plot_ladder(bounds))
+    assert len(drawn) == 3
+    assert "nan" in drawn
+    assert "∞" in drawn
+
+
 class Estimate(NamedTuple):
     value: float
     error: float
