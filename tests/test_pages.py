@@ -365,9 +365,9 @@ class Finding(NamedTuple):
 @dataclass
 class Diagnosis:
     posterior: Posterior
-    verdict: str = "Far from it: 3 < 5 & more."
+    verdict: str = "Far from it: 3 <b>5 & more."
     findings: tuple[Finding, ...] = (
-        Finding("certified", "KL(q‖p) is at most <5>", "4.9 ± 0.1", "train on"),
+        Finding("certified", "KL(q‖p) is at most <i>5", "<s>4.9 ± 0.1", "train <u>on"),
         Finding("failed", "the weights", 0.913, ""),
         Finding("unknown", "an upper bound", None, "simulate"),
     )
@@ -401,7 +401,7 @@ def test_the_report_has_its_parts_and_stands_alone() -> None:
     assert root.all("title")[0].text == "A & B"
     statuses = [item.attributes["class"] for item in root.all("li")]
     assert statuses == ["certified", "failed", "unknown"]
-    assert "(4.9 ± 0.1)" in root.text
+    assert "KL(q‖p) is at most <i>5 (<s>4.9 ± 0.1)→ train <u>on" in root.text
     assert "(0.91)" in root.text
     headings = [heading.text for heading in root.all("h2")]
     assert headings == [

@@ -155,8 +155,9 @@ def _observation(n: int, row: Posterior, texts: Mapping[str, str], count: int, f
     name = f"{n}: {first}" if len(first) < 60 else f"{n}: {first[:57]}…"
     opened = " open" if n == 0 else ""
     return (
-        f'<details class="observation" id="row-{n}"{opened}><summary>{html.escape(name)}</summary>'
-        f"{''.join(parts)}</details>"
+        # The anchor stands inside: a link to it unfolds what it is in.
+        f'<details class="observation"{opened}><summary>{html.escape(name)}</summary>'
+        f'<div id="row-{n}">{"".join(parts)}</div></details>'
     )
 
 
