@@ -2,13 +2,37 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format venv
+# A Python for arviz 1.x; every candidate is tried by running it.
+NEWER := $(PYTHON312) python3.12 python3.13 python3.14 $(sort $(wildcard $(HOME)/.pyenv/versions/3.1[2-9].*/bin/python))
+
+.PHONY: demo test test-arviz lint format venv
 
 demo: venv
 	$(BIN)/llmppl demo
 
 test: venv
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(MAKE) --no-print-directory test-arviz
+
+# The main environment has the ArviZ of Python 3.11; this one has arviz 1.x, and neither torch nor Pyro.
+test-arviz:
+	@if ! test -f .venv-arviz/.installed || test constraints-arviz.txt -nt .venv-arviz/.installed; then \
+		for candidate in $(NEWER); do \
+			if $$candidate -c 'import sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
+				found=$$candidate; break; \
+			fi; \
+		done; \
+		if test -z "$$found"; then \
+			echo "SKIPPED: tests with arviz 1.x need Python 3.12 or later, and none of these runs: $(NEWER)." \
+				"Give one: make test-arviz PYTHON312=/path/to/python3.12"; \
+			exit 0; \
+		fi; \
+		$$found -m venv --clear .venv-arviz && \
+		.venv-arviz/bin/pip install --quiet --no-compile --disable-pip-version-check -c constraints-arviz.txt \
+			"arviz>=1" numpy xarray matplotlib h5netcdf h5py pytest && \
+		touch .venv-arviz/.installed || exit 1; \
+	fi; \
+	.venv-arviz/bin/python -m pytest -q --noconftest -p no:cacheprovider tests/test_arviz.py
 
 lint: venv
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The command line: ``llmppl demo``, ``llmppl infill``."""
+"""The command line: ``llmppl demo``, ``llmppl infill``, ``llmppl report``."""
 
 from __future__ import annotations
 
@@ -75,6 +75,37 @@ def infill(
         )
         for text, weight in posterior.top("middle", 6):
             typer.echo(f"  {weight:6.1%}  {text.strip()!r}")
+
+
+@app.command()
+def report(
+    adapter: Annotated[
+        Path | None,
+        typer.Argument(help="An adapter saved by `llmppl demo --save`; the shipped one by default."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help='Stories, one JSON object a line with "beginning" and "ending"; the held-out ones by default.'
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    samples: Samples = 32,
+    simulations: Annotated[int, typer.Option(min=2, help="Simulated stories, for bounds and calibration.")] = 16,
+    seed: Seed = 0,
+    threads: Threads = CORES,
+) -> None:
+    """Write one HTML page that says how far a saved guide is from the posterior."""
+    from llmppl.demo import shipped_adapter
+    from llmppl.report import report as run
+
+    try:
+        diagnosis = run(adapter or shipped_adapter(), data, out, samples, simulations, seed, threads)
+    except (OSError, ModuleNotFoundError, ValueError) as error:
+        typer.echo(f"llmppl report: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(diagnosis.verdict)
+    typer.echo(f"written to {out}")
 
 
 if __name__ == "__main__":

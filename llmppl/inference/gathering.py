@@ -39,7 +39,7 @@ class Gathering:
         trace, rows, count = particles.model_trace, particles.log_p.shape[1:], len(particles.log_p)
         latent = {name: site for name, site in trace.nodes.items() if is_latent(site)}
         seen = {n: site for n, site in trace.nodes.items() if site["type"] == "sample" and site["is_observed"]}
-        for name, site in latent.items():
+        for name, site in {**latent, **seen}.items():
             if is_text(site):
                 self.decoders.setdefault(name, site["fn"].lm.decode)
         for name, site in seen.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -33,7 +32,7 @@ class Posterior:
     :param method: one of :data:`METHODS`.
     :param exactness: what the weights are exact for: the guide's ``marginal`` density, one
         ``conditional`` on auxiliary choices, an ``extended`` space, or ``none``.
-    :param decoders: by text site, a function from one text's ids to a string.
+    :param decoders: by text site, latent or observed, a function from one text's ids to a string.
     :param observed: the observed texts, by site.
     :param token_log_p: by text site, log-probability of each token under the prior, nats, of the shape of
         the site's ``samples``; zero behind the end.
@@ -86,6 +85,11 @@ class Posterior:
     @property
     def batch_shape(self) -> tuple[int, ...]:
         return self.log_weights.shape[1:]
+
+    @property
+    def texts(self) -> list[str]:
+        """The latent text sites."""
+        return [site for site in self.samples if site in self.decoders]
 
     # --- evidence and quality, each of shape batch_shape -------------------------------------------
 
@@ -236,6 +240,20 @@ class Posterior:
 
         :param num_samples: how many; as many as there are by default.
         """
+        index = self.resampling_index(num_samples, seed)
+        evidence = self.log_evidence if self.weighted else np.zeros(self.batch_shape)
+        return replace(
+            self.taken(index),
+            log_weights=np.broadcast_to(evidence, index.shape).copy(),
+            method="importance" if self.weighted else self.method,
+            ancestors=None,
+            ess_history=None,
+            num_chains=1,
+            acceptance=None,
+        )
+
+    def resampling_index(self, num_samples: int | None = None, seed: int = 0) -> Array:
+        """Which samples :meth:`resample` draws, ``(num_samples,) + batch_shape``."""
         count = self.num_samples if num_samples is None else num_samples
         if count < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
@@ -247,27 +265,22 @@ class Posterior:
             bounds = np.cumsum(weights[:, column])
             index[:, column] = np.searchsorted(bounds / bounds[-1], points).clip(max=self.num_samples - 1)
             generator.shuffle(index[:, column])
-        index = index.reshape((count, *self.batch_shape))
-        evidence = self.log_evidence if self.weighted else np.zeros(self.batch_shape)
-        return replace(
-            self,
-            **self._taken(index),
-            log_weights=np.broadcast_to(evidence, (count, *self.batch_shape)).copy(),
-            method="importance" if self.weighted else self.method,
-            ancestors=None,
-            ess_history=None,
-            num_chains=1,
-            acceptance=None,
-        )
+        return index.reshape((count, *self.batch_shape))
 
-    def _taken(self, index: Array) -> dict[str, Any]:
-        """Everything that each sample has, at an index ``(K',) + batch_shape``."""
+    def taken(self, index: Array) -> Posterior:
+        """Everything that each sample has, at an index ``(K',) + batch_shape``; weights are taken along."""
         columns = ("samples", "token_log_p", "token_log_q", "log_likelihood")
         chosen: dict[str, Any] = {
             column: {name: self._take(value, index) for name, value in getattr(self, column).items()}
             for column in columns
         }
-        return {**chosen, "log_joint": self._take(self.log_joint, index)}
+        return replace(
+            self,
+            **chosen,
+            log_weights=self._take(self.log_weights, index),
+            log_joint=self._take(self.log_joint, index),
+            ancestors=None if self.ancestors is None else self._take(self.ancestors, index),
+        )
 
     def _take(self, value: Array, index: Array) -> Array:
         rows = len(self.batch_shape)
@@ -277,16 +290,18 @@ class Posterior:
         expanded = index.reshape(index.shape + (1,) * (value.ndim - 1 - rows))
         return np.take_along_axis(value, expanded, axis=0)
 
-    def decode(self, site: str) -> list[Any]:
-        """The texts of a site as strings: ``K`` of them, nested by batch row where there are rows.
+    def decode(self, site: str) -> Any:
+        """The texts of a site as strings: ``K`` of them, nested by batch row where there are rows; of an
+        observed site its text, or one for each of its rows.
 
         :raises KeyError: no such text site.
         """
-        if site not in self.samples:
-            raise KeyError(f"no site {site!r}; the posterior has {sorted(self.samples)}.")
+        values = {**self.observed, **self.samples}
+        if site not in values:
+            raise KeyError(f"no site {site!r}; the posterior has {sorted(values)}.")
         if site not in self.decoders:
             raise KeyError(f"site {site!r} is no text; its values are in posterior.samples[{site!r}].")
-        return _decode(self.samples[site], self.decoders[site])
+        return _decode(values[site], self.decoders[site])
 
     def top(self, site: str, count: int = 10) -> list[tuple[str, float]]:
         """The distinct texts of a site with the largest total weight, for a posterior without rows."""
@@ -311,7 +326,10 @@ class Posterior:
             name: None if getattr(self, name) is None else getattr(self, name)[place]
             for name in ("ancestors", "ess_history", "acceptance")
         }
-        observed = {n: v[index] if v.shape[: len(index)] == self.batch_shape else v for n, v in self.observed.items()}
+        # Without its last dimension: a text shared by all rows can have as many tokens as there are rows.
+        observed = {
+            n: v[index] if v.shape[:-1][: len(index)] == self.batch_shape else v for n, v in self.observed.items()
+        }
         return replace(
             self, **chosen, log_weights=self.log_weights[place], log_joint=self.log_joint[place], observed=observed
         )
@@ -324,16 +342,16 @@ class Posterior:
         if self.batch_shape:
             return lines[0]
         lines += [f"  doubt: {reason}" for reason in self.doubts]
-        for site in self.decoders:
+        for site in self.texts:
             lines.append(f"  {site}:")
             lines += [f"    {weight:6.1%}  {text!r}" for text, weight in self.top(site, 5)]
         return "\n".join(lines)
 
-    def to_arviz(self, num_samples: int | None = None, seed: int = 0) -> Any:
-        """The resampled posterior for ArviZ; see :func:`llmppl.arviz.to_arviz`."""
+    def to_arviz(self, num_samples: int | None = None, seed: int = 0, weighted: bool = False) -> Any:
+        """The posterior for ArviZ, resampled or with its weights; see :func:`llmppl.arviz.to_arviz`."""
         from llmppl.arviz import to_arviz
 
-        return to_arviz(self, num_samples, seed)
+        return to_arviz(self, num_samples, seed, weighted)
 
     def plot(self, ax: Any = None) -> Any:
         """Sorted weights against equal ones; see :func:`llmppl.plots.plot_weights`."""
@@ -359,7 +377,7 @@ class Posterior:
                 f"{head}: log evidence {_span(self.log_evidence)} ± {_span(self.log_evidence_error)}, "
                 f"smallest ESS {_span(self.ess, 1)} of {self.num_samples} before resampling, "
                 f"{_span(self.distinct_ancestors, 0)} distinct ancestors"
-                + "".join(f", {_span(self.distinct_texts(site), 0)} distinct {site} texts" for site in self.decoders)
+                + "".join(f", {_span(self.distinct_texts(site), 0)} distinct {site} texts" for site in self.texts)
                 + (f". NOT TO BE TRUSTED: {'; '.join(self.doubts)}" if self.doubts else "")
                 + ")"
             )
@@ -371,19 +389,9 @@ class Posterior:
         )
 
     def _repr_html_(self) -> str:
-        parts = [f"<p><code>{html.escape(repr(self))}</code></p>"]
-        if not self.batch_shape:
-            for site in self.decoders:
-                rows = "".join(
-                    f"<tr><td style='text-align:right'>{weight:.1%}</td>"
-                    f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
-                    for text, weight in self.top(site)
-                )
-                parts.append(
-                    f"<table><thead><tr><th>weight</th><th style='text-align:left'>{html.escape(site)}</th>"
-                    f"</tr></thead><tbody>{rows}</tbody></table>"
-                )
-        return "".join(parts)
+        from llmppl.pages import posterior_html
+
+        return posterior_html(self)
 
 
 def _logsumexp(values: Array) -> Array:
@@ -393,8 +401,8 @@ def _logsumexp(values: Array) -> Array:
         return np.asarray(shift + np.log(np.exp(values - shift).sum(0)))
 
 
-def _decode(value: Array, decoder: Callable[[Array], str]) -> list[Any]:
-    return [decoder(row) if row.ndim == 1 else _decode(row, decoder) for row in value]
+def _decode(value: Array, decoder: Callable[[Array], str]) -> Any:
+    return decoder(value) if value.ndim == 1 else [_decode(row, decoder) for row in value]
 
 
 def _span(value: Array, digits: int = 2) -> str:
