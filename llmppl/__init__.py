@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from llmppl.grammar import Grammar
     from llmppl.inference.enumeration import exact_posterior
     from llmppl.inference.importance import importance
+    from llmppl.inference.mcmc import mcmc
     from llmppl.inference.posterior import Posterior
     from llmppl.language_model import LM
     from llmppl.replay import Behaviour, ReplayBuffer
@@ -31,6 +32,7 @@ _PUBLIC = {
     "fit": "llmppl.training",
     "importance": "llmppl.inference.importance",
     "inference_gap": "llmppl.diagnostics.gap",
+    "mcmc": "llmppl.inference.mcmc",
 }
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "fit",
     "importance",
     "inference_gap",
+    "mcmc",
 ]
 
 
