@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from llmppl.diagnostics.gap import inference_gap
     from llmppl.evaluation import Evaluation
     from llmppl.grammar import Grammar
+    from llmppl.inference.decoding import decode
     from llmppl.inference.enumeration import exact_posterior
     from llmppl.inference.importance import importance
     from llmppl.inference.mcmc import mcmc
@@ -28,6 +29,7 @@ _PUBLIC = {
     "Posterior": "llmppl.inference.posterior",
     "ReplayBuffer": "llmppl.replay",
     "bounds": "llmppl.diagnostics.bounds",
+    "decode": "llmppl.inference.decoding",
     "exact_posterior": "llmppl.inference.enumeration",
     "fit": "llmppl.training",
     "importance": "llmppl.inference.importance",
@@ -44,6 +46,7 @@ __all__ = [
     "ReplayBuffer",
     "__version__",
     "bounds",
+    "decode",
     "exact_posterior",
     "fit",
     "importance",
