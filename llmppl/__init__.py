@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llmppl.inference.importance import importance
     from llmppl.inference.mcmc import mcmc
     from llmppl.inference.posterior import Posterior
+    from llmppl.inference.smc import smc
     from llmppl.language_model import LM
     from llmppl.replay import Behaviour, ReplayBuffer
     from llmppl.training import fit
@@ -35,6 +36,7 @@ _PUBLIC = {
     "importance": "llmppl.inference.importance",
     "inference_gap": "llmppl.diagnostics.gap",
     "mcmc": "llmppl.inference.mcmc",
+    "smc": "llmppl.inference.smc",
 }
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "importance",
     "inference_gap",
     "mcmc",
+    "smc",
 ]
 
 

@@ -241,5 +241,7 @@ class HeldOut:
         return Bounds.join(parts)
 
 
-def _values(bracket: tuple[Estimate, Estimate] | None) -> tuple[float, float]:
-    return (math.nan, math.nan) if bracket is None else (bracket[0].value, bracket[1].value)
+def _values(bracket: tuple[Estimate, Estimate | None] | None) -> tuple[float, float]:
+    if bracket is None or bracket[1] is None:
+        return math.nan, math.nan
+    return bracket[0].value, bracket[1].value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -32,9 +34,11 @@ def exact(story: Story, guide: AutoregressiveGuide) -> tuple[float, float, float
     return tuple(total)
 
 
-def simulated(story: Story, guide: AutoregressiveGuide, num_samples: int) -> Bounds:
-    run = bounds(story.program, guide, num_samples, vectorize_data=True)
-    return run([story.beginning] * ROWS, [story.ending] * ROWS)
+def simulated(
+    story: Story, guide: AutoregressiveGuide, num_samples: int, method: str = "importance", rows: int = ROWS
+) -> Bounds:
+    run = bounds(story.program, guide, num_samples, vectorize_data=True, method=method)
+    return run([story.beginning] * rows, [story.ending] * rows)
 
 
 def test_the_brackets_contain_the_enumerated_values_and_close_with_more_samples(story: Story) -> None:
@@ -64,6 +68,47 @@ def test_each_bound_is_on_its_side_beyond_the_error(story: Story) -> None:
     log_z, _, _ = exact(story, guide)
     low, high = simulated(story, guide, 2).log_evidence
     assert low.value + 3 * low.error < log_z < high.value - 3 * high.error
+
+
+@pytest.mark.parametrize("targets", ["prefixes", "flows"])
+def test_bounds_by_smc_bracket_log_z_and_are_each_on_their_side(
+    story: Story, targets: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The retained particle is in every generation; beyond 3 standard errors on both sides with 3 particles."""
+    module = importlib.import_module("llmppl.diagnostics.bounds")
+
+    # Resample wherever weights differ: with few looks the filter would be importance sampling.
+    def always(stages: object, _: object, resampling: str, *rest: object) -> object:
+        return Population(stages, targets, resampling, 1.0, 1, rest[-1])
+
+    Population = module.Population
+    monkeypatch.setattr(module, "Population", always)
+    story.ending = "c"
+    guide = perturbed(AutoregressiveGuide(story.program, story.lm, rank=2), 0.08)
+    log_z, _, _ = exact(story, guide)
+    found = simulated(story, guide, 3, "smc", rows=500)
+    low, high = found.log_evidence
+    assert low.value + 3 * low.error < log_z < high.value - 3 * high.error
+    assert max(low.error, high.error) < 0.15
+    more = simulated(story, guide, 12, "smc", rows=250)
+    narrow = [end.value for end in more.log_evidence if end is not None]
+    assert narrow[1] - narrow[0] < high.value - low.value
+    assert "12 samples each by SMC" in repr(more)
+
+
+def test_of_observations_as_given_there_is_a_lower_bound_only(story: Story) -> None:
+    guide = perturbed(AutoregressiveGuide(story.program, story.lm, rank=2), 0.05)
+    run = bounds(story.program, guide, 200, simulations=0, vectorize_data=True)
+    found = run([story.beginning] * 40, [story.ending] * 40)
+    log_z = float(story.joint()[1].logsumexp(0))
+    low, high = found.log_evidence
+    assert high is None
+    assert low.value < log_z + 3 * low.error
+    assert found.kl_q_p[0].value == pytest.approx(low.value - found.elbo.mean())
+    assert "No upper bound: it needs an exact posterior draw" in repr(found)
+    with pytest.raises(ValueError, match="kl_p_q needs an exact posterior draw"):
+        _ = found.kl_p_q
+    assert Bounds.join([found, found]).upper is None
 
 
 def test_weights_at_a_simulated_observation_average_to_its_evidence(story: Story) -> None:
@@ -138,8 +183,10 @@ def test_what_cannot_be_simulated_is_named(story: Story) -> None:
         bounds(story.program, deaf, 4)(*story.args)
     with pytest.raises(ValueError, match="num_samples must be at least 2"):
         bounds(story.program, guide, 1)
-    with pytest.raises(ValueError, match="simulations must be at least 1"):
-        bounds(story.program, guide, 2, simulations=0)
+    with pytest.raises(ValueError, match="simulations must not be negative"):
+        bounds(story.program, guide, 2, simulations=-1)
+    with pytest.raises(ValueError, match="method='mcmc' must be one of"):
+        bounds(story.program, guide, 2, method="mcmc")
     guide.exactness = "extended"
     with pytest.raises(ValueError, match="exactness 'extended'"):
         bounds(story.program, guide, 2)

@@ -1,4 +1,4 @@
-"""Bounds of the log evidence from both sides, and of both divergences, on simulated observations."""
+"""Bounds of the log evidence from both sides, and of both divergences."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from llmppl.inference.importance import BLOCK, check_unscaled
+from llmppl.inference.gathering import check_unscaled
+from llmppl.inference.importance import BLOCK
+from llmppl.inference.population import Population
+from llmppl.inference.resampling import log_mean
+from llmppl.inference.stages import Stages
 from llmppl.particles import Particles, check_finite, run_particles, sum_sites
 from llmppl.tracing import Given, Program, in_data_plate, in_particles, is_latent, observing, simulate
+
+METHODS = ("importance", "smc")
 
 
 class Estimate(NamedTuple):
@@ -29,47 +35,70 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Bounds:
-    r"""What ``K`` particles of a guide say of log Z(x) and of the divergences, at simulated ``x``.
+    r"""What ``K`` particles of a guide say of log Z(x) and of the divergences.
 
-    Each array holds one number for each simulated observation, nats.
+    Each array holds one number for each observation, nats. Of observations that were not simulated there
+    is no exact posterior draw: ``upper`` and ``exact_log_weight`` are ``None``, and so is what needs them.
 
-    :param lower: log mean weight of ``K`` particles of the guide, below log Z in expectation.
+    :param lower: log Ẑ of ``K`` particles, below log Z in expectation.
     :param upper: the same with the simulated latents as one of the ``K``, above log Z in expectation.
-    :param elbo: mean log-weight of the guide's particles.
+    :param elbo: mean log-weight of independent draws of the guide.
     :param exact_log_weight: log-weight of the simulated latents, which are exact posterior draws.
     :param num_samples: ``K``.
+    :param method: ``"importance"`` or ``"smc"``.
     """
 
     lower: np.ndarray
-    upper: np.ndarray
+    upper: np.ndarray | None
     elbo: np.ndarray
-    exact_log_weight: np.ndarray
+    exact_log_weight: np.ndarray | None
     num_samples: int
+    method: str = "importance"
 
     @property
-    def log_evidence(self) -> tuple[Estimate, Estimate]:
-        """Lower and upper bound of log Z(x), mean over the simulated ``x``."""
-        return _estimate(self.lower), _estimate(self.upper)
+    def log_evidence(self) -> tuple[Estimate, Estimate | None]:
+        """Lower and upper bound of log Z(x), mean over the observations."""
+        return _estimate(self.lower), None if self.upper is None else _estimate(self.upper)
 
     @property
-    def kl_q_p(self) -> tuple[Estimate, Estimate]:
+    def kl_q_p(self) -> tuple[Estimate, Estimate | None]:
         """Lower and upper bound of KL(q‖p(z|x)) = log Z − ELBO."""
-        return _estimate(self.lower - self.elbo), _estimate(self.upper - self.elbo)
+        upper = None if self.upper is None else _estimate(self.upper - self.elbo)
+        return _estimate(self.lower - self.elbo), upper
 
     @property
     def kl_p_q(self) -> tuple[Estimate, Estimate]:
-        """Lower and upper bound of KL(p(z|x)‖q) = E_p log w − log Z."""
-        return _estimate(self.exact_log_weight - self.upper), _estimate(self.exact_log_weight - self.lower)
+        """Lower and upper bound of KL(p(z|x)‖q) = E_p log w − log Z.
+
+        :raises ValueError: observations that were not simulated; so does :attr:`kl_sum`.
+        """
+        exact, upper = self._simulated("kl_p_q")
+        return _estimate(exact - upper), _estimate(exact - self.lower)
 
     @property
     def kl_sum(self) -> Estimate:
         """KL(q‖p) + KL(p‖q): unbiased, since log Z cancels."""
-        return _estimate(self.exact_log_weight - self.elbo)
+        exact, _ = self._simulated("kl_sum")
+        return _estimate(exact - self.elbo)
+
+    def _simulated(self, what: str) -> tuple[np.ndarray, np.ndarray]:
+        if self.exact_log_weight is None or self.upper is None:
+            raise ValueError(
+                f"{what} needs an exact posterior draw, and these observations were not simulated. Use simulations=1."
+            )
+        return self.exact_log_weight, self.upper
 
     def __repr__(self) -> str:
         low, high = self.log_evidence
+        by = f"{self.num_samples} samples each" + (" by SMC" if self.method == "smc" else "")
+        if high is None:
+            return (
+                f"Bounds({self.lower.size} observations as given, {by}: log Z at least {low}, KL(q‖p) at least "
+                f"{self.kl_q_p[0]} nats. No upper bound: it needs an exact posterior draw, which only simulated "
+                "observations have)"
+            )
         return (
-            f"Bounds({self.lower.size} simulated observations, {self.num_samples} samples each: "
+            f"Bounds({self.lower.size} simulated observations, {by}: "
             f"log Z {low} to {high}, KL(q‖p) {self.kl_q_p[0]} to {self.kl_q_p[1]}, "
             f"KL(p‖q) {self.kl_p_q[0]} to {self.kl_p_q[1]}, their sum {self.kl_sum} nats)"
         )
@@ -78,8 +107,11 @@ class Bounds:
     def join(parts: Sequence[Bounds]) -> Bounds:
         """The simulated observations of several calls as one."""
         names = ("lower", "upper", "elbo", "exact_log_weight")
-        columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-        return Bounds(**columns, num_samples=parts[0].num_samples)
+        columns: dict[str, Any] = {
+            name: None if getattr(parts[0], name) is None else np.concatenate([getattr(part, name) for part in parts])
+            for name in names
+        }
+        return Bounds(**columns, num_samples=parts[0].num_samples, method=parts[0].method)
 
 
 def bounds(
@@ -88,8 +120,9 @@ def bounds(
     num_samples: int = 64,
     simulations: int = 1,
     vectorize_data: bool = False,
+    method: str = "importance",
 ) -> Callable[..., Bounds]:
-    r"""Two-sided bounds by importance sampling on simulated data [1, 2]: a function of the program's arguments.
+    r"""Two-sided bounds on simulated data [1, 2]: a function of the program's arguments.
 
     It draws :math:`(z^*, x^*)` from the program, so that :math:`z^*` is an exact posterior draw at
     :math:`x^*`. With :math:`w(z) = p(x^*, z)/q(z|x^*)` and :math:`z_k \sim q`
@@ -99,13 +132,19 @@ def bounds(
 
     and with :math:`\log Z` both divergences are bracketed. The observed values among the arguments say
     only what is observed and, of a stream, how many tokens. The bounds hold on average over simulated
-    observations; of an observation that was not simulated they say nothing.
+    observations; of an observation that was not simulated they say nothing. For such, the arguments as they
+    are, ask with ``simulations=0``: the lower bound is all there is.
+
+    By SMC both estimates are those of :func:`~llmppl.smc` with multinomial resampling; for the upper one
+    :math:`z^*` is the retained particle of a conditional particle filter [3], under whose law the expected
+    log Ẑ is above log Z for the same reason.
 
     A step costs one sampling pass of the guide, one scoring pass of the model for the particles, and
     a pass of each for :math:`z^*`.
 
     :param num_samples: ``K``, at least 2.
-    :param simulations: draws of :math:`(z^*, x^*)` for each call.
+    :param simulations: draws of :math:`(z^*, x^*)` for each call; 0 for the observations as they are.
+    :param method: ``"importance"`` or ``"smc"``.
     :param vectorize_data: as for :func:`~llmppl.importance`; each row is an observation of its own.
     :raises ValueError: a factor in the program, a guide without an exact marginal density, a scaled site.
     :raises TypeError: a guide that takes no ``observations=``.
@@ -115,11 +154,14 @@ def bounds(
     [1] Grosse, Ghahramani, Adams (2015), `Sandwiching the marginal likelihood using bidirectional Monte Carlo`.
     [2] Zhao, Brekelmans, Makhzani, Grosse (2024), `Probabilistic inference in language models via twisted
     sequential Monte Carlo`, prop. 5.1.
+    [3] Andrieu, Doucet, Holenstein (2010), `Particle Markov chain Monte Carlo methods`, sec. 4.3.
     """
     if num_samples < 2:
         raise ValueError(f"num_samples must be at least 2, got {num_samples}: one of them is the simulated latents.")
-    if simulations < 1:
-        raise ValueError(f"simulations must be at least 1, got {simulations}.")
+    if simulations < 0:
+        raise ValueError(f"simulations must not be negative, got {simulations}. 0 takes the observations as given.")
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} must be one of {METHODS}.")
     exactness = getattr(guide, "exactness", "marginal")
     if exactness != "marginal":
         raise ValueError(
@@ -131,14 +173,28 @@ def bounds(
 
     def run(*args: Any, **kwargs: Any) -> Bounds:
         with torch.no_grad():
-            return Bounds.join([_simulated(model, guide, args, kwargs, num_samples) for _ in range(simulations)])
+            if not simulations:
+                return _bounds(model, guide, args, kwargs, num_samples, method, None)
+            parts = []
+            for _ in range(simulations):
+                latents, observations = simulate(model, args, kwargs)
+                programs = observing(model, guide, observations)
+                parts.append(_bounds(*programs, args, kwargs, num_samples, method, latents))
+            return Bounds.join(parts)
 
     return run
 
 
-def _simulated(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> Bounds:
-    latents, observations = simulate(model, args, kwargs)
-    model, guide = observing(model, guide, observations)
+def _bounds(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    count: int,
+    method: str,
+    latents: dict[str, Tensor] | None,
+) -> Bounds:
+    """The bounds of one call; ``latents`` are an exact posterior draw, if there is one."""
     blocks = []
     for start in range(0, count, BLOCK):
         particles = run_particles(model, guide, args, kwargs, min(BLOCK, count - start))
@@ -147,15 +203,36 @@ def _simulated(model: Program, guide: Program, args: tuple[Any, ...], kwargs: di
         check_finite(particles.model_trace, allow_zero=True)
         blocks.append(particles)
     drawn = torch.cat([block.log_weights for block in blocks])  # (K,) + batch_shape
-    exact = _log_weight(model, guide, args, kwargs, latents, blocks[0])  # (1,) + batch_shape
-    among = torch.cat([drawn[:-1], exact])
+    exact = None if latents is None else _log_weight(model, guide, args, kwargs, latents, blocks[0])
+    if method == "smc":
+        lower = _log_evidence(model, guide, args, kwargs, count, None)
+        upper = None if latents is None else _log_evidence(model, guide, args, kwargs, count, latents)
+    else:
+        lower = log_mean(drawn)
+        upper = None if exact is None else log_mean(torch.cat([drawn[:-1], exact]))
     return Bounds(
-        lower=_flat(drawn.logsumexp(0) - math.log(count)),
-        upper=_flat(among.logsumexp(0) - math.log(count)),
+        lower=_flat(lower),
+        upper=None if upper is None else _flat(upper),
         elbo=_flat(drawn.mean(0)),
-        exact_log_weight=_flat(exact[0]),
+        exact_log_weight=None if exact is None else _flat(exact[0]),
         num_samples=count,
+        method=method,
     )
+
+
+def _log_evidence(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    count: int,
+    retained: dict[str, Tensor] | None,
+) -> Tensor:
+    """log Ẑ of one run of SMC, with the retained particle among the ``K`` if there is one."""
+    stages = Stages(model, guide, args, kwargs, count)
+    population = Population(stages, None, "multinomial", 0.5, None, retained)
+    population.run()
+    return log_mean(population.log_weights)
 
 
 def _log_weight(

@@ -32,6 +32,7 @@ class Gathering:
     parts: list[dict[str, Any]] = field(default_factory=list)
     decoders: dict[str, Any] = field(default_factory=dict)
     observed: _Columns = field(default_factory=dict)
+    masked: tuple[str, ...] = ()
 
     def add(self, particles: Particles) -> None:
         """Take the numbers of one pass."""
@@ -44,6 +45,7 @@ class Gathering:
         for name, site in seen.items():
             if is_text(site):
                 self.observed.setdefault(name, site["value"].cpu().numpy())
+        self.masked = tuple(n for n, site in latent.items() if _masks(particles.guide_trace.nodes.get(n), site))
         self.parts.append(
             {
                 "count": count,
@@ -81,6 +83,7 @@ class Gathering:
             exactness=exactness,
             decoders=self.decoders,
             observed=self.observed,
+            masked=self.masked,
             token_log_p=self._joined("token_log_p"),
             token_log_q=self._joined("token_log_q"),
             log_likelihood=self._joined("log_likelihood"),
@@ -129,6 +132,18 @@ def check_unscaled(particles: Particles) -> None:
                     f"site {name!r} is scaled (by poutine.scale or a subsampled plate), so its weights are not those "
                     "of the program. Run importance sampling without scaling or subsampling."
                 )
+
+
+def _masks(proposed: Site | None, site: Site) -> bool:
+    """Whether the guide's law of a text forbids tokens that the program's permits."""
+    q, p = None if proposed is None else proposed["fn"], site["fn"]
+    if not isinstance(q, AutoregressiveText) or not isinstance(p, AutoregressiveText):
+        return False
+    if q.law.grammar is not None:
+        return p.law.grammar is None
+    if q.law.allowed is None:
+        return False
+    return bool((~q.law.allowed).any() if p.law.allowed is None else (p.law.allowed & ~q.law.allowed).any())
 
 
 def _widened(values: Array, width: int, filling: float) -> Array:

@@ -11,9 +11,7 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from tqdm.auto import tqdm
 
-from llmppl.inference.gathering import Gathering
-from llmppl.inference.gathering import check_unscaled as check_unscaled
-from llmppl.inference.gathering import gather as gather
+from llmppl.inference.gathering import Gathering, check_unscaled
 from llmppl.inference.posterior import Array, Posterior
 from llmppl.particles import Particles, check_finite, run_particles
 from llmppl.randomness import randomness_kept

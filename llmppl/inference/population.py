@@ -58,8 +58,8 @@ class Population:
             self.ancestors.zero_()
             self.num_ancestors = 1
 
-    def run(self, bar: Any) -> None:
-        """Walk through the program; ``bar`` is told of each token."""
+    def run(self, bar: Any = None) -> None:
+        """Walk through the program; a progress bar is told of each token."""
         for names in self.stages.segments:
             if names[0] in self.stages.texts:
                 self._write(names[0], bar)
@@ -135,7 +135,8 @@ class Population:
                     # Weighed by the model's own law of the prefix; what the text brings about comes at its end.
                     self.weigh(self.log_target + stages.summed(log_p.reshape(q.batch_shape)))
             writing.advance()
-            bar.update()
+            if bar is not None:
+                bar.update()
             if writing.open.any() and writing.length % every == 0:
                 if targets == "flows":
                     if not writing.can_end():

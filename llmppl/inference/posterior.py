@@ -39,6 +39,7 @@ class Posterior:
         the site's ``samples``; zero behind the end.
     :param token_log_q: the same under the guide.
     :param log_likelihood: by observed site, its log-density at each sample, ``(K,) + batch_shape``, nats.
+    :param masked: text sites whose guide has a grammar or a vocabulary that forbids what the program permits.
     :param ancestors: of SMC, which first-generation particle each sample descends from, ``(K,) + batch_shape``.
     :param num_ancestors: how many of those there were in the beginning.
     :param complete: of SMC with optimal resampling, that no continuation had to be dropped: every text that the
@@ -59,6 +60,7 @@ class Posterior:
     token_log_p: Mapping[str, Array] = field(default_factory=dict)
     token_log_q: Mapping[str, Array] = field(default_factory=dict)
     log_likelihood: Mapping[str, Array] = field(default_factory=dict)
+    masked: tuple[str, ...] = ()
     ancestors: Array | None = None
     num_ancestors: int = 0
     complete: bool = False
@@ -131,6 +133,13 @@ class Posterior:
             families = np.stack([(self.weights * (self.ancestors == n)).sum(0) for n in range(self.num_ancestors)])
             squares = np.square(families).sum(0)
         return np.asarray(np.sqrt(np.maximum(squares * count - 1, 0) / (count - 1)))
+
+    @property
+    def doubts(self) -> list[str]:
+        """Why the weights may not be trusted, as far as they can tell; see :mod:`llmppl.inference.doubts`."""
+        from llmppl.inference.doubts import doubts
+
+        return doubts(self)
 
     @property
     def weights(self) -> Array:
@@ -314,6 +323,7 @@ class Posterior:
         lines = [repr(self)]
         if self.batch_shape:
             return lines[0]
+        lines += [f"  doubt: {reason}" for reason in self.doubts]
         for site in self.decoders:
             lines.append(f"  {site}:")
             lines += [f"    {weight:6.1%}  {text!r}" for text, weight in self.top(site, 5)]
@@ -350,12 +360,14 @@ class Posterior:
                 f"smallest ESS {_span(self.ess, 1)} of {self.num_samples} before resampling, "
                 f"{_span(self.distinct_ancestors, 0)} distinct ancestors"
                 + "".join(f", {_span(self.distinct_texts(site), 0)} distinct {site} texts" for site in self.decoders)
+                + (f". NOT TO BE TRUSTED: {'; '.join(self.doubts)}" if self.doubts else "")
                 + ")"
             )
         return (
             f"{head}: log evidence {_span(self.log_evidence)} ± {_span(self.log_evidence_error)}, "
             f"ELBO {_span(self.elbo)} ± {_span(self.elbo_error)}, ESS {_span(self.ess, 1)} of {self.num_samples}, "
-            f"k̂ {_span(self.khat)})"
+            f"k̂ {_span(self.khat)}" + (f". NOT TO BE TRUSTED: {'; '.join(self.doubts)}" if self.masked else "") + ")"
+            # Of importance sampling the numbers speak for themselves, but for what no weight can show.
         )
 
     def _repr_html_(self) -> str:

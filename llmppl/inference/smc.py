@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from llmppl.inference.importance import check_unscaled, gather
+from llmppl.inference.gathering import check_unscaled, gather
 from llmppl.inference.population import TARGETS, Population
 from llmppl.inference.posterior import Posterior
 from llmppl.inference.resampling import SCHEMES
@@ -26,7 +26,7 @@ def smc(
     guide: Program | None = None,
     num_samples: int = 64,
     targets: str | None = None,
-    resampling: str = "systematic",
+    resampling: str | None = None,
     ess_threshold: float = 0.5,
     check_every: int | None = None,
     num_runs: int = 1,
@@ -63,7 +63,8 @@ def smc(
     :param resampling: ``"systematic"``, ``"residual"``, ``"multinomial"``; or ``"optimal"``, which at each token lets
         all continuations of all particles compete and keeps ``K`` different ones [3]: for laws with few
         continuations that matter, such as grammars. Where no more than ``K`` prefixes of one length are possible it
-        enumerates them: the posterior is then :attr:`~Posterior.complete`.
+        enumerates them: the posterior is then :attr:`~Posterior.complete`. By default ``"optimal"`` where the guide's
+        texts have a grammar that the program's have not, ``"systematic"`` elsewhere.
     :param ess_threshold: resample where the effective sample size is below this share of the particles that
         compete.
     :param check_every: tokens between looks at the weights; by default 1, and 4 with flows.
@@ -100,7 +101,8 @@ def smc(
             stages = Stages(model, guide, args, kwargs, num_samples)
             parts = []
             for _ in range(num_runs):
-                population = Population(stages, targets, resampling, ess_threshold, check_every)
+                scheme = resampling or ("optimal" if stages.narrowed else "systematic")
+                population = Population(stages, targets, scheme, ess_threshold, check_every)
                 population.run(bar)
                 parts.append(_posterior(population, exactness))
         posterior = _pooled(parts)
@@ -158,7 +160,7 @@ def _check(
     num_samples: int,
     num_runs: int,
     targets: str | None,
-    resampling: str,
+    resampling: str | None,
     ess_threshold: float,
     check_every: int | None,
 ) -> None:
@@ -169,7 +171,7 @@ def _check(
         raise ValueError("num_samples must be at least 2: a single particle has none to compete with.")
     if targets is not None and targets not in TARGETS:
         raise ValueError(f"targets={targets!r} must be one of {TARGETS}, or left out.")
-    if resampling not in (*SCHEMES, "optimal"):
+    if resampling not in (None, *SCHEMES, "optimal"):
         raise ValueError(f"resampling={resampling!r} must be one of {(*SCHEMES, 'optimal')}.")
     if not 0 <= ess_threshold <= 1:
         raise ValueError(f"ess_threshold={ess_threshold} must be a share of the particles, from 0 (never) to 1.")

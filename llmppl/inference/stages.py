@@ -46,6 +46,10 @@ class Stages:
                 else:
                     self.segments[-1].append(name)
                 alone = self._by_tokens(site)
+        self.narrowed = all(len(names) == 1 for names in self.segments) and any(
+            _narrows(proposed.nodes[name]["fn"], sites.nodes[name]["fn"]) for names in self.segments for name in names
+        )
+        """Whether the guide masks tokens that the program permits: every text written by a narrower grammar."""
         self.texts = {name for name, site in proposed.nodes.items() if is_latent(site) and self._by_tokens(site)}
 
     @staticmethod
@@ -103,6 +107,15 @@ class Stages:
         value = value.reshape((1,) * missing + value.shape)
         front = torch.broadcast_shapes(value.shape[: 1 + self.nesting], self.laid_out(torch.empty(self.shape)).shape)
         return value.expand(front + value.shape[1 + self.nesting :])
+
+
+def _narrows(q: Any, p: Any) -> bool:
+    return (
+        isinstance(q, AutoregressiveText)
+        and isinstance(p, AutoregressiveText)
+        and q.law.grammar is not None
+        and p.law.grammar is None
+    )
 
 
 def latents_of(model: Program) -> Program:
