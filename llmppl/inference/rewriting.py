@@ -129,6 +129,5 @@ def alternatives(law: TextLaw, texts: Tensor, start: Tensor) -> Tensor:
     tokens = torch.arange(law.vocabulary, device=texts.device)
     allowed = torch.ones_like(tokens, dtype=torch.bool) if law.allowed is None else law.allowed
     stops = law.is_stop(tokens)
-    at_end, full = (start == length - 1)[:, None], (length == law.max_tokens)[:, None]
-    permitted: Tensor = torch.where(at_end, stops | full, ~stops)
-    return permitted & allowed
+    at_end, full = (start == length - 1)[:, None], torch.eq(length, law.max_tokens or 0)[:, None]
+    return allowed & torch.where(at_end, stops | full, ~stops)
