@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from llmppl.diagnostics.verdict import diagnose
     from llmppl.evaluation import Evaluation
     from llmppl.grammar import Grammar
+    from llmppl.inference.decoding import decode
     from llmppl.inference.enumeration import exact_posterior
     from llmppl.inference.importance import importance
+    from llmppl.inference.mcmc import mcmc
     from llmppl.inference.posterior import Posterior
     from llmppl.inference.smc import smc
     from llmppl.language_model import LM
@@ -32,11 +34,13 @@ _PUBLIC = {
     "bounds": "llmppl.diagnostics.bounds",
     "calibrate": "llmppl.diagnostics.calibration",
     "diagnose": "llmppl.diagnostics.verdict",
+    "decode": "llmppl.inference.decoding",
     "exact_posterior": "llmppl.inference.enumeration",
     "expected_coverage": "llmppl.diagnostics.calibration",
     "fit": "llmppl.training",
     "importance": "llmppl.inference.importance",
     "inference_gap": "llmppl.diagnostics.gap",
+    "mcmc": "llmppl.inference.mcmc",
     "smc": "llmppl.inference.smc",
 }
 
@@ -50,12 +54,14 @@ __all__ = [
     "__version__",
     "bounds",
     "calibrate",
+    "decode",
     "diagnose",
     "exact_posterior",
     "expected_coverage",
     "fit",
     "importance",
     "inference_gap",
+    "mcmc",
     "smc",
 ]
 
