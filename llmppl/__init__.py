@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmppl.diagnostics.bounds import bounds
     from llmppl.diagnostics.gap import inference_gap
+    from llmppl.diagnostics.gap_report import gap_report
     from llmppl.evaluation import Evaluation
     from llmppl.grammar import Grammar
     from llmppl.inference.enumeration import exact_posterior
@@ -29,6 +30,7 @@ _PUBLIC = {
     "bounds": "llmppl.diagnostics.bounds",
     "exact_posterior": "llmppl.inference.enumeration",
     "fit": "llmppl.training",
+    "gap_report": "llmppl.diagnostics.gap_report",
     "importance": "llmppl.inference.importance",
     "inference_gap": "llmppl.diagnostics.gap",
 }
@@ -44,6 +46,7 @@ __all__ = [
     "bounds",
     "exact_posterior",
     "fit",
+    "gap_report",
     "importance",
     "inference_gap",
 ]
