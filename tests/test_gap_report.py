@@ -211,7 +211,7 @@ def test_a_guide_that_has_learnt_its_data_by_heart_amortizes_worse_elsewhere() -
         optimizer.zero_grad()
         (-sum(exact_elbo(guide.logits(x), x) for (x,) in data)).backward()
         optimizer.step()
-    found = report(guide, data, others, steps=30, num_samples=400, learning_rate=0.1)
+    found = report(guide, data, others, steps=40, restarts=1, num_samples=400, learning_rate=0.1)
     for gaps, observations in ((found.train, data), (found.held_out, others)):
         exact = np.array([best_elbo(x) - float(exact_elbo(guide.logits(x).detach(), x)) for (x,) in observations])
         errors = np.hypot(gaps.elbo_error, gaps.best_elbo_error)
