@@ -89,6 +89,11 @@ class AutoregressiveGuide(TextGuide):
     def register(self) -> None:
         register_module(self.adapter, self.weights)
 
+    def reset_parameters(self) -> None:
+        """Start anew, as the prompt guide, with other random numbers from torch's generator. Parameters of
+        ``others`` stay."""
+        self.lm.adapters.reset(self.adapter)
+
     def settings(self) -> dict[str, object]:
         """What a checkpoint must agree with, beside the model."""
         return {"guide": type(self).__name__, "rank": self.rank, "alpha": self.alpha}

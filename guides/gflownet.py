@@ -40,8 +40,15 @@ class GFlowNetGuide(AutoregressiveGuide):
         super().__init__(model, lm, prompt, others, rank, alpha, target_modules, adapter, seed, sampling_dtype)
         width = lm.transformer.config.hidden_size
         self.head = nn.Linear(width, 1, device=lm.device, dtype=torch.promote_types(lm.dtype, torch.float32))
+        self._reset_head()
+
+    def _reset_head(self) -> None:
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._reset_head()
 
     def register(self) -> None:
         super().register()

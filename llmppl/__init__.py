@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from llmppl.diagnostics.bounds import bounds
     from llmppl.diagnostics.calibration import calibrate, expected_coverage
     from llmppl.diagnostics.gap import inference_gap
+    from llmppl.diagnostics.gap_report import gap_report
     from llmppl.diagnostics.verdict import diagnose
     from llmppl.evaluation import Evaluation
     from llmppl.grammar import Grammar
@@ -38,6 +39,7 @@ _PUBLIC = {
     "exact_posterior": "llmppl.inference.enumeration",
     "expected_coverage": "llmppl.diagnostics.calibration",
     "fit": "llmppl.training",
+    "gap_report": "llmppl.diagnostics.gap_report",
     "importance": "llmppl.inference.importance",
     "inference_gap": "llmppl.diagnostics.gap",
     "mcmc": "llmppl.inference.mcmc",
@@ -59,6 +61,7 @@ __all__ = [
     "exact_posterior",
     "expected_coverage",
     "fit",
+    "gap_report",
     "importance",
     "inference_gap",
     "mcmc",

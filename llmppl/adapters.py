@@ -104,6 +104,12 @@ class Adapters:
             parameter.requires_grad_(True)
         self._active = name
 
+    def reset(self, name: str) -> None:
+        """Start an adapter anew: the identity, with other random numbers from torch's generator."""
+        for layer in self._layers:
+            if name in getattr(layer, "lora_A", ()):
+                layer.reset_lora_parameters(name, init_lora_weights=True)
+
     @torch.no_grad()
     def load(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         """Copy tensors, keyed as in :meth:`parameters`, into an adapter."""

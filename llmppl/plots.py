@@ -99,6 +99,7 @@ def plot_ladder(bounds: Bounds, log_evidence: float | None = None, ax: Any = Non
             said = "not available: not simulated" if values is None else f"{means[name]:.2f}".replace("inf", "∞")
             ax.annotate(said, (np.mean(finite or [0.0]), height), ha="center", va="center", style="italic")
             continue
+        assert values is not None
         mean, error = _mean(values)
         ax.errorbar(mean, height, xerr=_shown(error), color=BLUE, linewidth=1, capsize=4)
         if name != "lower bound":

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import llmppl
 from llmppl.demo import make_guide, split, stories, threads
+from llmppl.diagnostics.verdict import diagnose
 from llmppl.language_model import LM
 from llmppl.models import infilling
 from llmppl.pages import report_page
 
 if TYPE_CHECKING:
-    from llmppl.diagnostics.verdict import Diagnosis  # type: ignore[import-not-found, unused-ignore]
+    from llmppl.diagnostics.verdict import Diagnosis
 
 HELD_OUT = 4
 """Shipped stories to report on where the user gives none."""
@@ -38,14 +39,12 @@ def report(
         raise FileNotFoundError(f"no folder {out.resolve().parent} to write {out.name} to. Make it first.")
     if out.is_dir():
         raise IsADirectoryError(f"{out} is a folder. Name a file in it, e.g. {out / 'report.html'}.")
-    from llmppl.diagnostics import diagnose  # type: ignore[attr-defined, unused-ignore]
-
     with threads(threads_used):
         lm = LM.from_pretrained(MODEL)
         story = infilling(lm)
         guide = make_guide(story, lm)
         guide.load(adapter)
-        diagnosis = diagnose(story, guide, read, num_samples=num_samples, simulations=simulations, seed=seed)
+        diagnosis = diagnose(story, guide, read, num_samples, simulations, seed, vectorize_data=True)
     about = {
         "model": MODEL,
         "program": "p(middle | beginning) p(ending | beginning, middle), the middle of at most 16 tokens up to a "

@@ -4,6 +4,8 @@ from llmppl.diagnostics.bounds import Bounds, bounds
 from llmppl.diagnostics.calibration import Calibration, Coverage, calibrate, expected_coverage
 from llmppl.diagnostics.findings import Finding
 from llmppl.diagnostics.gap import InferenceGap, inference_gap
+from llmppl.diagnostics.gap_report import gap_report
+from llmppl.diagnostics.gaps import GapReport, Gaps
 from llmppl.diagnostics.verdict import Diagnosis, diagnose
 
 __all__ = [
@@ -12,10 +14,13 @@ __all__ = [
     "Coverage",
     "Diagnosis",
     "Finding",
+    "GapReport",
+    "Gaps",
     "InferenceGap",
     "bounds",
     "calibrate",
     "diagnose",
     "expected_coverage",
+    "gap_report",
     "inference_gap",
 ]

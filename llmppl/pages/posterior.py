@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,25 +40,26 @@ def posterior_html(posterior: Posterior) -> str:
         return head + "</div>" + "".join(posterior_table(posterior, site, 10) for site in posterior.texts)
     place = ", ".join("0" for _ in posterior.batch_shape)
     hint = f"<p>Texts and weights of one row: <code>posterior.row({place})</code>.</p>"
-    return f"{head}{numbers_table(posterior)}{hint}</div>"
+    places = list(np.ndindex(posterior.batch_shape))
+    names = [", ".join(map(str, place)) for place in places]
+    return f"{head}{numbers_table([posterior.row(*place) for place in places], names)}{hint}</div>"
 
 
-def numbers_table(posterior: Posterior, links: bool = False) -> str:
-    """The numbers of each batch row as an HTML table.
+def numbers_table(rows: Sequence[Posterior], names: Sequence[str] | None = None, links: bool = False) -> str:
+    """The numbers of posteriors of one method, each of one observation, as an HTML table.
 
+    :param names: of the rows; by default their numbers.
     :param links: each row's name points to the anchor ``row-<n>``.
     """
-    columns = {name: np.asarray(getattr(posterior, field)) for name, field in COLUMNS[posterior.method].items()}
-    if posterior.method == "decoding":
-        columns = {"best log joint": posterior.log_joint.max(0)}
-    places = list(np.ndindex(posterior.batch_shape))
+    method = rows[0].method
+    columns = ["best log joint"] if method == "decoding" else list(COLUMNS[method])
     lines = []
-    for n, place in enumerate(places[:MOST_ROWS]):
-        name = ", ".join(map(str, place)) or "0"
+    for n, row in enumerate(rows[:MOST_ROWS]):
+        values = [row.log_joint.max()] if method == "decoding" else [getattr(row, f) for f in COLUMNS[method].values()]
+        name = str(n) if names is None else names[n]
         name = f'<a href="#row-{n}">{name}</a>' if links else name
-        cells = "".join(f"<td>{number(values[place])}</td>" for values in columns.values())
-        lines.append(f"<tr><td>{name}</td>{cells}</tr>")
-    left = f"<p>{len(places) - MOST_ROWS} more rows.</p>" if len(places) > MOST_ROWS else ""
+        lines.append(f"<tr><td>{name}</td>{''.join(f'<td>{number(value)}</td>' for value in values)}</tr>")
+    left = f"<p>{len(rows) - MOST_ROWS} more rows.</p>" if len(rows) > MOST_ROWS else ""
     heads = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
     return (
         f'<table class="numbers"><thead><tr><th>row</th>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'

@@ -58,29 +58,28 @@ def report_page(
     """One self-contained HTML page: the verdict first, then bounds, gaps, calibration, weights, and the
     posterior of every observation.
 
-    :param diagnosis: what :func:`llmppl.diagnostics.diagnose` returns; rows of its posterior are the
-        observations.
+    :param diagnosis: what :func:`llmppl.diagnostics.diagnose` returns; the posteriors it holds, row by row,
+        are the observations.
     :param observations: by observation, the texts it consists of, by name; by default the observed sites'.
     :param gaps: what :func:`llmppl.diagnostics.gap_report` returns.
     :param about: how it was made, by name: model, guide, samples, seed, date.
     :param count: texts in each posterior's table, at most.
     :raises ValueError: ``observations`` of another number than the posterior's rows.
     """
-    posterior: Posterior = diagnosis.posterior
-    places = list(np.ndindex(posterior.batch_shape))
-    if observations is not None and len(observations) != len(places):
+    posteriors = diagnosis.posterior if isinstance(diagnosis.posterior, list) else [diagnosis.posterior]
+    rows = [posterior.row(*place) for posterior in posteriors for place in np.ndindex(posterior.batch_shape)]
+    if observations is not None and len(observations) != len(rows):
         raise ValueError(
-            f"observations has {len(observations)} entries, and the posterior has {len(places)} rows. Give one a row."
+            f"observations has {len(observations)} entries, and the posterior has {len(rows)} rows. Give one a row."
         )
     figures = Figures()
     sections = [
         _verdict(diagnosis),
-        *_figures(diagnosis, gaps, figures),
-        _section("Numbers", f'<div class="llmppl scroll">{numbers_table(posterior, links=True)}</div>'),
+        *_figures(diagnosis, rows, gaps, figures),
+        _section("Numbers", f'<div class="llmppl scroll">{numbers_table(rows, links=True)}</div>'),
         "<h2>Observations</h2>",
     ]
-    for n, place in enumerate(places):
-        row = posterior.row(*place)
+    for n, row in enumerate(rows):
         texts = _observed(row) if observations is None else observations[n]
         sections.append(_observation(n, row, texts, count, figures))
     sections += [_section("What the numbers mean", _definitions(GLOSSARY, "glossary"))]
@@ -108,8 +107,10 @@ def _verdict(diagnosis: Diagnosis) -> str:
     return f'<p class="verdict">{html.escape(diagnosis.verdict)}</p>\n<ul class="findings">{"".join(items)}</ul>'
 
 
-def _figures(diagnosis: Diagnosis, gaps: GapReport | None, figures: Figures) -> Iterator[str]:
-    bounds, calibration, posterior = diagnosis.bounds, diagnosis.calibration, diagnosis.posterior
+def _figures(
+    diagnosis: Diagnosis, rows: Sequence[Posterior], gaps: GapReport | None, figures: Figures
+) -> Iterator[str]:
+    bounds, calibration = diagnosis.bounds, diagnosis.calibration
     drawn: dict[str, str] = {}
     if bounds is not None:
         drawn["bounds"] = figures(
@@ -119,9 +120,9 @@ def _figures(diagnosis: Diagnosis, gaps: GapReport | None, figures: Figures) -> 
         )
     if gaps is not None:
         drawn["gaps"] = figures(lambda ax: plot_gaps(gaps, ax), "The inference gap and its parts, means with s.e.")
-    if posterior.weighted:
+    if all(row.weighted for row in rows):
         drawn["weights"] = figures(
-            lambda ax: plot_weights(posterior, ax), "Weights of each observation's samples, largest first."
+            partial(_draw_weights, rows), "Weights of each observation's samples, largest first."
         )
     if drawn:
         yield _section(", ".join(drawn).capitalize(), _grid(drawn.values()))
@@ -135,6 +136,14 @@ def _figures(diagnosis: Diagnosis, gaps: GapReport | None, figures: Figures) -> 
 
 def _grid(figures: Iterable[str]) -> str:
     return f'<div class="figures">{"".join(figures)}</div>'
+
+
+def _draw_weights(rows: Sequence[Posterior], ax: Any) -> Any:
+    for row in rows:
+        plot_weights(row, ax)
+    handles, labels = ax.get_legend_handles_labels()
+    ax.legend(handles[:1], labels[:1])  # each row brings the line of equal weights along
+    return ax
 
 
 def _draw_calibration(calibration: Any, name: str, ax: Any) -> Any:
