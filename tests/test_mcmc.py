@@ -376,3 +376,28 @@ def test_a_real_model_moves(smollm2: LM) -> None:
     for text, score in zip(posterior.samples["middle"], posterior.log_joint, strict=True):
         by_text.setdefault(text.tobytes(), set()).add(round(float(score), 2))
     assert max(max(s) - min(s) for s in by_text.values()) <= 0.011
+
+
+def test_a_gibbs_move_draws_from_the_conditional(story: Story) -> None:
+    """4000 chains at one text make one move of a token each: chi-square at the 0.1 % level against the place's
+    choice times the conditional among all texts that differ there alone."""
+    texts, log_joint = story.joint()
+    width = torch.arange(texts.shape[-1])
+    with torch.no_grad():
+        chains = _Chains(story.program, None, story.args, {}, 4000, "gibbs", 2)
+        fn = chains.stages.run(chains.stages.guide, chains.values).nodes["middle"]["fn"]
+        for source in (4, 30, 155):
+            count = int(lengths(texts[source]))
+            due = torch.zeros(len(texts), dtype=torch.float64)
+            for place in range(count):
+                alike = ((texts == texts[source]) | (width == place)).all(-1) & (texts[:, place] != PAD)
+                due += log_joint.masked_fill(~alike, -torch.inf).softmax(0) / count
+            chains.values = {"middle": texts[source].repeat(4000, 1)}
+            chains._resample_token("middle", fn)
+            found = (chains.values["middle"][:, None] == texts).all(-1).long().argmax(-1)
+            torch.testing.assert_close(chains.log_p, log_joint[found], rtol=0, atol=1e-9)
+            seen, wanted = np.bincount(found.numpy(), minlength=len(texts)), 4000 * due.numpy()
+            often = wanted >= 5
+            seen, wanted = np.append(seen[often], seen[~often].sum()), np.append(wanted[often], wanted[~often].sum())
+            wanted = np.maximum(wanted, 1e-9)
+            assert stats.chisquare(seen, wanted * seen.sum() / wanted.sum()).pvalue > 1e-3
