@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,29 +38,25 @@ def posterior_html(posterior: Posterior) -> str:
     head = f'{FRAGMENT}<div class="llmppl"><p><code>{html.escape(repr(posterior))}</code></p>'
     if not posterior.batch_shape:
         return head + "</div>" + "".join(posterior_table(posterior, site, 10) for site in posterior.texts)
-    place = ", ".join("0" for _ in posterior.batch_shape)
-    hint = f"<p>Texts and weights of one row: <code>posterior.row({place})</code>.</p>"
-    return f"{head}{numbers_table(posterior)}{hint}</div>"
-
-
-def numbers_table(posterior: Posterior, links: bool = False) -> str:
-    """The numbers of each batch row as an HTML table.
-
-    :param links: each row's name points to the anchor ``row-<n>``.
-    """
-    columns = {name: np.asarray(getattr(posterior, field)) for name, field in COLUMNS[posterior.method].items()}
-    if posterior.method == "decoding":
-        columns = {"best log joint": posterior.log_joint.max(0)}
     places = list(np.ndindex(posterior.batch_shape))
-    lines = []
-    for n, place in enumerate(places[:MOST_ROWS]):
-        name = ", ".join(map(str, place)) or "0"
-        name = f'<a href="#row-{n}">{name}</a>' if links else name
-        cells = "".join(f"<td>{number(values[place])}</td>" for values in columns.values())
-        lines.append(f"<tr><td>{name}</td>{cells}</tr>")
+    rows = {", ".join(map(str, place)): posterior.row(*place) for place in places[:MOST_ROWS]}
     left = f"<p>{len(places) - MOST_ROWS} more rows.</p>" if len(places) > MOST_ROWS else ""
-    heads = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    return (
-        f'<table class="numbers"><thead><tr><th>row</th>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-        f"{left}"
-    )
+    hint = f"<p>Texts and weights of one row: <code>posterior.row({next(iter(rows), '')})</code>.</p>"
+    return f"{head}{numbers_table(rows)}{left}{hint}</div>"
+
+
+def numbers_table(rows: Mapping[str, Posterior], links: bool = False) -> str:
+    """The numbers of several posteriors by one method, each without batch rows, as an HTML table.
+
+    :param links: the n-th name points to the anchor ``row-<n>``.
+    """
+    method = next((row.method for row in rows.values()), "importance")
+    columns = COLUMNS[method]
+    lines = []
+    for n, (name, row) in enumerate(rows.items()):
+        name = html.escape(name)
+        name = f'<a href="#row-{n}">{name}</a>' if links else name
+        values = [row.log_joint.max()] if method == "decoding" else [getattr(row, field) for field in columns.values()]
+        lines.append(f"<tr><td>{name}</td>{''.join(f'<td>{number(value)}</td>' for value in values)}</tr>")
+    heads = "".join(f"<th>{html.escape(name)}</th>" for name in columns or ("best log joint",))
+    return f'<table class="numbers"><thead><tr><th>row</th>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'

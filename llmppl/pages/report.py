@@ -66,21 +66,20 @@ def report_page(
     :param count: texts in each posterior's table, at most.
     :raises ValueError: ``observations`` of another number than the posterior's rows.
     """
-    posterior: Posterior = diagnosis.posterior
-    places = list(np.ndindex(posterior.batch_shape))
-    if observations is not None and len(observations) != len(places):
+    rows = _rows(diagnosis.posterior)
+    if observations is not None and len(observations) != len(rows):
         raise ValueError(
-            f"observations has {len(observations)} entries, and the posterior has {len(places)} rows. Give one a row."
+            f"observations has {len(observations)} entries, and the posterior has {len(rows)} rows. Give one a row."
         )
     figures = Figures()
+    numbers = numbers_table({str(n): row for n, row in enumerate(rows)}, links=True)
     sections = [
         _verdict(diagnosis),
-        *_figures(diagnosis, gaps, figures),
-        _section("Numbers", f'<div class="llmppl scroll">{numbers_table(posterior, links=True)}</div>'),
+        *_figures(diagnosis, rows, gaps, figures),
+        _section("Numbers", f'<div class="llmppl scroll">{numbers}</div>'),
         "<h2>Observations</h2>",
     ]
-    for n, place in enumerate(places):
-        row = posterior.row(*place)
+    for n, row in enumerate(rows):
         texts = _observed(row) if observations is None else observations[n]
         sections.append(_observation(n, row, texts, count, figures))
     sections += [_section("What the numbers mean", _definitions(GLOSSARY, "glossary"))]
@@ -99,17 +98,25 @@ def _verdict(diagnosis: Diagnosis) -> str:
     items = []
     for finding in diagnosis.findings:
         value = number(finding.number) if isinstance(finding.number, (int, float)) else str(finding.number or "")
-        shown = f" <span>({html.escape(value)})</span>" if value else ""
+        shown = f"<p>{html.escape(value)}</p>" if value else ""
         advice = f'<p class="advice">→ {html.escape(str(finding.advice))}</p>' if finding.advice else ""
         items.append(
             f'<li class="{finding.status}"><span class="status">{MARKS[finding.status]} {finding.status}</span>'
-            f"<p>{html.escape(finding.claim)}{shown}</p>{advice}</li>"
+            f"<p><b>{html.escape(finding.claim)}</b></p>{shown}{advice}</li>"
         )
     return f'<p class="verdict">{html.escape(diagnosis.verdict)}</p>\n<ul class="findings">{"".join(items)}</ul>'
 
 
-def _figures(diagnosis: Diagnosis, gaps: GapReport | None, figures: Figures) -> Iterator[str]:
-    bounds, calibration, posterior = diagnosis.bounds, diagnosis.calibration, diagnosis.posterior
+def _rows(posterior: Posterior | list[Posterior]) -> list[Posterior]:
+    """One posterior for each observation: of a run with rows, or of one run each."""
+    several = posterior if isinstance(posterior, list) else [posterior]
+    return [one.row(*place) for one in several for place in np.ndindex(one.batch_shape)]
+
+
+def _figures(
+    diagnosis: Diagnosis, rows: Sequence[Posterior], gaps: GapReport | None, figures: Figures
+) -> Iterator[str]:
+    bounds, calibration = diagnosis.bounds, diagnosis.calibration
     drawn: dict[str, str] = {}
     if bounds is not None:
         drawn["bounds"] = figures(
@@ -119,9 +126,9 @@ def _figures(diagnosis: Diagnosis, gaps: GapReport | None, figures: Figures) -> 
         )
     if gaps is not None:
         drawn["gaps"] = figures(lambda ax: plot_gaps(gaps, ax), "The inference gap and its parts, means with s.e.")
-    if posterior.weighted:
+    if all(row.weighted for row in rows):
         drawn["weights"] = figures(
-            lambda ax: plot_weights(posterior, ax), "Weights of each observation's samples, largest first."
+            partial(_draw_weights, rows), "Weights of each observation's samples, largest first."
         )
     if drawn:
         yield _section(", ".join(drawn).capitalize(), _grid(drawn.values()))
@@ -135,6 +142,13 @@ def _figures(diagnosis: Diagnosis, gaps: GapReport | None, figures: Figures) -> 
 
 def _grid(figures: Iterable[str]) -> str:
     return f'<div class="figures">{"".join(figures)}</div>'
+
+
+def _draw_weights(rows: Sequence[Posterior], ax: Any) -> None:
+    for row in rows:
+        plot_weights(row, ax)
+    # One entry for equal weights, however many rows.
+    ax.legend(*(entries[:1] for entries in ax.get_legend_handles_labels()))
 
 
 def _draw_calibration(calibration: Any, name: str, ax: Any) -> Any:
