@@ -90,8 +90,8 @@ def report(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
-    samples: Samples = 32,
-    simulations: Annotated[int, typer.Option(min=2, help="Simulated stories, for bounds and calibration.")] = 16,
+    samples: Samples = 24,
+    simulations: Annotated[int, typer.Option(min=2, help="Simulated stories, for bounds and calibration.")] = 8,
     seed: Seed = 0,
     threads: Threads = CORES,
 ) -> None:

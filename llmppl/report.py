@@ -44,7 +44,9 @@ def report(
         story = infilling(lm)
         guide = make_guide(story, lm)
         guide.load(adapter)
-        diagnosis = diagnose(story, guide, read, num_samples, simulations, seed, vectorize_data=True)
+        diagnosis = diagnose(
+            story, guide, read, num_samples=num_samples, simulations=simulations, seed=seed, vectorize_data=True
+        )
     about = {
         "model": MODEL,
         "program": "p(middle | beginning) p(ending | beginning, middle), the middle of at most 16 tokens up to a "

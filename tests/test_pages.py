@@ -364,7 +364,7 @@ class Finding(NamedTuple):
 
 @dataclass
 class Diagnosis:
-    posterior: Posterior
+    posterior: Any
     verdict: str = "Far from it: 3 <b>5 & more."
     findings: tuple[Finding, ...] = (
         Finding("certified", "KL(q‖p) is at most <i>5", "<s>4.9 ± 0.1", "train <u>on"),
@@ -401,8 +401,8 @@ def test_the_report_has_its_parts_and_stands_alone() -> None:
     assert root.all("title")[0].text == "A & B"
     statuses = [item.attributes["class"] for item in root.all("li")]
     assert statuses == ["certified", "failed", "unknown"]
-    assert "KL(q‖p) is at most <i>5 (<s>4.9 ± 0.1)→ train <u>on" in root.text
-    assert "(0.91)" in root.text
+    assert "KL(q‖p) is at most <i>5<s>4.9 ± 0.1→ train <u>on" in root.text
+    assert "the weights0.91" in root.text
     headings = [heading.text for heading in root.all("h2")]
     assert headings == [
         "Bounds, gaps, weights",
@@ -424,6 +424,11 @@ def test_the_report_has_its_parts_and_stands_alone() -> None:
     assert not re.search(r'(?:src|href)="(?!#)(?!\s*data:)', page)
     assert "@import" not in page
     assert "prefers-color-scheme:dark" in page
+
+
+def test_a_posterior_a_call_is_reported_as_rows_are() -> None:
+    made = two_rows()
+    assert report_page(Diagnosis([made.row(0), made.row(1)])) == report_page(Diagnosis(made))
 
 
 def test_ids_of_the_page_are_its_own_and_what_refers_to_them_finds_them() -> None:
@@ -522,7 +527,7 @@ def test_the_command_writes_the_page_of_what_it_was_given(tmp_path: Path, monkey
     lm = tiny_lm()
     adapter = tmp_path / "mine.safetensors"
     demo.make_guide(infilling(lm), lm).save(adapter)
-    monkeypatch.setattr("llmppl.diagnostics.diagnose", diagnose, raising=False)
+    monkeypatch.setattr("llmppl.report.diagnose", diagnose)
     monkeypatch.setattr(report.LM, "from_pretrained", lambda name: tiny_lm())
     path = write(
         tmp_path / "s.jsonl",
@@ -536,7 +541,8 @@ def test_the_command_writes_the_page_of_what_it_was_given(tmp_path: Path, monkey
     assert asked == {
         "data": [("Tom <sat>.", " He left."), ("Ann ran.", " She won.")],
         "num_samples": 7,
-        "simulations": 16,
+        "simulations": 8,
+        "vectorize_data": True,
         "seed": 5,
         "rank": demo.RANK,
     }

@@ -112,8 +112,8 @@ def decode(
         if method not in ("beam", "best-of-n"):
             return posterior
         ranked = np.argsort(-posterior.log_joint, axis=0, kind="stable")
-        chosen = posterior._taken(ranked if method == "beam" else ranked[:1])
-        return replace(posterior, **chosen, log_weights=np.full_like(chosen["log_joint"], np.nan))
+        chosen = posterior.taken(ranked if method == "beam" else ranked[:1])
+        return replace(chosen, log_weights=np.full_like(chosen.log_joint, np.nan))
 
     return run
 

@@ -151,11 +151,10 @@ def _independence(
         )
     first = np.arange(num_chains).reshape(-1, 1, *[1] * len(proposals.batch_shape)) * (1 + steps)
     chosen = (index[:, 1 + warmup :] + first).reshape(num_chains * num_samples, *proposals.batch_shape)
-    taken = proposals._taken(chosen)
+    taken = proposals.taken(chosen)
     return replace(
-        proposals,
-        **taken,
-        log_weights=np.zeros_like(taken["log_joint"]),
+        taken,
+        log_weights=np.zeros_like(taken.log_joint),
         method="mcmc",
         num_chains=num_chains,
         acceptance=accepted[:, 1 + warmup :].mean(1),

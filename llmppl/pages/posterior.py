@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,30 +38,25 @@ def posterior_html(posterior: Posterior) -> str:
     head = f'{FRAGMENT}<div class="llmppl"><p><code>{html.escape(repr(posterior))}</code></p>'
     if not posterior.batch_shape:
         return head + "</div>" + "".join(posterior_table(posterior, site, 10) for site in posterior.texts)
-    place = ", ".join("0" for _ in posterior.batch_shape)
-    hint = f"<p>Texts and weights of one row: <code>posterior.row({place})</code>.</p>"
     places = list(np.ndindex(posterior.batch_shape))
-    names = [", ".join(map(str, place)) for place in places]
-    return f"{head}{numbers_table([posterior.row(*place) for place in places], names)}{hint}</div>"
+    rows = {", ".join(map(str, place)): posterior.row(*place) for place in places[:MOST_ROWS]}
+    left = f"<p>{len(places) - MOST_ROWS} more rows.</p>" if len(places) > MOST_ROWS else ""
+    hint = f"<p>Texts and weights of one row: <code>posterior.row({next(iter(rows), '')})</code>.</p>"
+    return f"{head}{numbers_table(rows)}{left}{hint}</div>"
 
 
-def numbers_table(rows: Sequence[Posterior], names: Sequence[str] | None = None, links: bool = False) -> str:
-    """The numbers of posteriors of one method, each of one observation, as an HTML table.
+def numbers_table(rows: Mapping[str, Posterior], links: bool = False) -> str:
+    """The numbers of several posteriors by one method, each without batch rows, as an HTML table.
 
-    :param names: of the rows; by default their numbers.
-    :param links: each row's name points to the anchor ``row-<n>``.
+    :param links: the n-th name points to the anchor ``row-<n>``.
     """
-    method = rows[0].method
-    columns = ["best log joint"] if method == "decoding" else list(COLUMNS[method])
+    method = next((row.method for row in rows.values()), "importance")
+    columns = COLUMNS[method]
     lines = []
-    for n, row in enumerate(rows[:MOST_ROWS]):
-        values = [row.log_joint.max()] if method == "decoding" else [getattr(row, f) for f in COLUMNS[method].values()]
-        name = str(n) if names is None else names[n]
+    for n, (name, row) in enumerate(rows.items()):
+        name = html.escape(name)
         name = f'<a href="#row-{n}">{name}</a>' if links else name
+        values = [row.log_joint.max()] if method == "decoding" else [getattr(row, field) for field in columns.values()]
         lines.append(f"<tr><td>{name}</td>{''.join(f'<td>{number(value)}</td>' for value in values)}</tr>")
-    left = f"<p>{len(rows) - MOST_ROWS} more rows.</p>" if len(rows) > MOST_ROWS else ""
-    heads = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    return (
-        f'<table class="numbers"><thead><tr><th>row</th>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-        f"{left}"
-    )
+    heads = "".join(f"<th>{html.escape(name)}</th>" for name in columns or ("best log joint",))
+    return f'<table class="numbers"><thead><tr><th>row</th>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'

@@ -58,25 +58,25 @@ def report_page(
     """One self-contained HTML page: the verdict first, then bounds, gaps, calibration, weights, and the
     posterior of every observation.
 
-    :param diagnosis: what :func:`llmppl.diagnostics.diagnose` returns; the posteriors it holds, row by row,
-        are the observations.
+    :param diagnosis: what :func:`llmppl.diagnostics.diagnose` returns; rows of its posterior are the
+        observations.
     :param observations: by observation, the texts it consists of, by name; by default the observed sites'.
     :param gaps: what :func:`llmppl.diagnostics.gap_report` returns.
     :param about: how it was made, by name: model, guide, samples, seed, date.
     :param count: texts in each posterior's table, at most.
     :raises ValueError: ``observations`` of another number than the posterior's rows.
     """
-    posteriors = diagnosis.posterior if isinstance(diagnosis.posterior, list) else [diagnosis.posterior]
-    rows = [posterior.row(*place) for posterior in posteriors for place in np.ndindex(posterior.batch_shape)]
+    rows = _rows(diagnosis.posterior)
     if observations is not None and len(observations) != len(rows):
         raise ValueError(
             f"observations has {len(observations)} entries, and the posterior has {len(rows)} rows. Give one a row."
         )
     figures = Figures()
+    numbers = numbers_table({str(n): row for n, row in enumerate(rows)}, links=True)
     sections = [
         _verdict(diagnosis),
         *_figures(diagnosis, rows, gaps, figures),
-        _section("Numbers", f'<div class="llmppl scroll">{numbers_table(rows, links=True)}</div>'),
+        _section("Numbers", f'<div class="llmppl scroll">{numbers}</div>'),
         "<h2>Observations</h2>",
     ]
     for n, row in enumerate(rows):
@@ -98,13 +98,19 @@ def _verdict(diagnosis: Diagnosis) -> str:
     items = []
     for finding in diagnosis.findings:
         value = number(finding.number) if isinstance(finding.number, (int, float)) else str(finding.number or "")
-        shown = f" <span>({html.escape(value)})</span>" if value else ""
+        shown = f"<p>{html.escape(value)}</p>" if value else ""
         advice = f'<p class="advice">→ {html.escape(str(finding.advice))}</p>' if finding.advice else ""
         items.append(
             f'<li class="{finding.status}"><span class="status">{MARKS[finding.status]} {finding.status}</span>'
-            f"<p>{html.escape(finding.claim)}{shown}</p>{advice}</li>"
+            f"<p><b>{html.escape(finding.claim)}</b></p>{shown}{advice}</li>"
         )
     return f'<p class="verdict">{html.escape(diagnosis.verdict)}</p>\n<ul class="findings">{"".join(items)}</ul>'
+
+
+def _rows(posterior: Posterior | list[Posterior]) -> list[Posterior]:
+    """One posterior for each observation: of a run with rows, or of one run each."""
+    several = posterior if isinstance(posterior, list) else [posterior]
+    return [one.row(*place) for one in several for place in np.ndindex(one.batch_shape)]
 
 
 def _figures(
@@ -138,12 +144,11 @@ def _grid(figures: Iterable[str]) -> str:
     return f'<div class="figures">{"".join(figures)}</div>'
 
 
-def _draw_weights(rows: Sequence[Posterior], ax: Any) -> Any:
+def _draw_weights(rows: Sequence[Posterior], ax: Any) -> None:
     for row in rows:
         plot_weights(row, ax)
-    handles, labels = ax.get_legend_handles_labels()
-    ax.legend(handles[:1], labels[:1])  # each row brings the line of equal weights along
-    return ax
+    # One entry for equal weights, however many rows.
+    ax.legend(*(entries[:1] for entries in ax.get_legend_handles_labels()))
 
 
 def _draw_calibration(calibration: Any, name: str, ax: Any) -> Any:
