@@ -121,16 +121,16 @@ def of_bounds(found: Bounds, missed: Array) -> list[Finding]:
     # With probability zero under the guide there is no upper bound: neither right nor wrong.
     status = "unknown" if not math.isfinite(mean) else "certified" if certified else "failed" if failed else "unknown"
     finite = np.isfinite(width)
-    between = [
+    least, most = (
         float((found.exact_log_weight - bound)[finite].mean()) if finite.all() else math.inf
         for bound in (found.upper, found.lower)
-    ]
+    )
     gap = f"{max(mean, 0.0):.2f} ± {error:.2f} nats apart" if math.isfinite(mean) else "no upper bound"
     evidence = Finding(
         status,
         f"{count} samples pin log Z down to {TOLERANCE:g} nat on average over simulated x",
         f"{low} to {high}, {gap}, {size} simulated x" if math.isfinite(mean) else f"{low} or more, {gap}",
-        "" if status == "certified" else _more(*between, status),
+        "" if status == "certified" else _more(least, most, status),
         "evidence",
         "simulated x",
     )
