@@ -121,13 +121,16 @@ def of_bounds(found: Bounds, missed: Array) -> list[Finding]:
     # With probability zero under the guide there is no upper bound: neither right nor wrong.
     status = "unknown" if not math.isfinite(mean) else "certified" if certified else "failed" if failed else "unknown"
     finite = np.isfinite(width)
-    divergence = float((found.exact_log_weight - found.upper)[finite].mean()) if finite.any() else math.inf
+    least, most = (
+        float((found.exact_log_weight - bound)[finite].mean()) if finite.all() else math.inf
+        for bound in (found.upper, found.lower)
+    )
     gap = f"{max(mean, 0.0):.2f} ± {error:.2f} nats apart" if math.isfinite(mean) else "no upper bound"
     evidence = Finding(
         status,
         f"{count} samples pin log Z down to {TOLERANCE:g} nat on average over simulated x",
         f"{low} to {high}, {gap}, {size} simulated x" if math.isfinite(mean) else f"{low} or more, {gap}",
-        "" if status == "certified" else _more(divergence if math.isfinite(mean) else math.inf, status),
+        "" if status == "certified" else _more(least, most, status),
         "evidence",
         "simulated x",
     )
@@ -239,14 +242,13 @@ def of_no_simulation(reason: str) -> Finding:
     )
 
 
-def _more(divergence: float, status: str) -> str:
-    """How many samples it takes: about exp KL(p‖q) (Chatterjee and Diaconis 2018)."""
-    samples = math.exp(min(max(divergence, 0.0), 100.0)) if not math.isnan(divergence) else math.inf
-    if status == "unknown" and samples < MANY:
-        return f"more simulations; and of samples about exp KL(p‖q) = {samples:,.0f} or more"
-    if samples < MANY:
-        return f"more samples, about exp KL(p‖q) = {samples:,.0f} or more, or smc()"
-    return "samples alone will not do, use smc() or retrain; " + SLEEP
+def _more(least: float, most: float, status: str) -> str:
+    """How many samples it takes: about exp KL(p‖q) (Chatterjee and Diaconis 2018), between bounds."""
+    if not most <= math.log(MANY):
+        return "samples alone will hardly do, use smc() or retrain"
+    low, high = (math.ceil(math.exp(max(each, 0.0))) for each in (least, most))
+    samples = f"more samples, about exp KL(p‖q) = {low:,} to {high:,}, or smc()"
+    return f"more simulations; {samples}" if status == "unknown" else samples
 
 
 def _error(values: Array) -> float:

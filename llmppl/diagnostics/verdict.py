@@ -218,7 +218,8 @@ def _verdict(found: Sequence[Finding]) -> str:
     draws = any(f.topic == "draws" and f.status == "failed" for f in found)
     enumerated = any(f.topic == "modes" and f.scope == "these x" for f in found)
     if here or (there and not enumerated):
-        return f"Failed: {here or there}{'' if here else ', on simulated x'}."
+        elsewhere = "" if enumerated or not there else f"on simulated x {there}"
+        return f"Failed: {'; '.join(part for part in (here, elsewhere) if part)}."
     unweighted = " Its draws without weights are not the posterior's." if draws else ""
     if enumerated:
         return "Certified for these x, by enumeration." + (f" But on simulated x {there}." if there else unweighted)
