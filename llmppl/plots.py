@@ -14,8 +14,8 @@ from llmppl.inference.pareto import pareto_tail
 
 if TYPE_CHECKING:
     from llmppl.diagnostics.bounds import Bounds
-    from llmppl.diagnostics.calibration import Calibration  # type: ignore[import-not-found, unused-ignore]
-    from llmppl.diagnostics.gap_report import GapReport  # type: ignore[import-not-found, unused-ignore]
+    from llmppl.diagnostics.calibration import Calibration
+    from llmppl.diagnostics.gap_report import GapReport
     from llmppl.history import History
     from llmppl.inference.posterior import Posterior
 

@@ -109,7 +109,7 @@ class Calibration:
 
     def plot(self, name: str, ax: Any = None) -> Any:
         """The ECDF of the ranks in its band; see :func:`llmppl.plots.plot_calibration`."""
-        from llmppl.plots import plot_calibration  # type: ignore[attr-defined,unused-ignore]
+        from llmppl.plots import plot_calibration
 
         return plot_calibration(self, name, ax)
 

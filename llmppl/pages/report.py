@@ -18,8 +18,8 @@ from llmppl.pages.tree import prefix_tree
 from llmppl.plots import plot_calibration, plot_gaps, plot_ladder, plot_tail, plot_weights
 
 if TYPE_CHECKING:
-    from llmppl.diagnostics.gap_report import GapReport  # type: ignore[import-not-found, unused-ignore]
-    from llmppl.diagnostics.verdict import Diagnosis  # type: ignore[import-not-found, unused-ignore]
+    from llmppl.diagnostics.gap_report import GapReport
+    from llmppl.diagnostics.verdict import Diagnosis
     from llmppl.inference.posterior import Posterior
 
 MARKS = {"certified": "✓", "suggested": "~", "failed": "✗", "unknown": "?"}
