@@ -8,8 +8,8 @@
 The model writes on from a prompt; T tokens are latent, the c tokens behind them observed. Both are simulated
 from the model, so that log Z and both divergences are bracketed from two sides. Every objective starts from
 the same guide, which is told the observed tokens and then the prompt, sees the same stream of simulated
-observations, and has the same CPU seconds; every row is evaluated on the same simulated pairs. The bracket of log Z of the
-row where it is narrowest serves for the divergences of all.
+observations, and has the same CPU seconds; every row is evaluated on the same simulated pairs. The bracket of
+log Z of the row where it is narrowest serves for the divergences of all.
 
 There are two programs: texts of exactly T tokens, as published, and texts of up to T tokens that a full stop
 ends, since subtrajectory balance needs prefixes that are texts. With ``--rates`` it compares learning rates
@@ -49,8 +49,8 @@ PUBLISHED = {
     (2, 1): "best KL(q‖p) 0.16, KL(p‖q) 0.14",
     (15, 10): "best KL(q‖p) 13.27, KL(p‖q) 4.90, both by forward KL; no row of trajectory balance",
 }
-MIX = {"tempered": 0.25, "sleep": 0.5, "temperatures": (1.0, 1.5)}
-RATES = {"wake-sleep": 3e-3, "leave-one-out": 3e-3, "TB (VarGrad)": 3e-3, "SubTB": 3e-3}
+MIX = {"tempered": 0.25, "sleep": 1.0, "temperatures": (1.0, 1.5)}
+RATES = {"wake-sleep": 3e-3, "leave-one-out": 1e-3, "TB (VarGrad)": 3e-3, "SubTB": 1e-3}
 STREAM = 4096
 ROWS_AT_ONCE = 8
 
