@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from conftest import Story
 
 from benchmarks import against_engines
+from llmppl import LM
 from llmppl.guides import PromptGuide
 
 
@@ -43,3 +49,37 @@ def test_kish_ess_of_equal_weights_is_their_number_and_of_one_heavy_weight_one()
 def test_break_even_is_never_where_the_guide_costs_more() -> None:
     assert against_engines.break_even(100.0, other=1.0, guide=2.0, wanted=10) == "never"
     assert against_engines.break_even(100.0, other=2.0, guide=1.0, wanted=10) == "10"
+
+
+def test_the_infilling_table_says_the_exact_divergences_of_each_guide(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As a script it finds measure.py beside itself.
+    monkeypatch.syspath_prepend(str(Path(against_engines.__file__).parent))
+    benchmark = importlib.import_module("infilling_bounds")
+    monkeypatch.setattr(benchmark, "PROMPT", "ab")
+    setting = benchmark.Setting(2, 1, None)
+    prompts = {"told": lambda end: [end, "ab"], "prior": lambda end: ["ab"]}
+    text = benchmark.program(lm, setting)
+    found = {}
+    for name, prompt in prompts.items():
+        guide = PromptGuide(text, lm, prompt={"missing": prompt})
+        found[name] = [benchmark.measured(lm, setting, guide, samples=50, simulations=300, rows=150)]
+        # Every chunk has pairs of its own; one chunk again and again would have 150 values.
+        assert len(np.unique(found[name][0].lower.round(9))) > 200
+    rows = benchmark._table(found, {name: [0] for name in found}, []).splitlines()
+
+    prior = lm("ab", max_tokens=2)
+    texts = prior.enumerate_support()
+    ends = torch.arange(6)[:, None]
+    joint = prior.log_prob(texts)[:, None] + lm("ab", texts[:, None]).log_prob(ends)  # (n, 6)
+    log_p = joint.log_softmax(0)
+    at = joint.logsumexp(0).exp()  # the law of the simulated ends
+    for name, context in {"told": lm.context(ends, "ab"), "prior": lm.context("ab")}.items():
+        log_q = prior.with_context(context, None).log_prob(texts[:, None]).expand(len(texts), 6)
+        exact = [at @ (log_q.exp() * (log_q - log_p)).sum(0), at @ (log_p.exp() * (log_p - log_q)).sum(0)]
+        cells = next(row for row in rows if row.startswith(f"| {name} ")).split("|")
+        for cell, value in zip(cells[3:5], exact, strict=True):
+            low, high, error = map(float, re.findall(r"-?[\d.]+", cell))
+            # Three standard errors of the mean over simulated pairs, and the table's last digit.
+            assert low - 3 * error - 0.01 <= value <= high + 3 * error + 0.01, (name, cell, float(value))
+            assert high - low < 0.25, cell
+            assert error < 0.15, cell

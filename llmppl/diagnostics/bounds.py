@@ -81,6 +81,12 @@ class Bounds:
         exact, _ = self._simulated("kl_sum")
         return _estimate(exact - self.elbo)
 
+    def plot(self, ax: Any = None) -> Any:
+        """The ladder of bounds; see :func:`llmppl.plots.plot_ladder`."""
+        from llmppl.plots import plot_ladder
+
+        return plot_ladder(self, ax=ax)
+
     def _simulated(self, what: str) -> tuple[np.ndarray, np.ndarray]:
         if self.exact_log_weight is None or self.upper is None:
             raise ValueError(
@@ -266,5 +272,6 @@ def _flat(values: Tensor) -> np.ndarray:
 
 
 def _estimate(values: np.ndarray) -> Estimate:
-    error = values.std(ddof=1) / math.sqrt(values.size) if values.size > 1 else math.nan
+    with np.errstate(invalid="ignore"):  # an infinite upper bound has no error
+        error = values.std(ddof=1) / math.sqrt(values.size) if values.size > 1 else math.nan
     return Estimate(float(values.mean()), float(error))

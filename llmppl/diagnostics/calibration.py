@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
 from tqdm.auto import tqdm
 
 from llmppl.diagnostics.ranks import CREDIBILITY, Functional, ranks_of
@@ -99,6 +98,8 @@ class Calibration:
 
         :raises KeyError: no such finite site.
         """
+        from scipy import stats  # slow to import
+
         values = self._of(CREDIBILITY + site)
         found = []
         for level in levels:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from llmppl.diagnostics.bounds import Bounds
 from llmppl.diagnostics.calibration import Calibration
@@ -134,6 +133,8 @@ def of_bounds(found: Bounds, missed: Array) -> list[Finding]:
         "evidence",
         "simulated x",
     )
+    from scipy import stats  # slow to import
+
     hits, impossible = int(missed.sum()), int((~finite).sum())
     limit = float(stats.binomtest(hits, size, alternative="less").proportion_ci(0.95).high)
     fails = impossible or stats.binomtest(hits, size, MISSED, alternative="greater").pvalue <= CHANCE
@@ -209,6 +210,8 @@ def of_likeness(data: tuple[Array, Array], simulated: tuple[Array, Array]) -> Fi
 
     :param data, simulated: log Ẑ and ELBO of each observation.
     """
+    from scipy import stats  # slow to import
+
     parts, p_values = [], []
     for name, ours, theirs in (
         ("log Ẑ", data[0], simulated[0]),

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 Array = NDArray[Any]
 MOST_POINTS = 100
@@ -57,6 +56,8 @@ def _points(num_points: int) -> Array:
 @lru_cache(maxsize=16)
 def _tails(count: int, num_points: int) -> Array:
     """Twice the smaller binomial tail that holds a count, ``(count + 1, n - 1)``."""
+    from scipy import stats  # slow to import
+
     counts, points = np.arange(count + 1)[:, None], _points(num_points)
     return np.asarray(2 * np.minimum(stats.binom.cdf(counts, count, points), stats.binom.sf(counts - 1, count, points)))
 
@@ -70,6 +71,8 @@ def _counts(tail: float, count: int, num_points: int) -> tuple[Array, Array]:
 
 def _inside(tail: float, count: int, num_points: int) -> float:
     """Probability that the tails of the counts of uniform numbers are all larger than ``tail``."""
+    from scipy import stats  # slow to import
+
     low, high = _counts(tail, count, num_points)
     if (low > high).any():
         return 0.0

@@ -109,7 +109,7 @@ def block_size(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     for site in trace.nodes.values():
         if site["type"] != "sample" or site_is_subsample(site):
             continue
-        if is_text(site):
+        if is_text(site) and isinstance(site["value"], torch.Tensor):
             # Each row is read with its context.
             width = site["fn"].context.shape[-1] + site["value"].shape[-1]
             tokens += math.prod(torch.broadcast_shapes(site["fn"].batch_shape, site["value"].shape[:-1])) * width
