@@ -359,6 +359,7 @@ def test_a_masked_guide_is_distrusted_and_optimal_resampling_finds_what_it_misse
     exact = float(exact_posterior(program).log_evidence)
     found = smc(program, masked, 4)()
     assert found.complete
+    assert "exactly over the guide's support, 2 text texts" in repr(found)
     assert found.log_evidence == pytest.approx(exact, abs=1e-9)
     assert "NOT TO BE TRUSTED" not in repr(found)
     for posterior in (importance(program, masked, 20)(), smc(program, masked, 20, resampling="systematic", seed=0)()):

@@ -372,6 +372,9 @@ class Posterior:
                 f"{head}: {self.num_chains} chains, accepted {_span(self.acceptance)}, "  # type: ignore[arg-type]
                 f"ESS {_span(self.ess, 1)} of {self.num_samples}, R̂ {_span(self.rhat, 3)}; no evidence)"
             )
+        if self.complete:
+            counts = ", ".join(f"{_span(self.distinct_texts(site), 0)} {site} texts" for site in self.texts)
+            return f"{head}: log evidence {_span(self.log_evidence)} exactly over the guide's support, {counts})"
         if self.method == "smc":
             return (
                 f"{head}: log evidence {_span(self.log_evidence)} ± {_span(self.log_evidence_error)}, "
