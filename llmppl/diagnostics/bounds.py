@@ -9,16 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from llmppl.inference.gathering import check_unscaled
-from llmppl.inference.importance import BLOCK
+from llmppl.diagnostics.simulated import draws, score_given
 from llmppl.inference.population import Population
 from llmppl.inference.resampling import log_mean
 from llmppl.inference.stages import Stages
-from llmppl.particles import Particles, check_finite, run_particles, sum_sites
-from llmppl.tracing import Given, Program, in_data_plate, in_particles, is_latent, observing, simulate
+from llmppl.tracing import Program, in_data_plate, observing, simulate
 
 METHODS = ("importance", "smc")
 
@@ -201,15 +198,9 @@ def _bounds(
     latents: dict[str, Tensor] | None,
 ) -> Bounds:
     """The bounds of one call; ``latents`` are an exact posterior draw, if there is one."""
-    blocks = []
-    for start in range(0, count, BLOCK):
-        particles = run_particles(model, guide, args, kwargs, min(BLOCK, count - start))
-        check_unscaled(particles)
-        check_finite(particles.guide_trace)
-        check_finite(particles.model_trace, allow_zero=True)
-        blocks.append(particles)
-    drawn = torch.cat([block.log_weights for block in blocks])  # (K,) + batch_shape
-    exact = None if latents is None else _log_weight(model, guide, args, kwargs, latents, blocks[0])
+    drawn = torch.cat([block.log_weights for block in draws(model, guide, args, kwargs, count)])  # (K,) + batch_shape
+    # Where the guide cannot go, KL(p‖q) is infinite: an answer, not an error.
+    exact = None if latents is None else score_given(model, guide, args, kwargs, latents, 1).log_weights
     if method == "smc":
         lower = _log_evidence(model, guide, args, kwargs, count, None)
         upper = None if latents is None else _log_evidence(model, guide, args, kwargs, count, latents)
@@ -239,32 +230,6 @@ def _log_evidence(
     population = Population(stages, None, "multinomial", 0.5, None, retained)
     population.run()
     return log_mean(population.log_weights)
-
-
-def _log_weight(
-    model: Program,
-    guide: Program,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    latents: dict[str, Tensor],
-    like: Particles,
-) -> Tensor:
-    """Log-weight of given latents, ``(1,) + batch_shape``."""
-    scores = []
-    for program in (model, guide):
-        with poutine.block(), Given(latents):
-            trace = poutine.trace(in_particles(program, 1, like.nesting)).get_trace(*args, **kwargs)
-        hidden = [name for name, site in trace.nodes.items() if is_latent(site) and name not in latents]
-        if hidden:
-            raise ValueError(
-                f"the guide has auxiliary sites {hidden}, so it has no marginal density of given latents. "
-                "Use a guide whose latent sites are the model's."
-            )
-        trace.compute_log_prob()
-        # Where the guide cannot go, KL(p‖q) is infinite: an answer, not an error.
-        check_finite(trace, allow_zero=True)
-        scores.append(sum_sites(trace, like.axes, like.nesting, 1))
-    return scores[0] - scores[1]
 
 
 def _flat(values: Tensor) -> np.ndarray:

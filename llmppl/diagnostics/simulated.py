@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,14 +96,20 @@ def simulated_pair(
 
 def draw_scored(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> Scored:
     """Draws of the guide and both scores, as :func:`~llmppl.importance` makes them."""
-    blocks, size = [], block_size(model, args, kwargs)
+    return scored(list(draws(model, guide, args, kwargs, count)))
+
+
+def draws(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], count: int
+) -> Iterator[Particles]:
+    """The same in blocks, with their traces."""
+    size = block_size(model, args, kwargs)
     for start in range(0, count, size):
         particles = run_particles(model, guide, args, kwargs, min(size, count - start))
         check_unscaled(particles)
         check_finite(particles.guide_trace)
         check_finite(particles.model_trace, allow_zero=True)
-        blocks.append(particles)
-    return scored(blocks)
+        yield particles
 
 
 def scored(blocks: list[Particles]) -> Scored:

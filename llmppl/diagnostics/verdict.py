@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from tqdm.auto import tqdm
 
 from llmppl.diagnostics import findings as say
@@ -26,9 +25,10 @@ from llmppl.distributions.autoregressive import AutoregressiveText
 from llmppl.inference.enumeration import exact_posterior
 from llmppl.inference.importance import importance
 from llmppl.inference.posterior import Posterior
+from llmppl.inference.stages import latents_of
 from llmppl.minibatches import checked, collate
 from llmppl.randomness import randomness_kept
-from llmppl.tracing import Program, Site, in_data_plate, is_latent, observing, signature, structure
+from llmppl.tracing import Program, Site, in_data_plate, is_latent, observing, structure
 
 ENUMERABLE = 2000
 """Combinations of latents of one observation up to which its posterior is enumerated."""
@@ -173,7 +173,7 @@ def diagnose(
                 posteriors.append(run(*args))
                 exact.append(_enumerated(model, guide, args, posteriors[-1]))
                 bar.update()
-                priors.append(draw_scored(model, _prior(model), args, {}, few))
+                priors.append(draw_scored(model, latents_of(model), args, {}, few))
                 bar.update()
                 for _ in range(repeats):
                     pairs.append(simulated_pair(model, guide, args, {}, num_samples, generator))
@@ -248,20 +248,6 @@ def _cannot_simulate(model: Program, guide: Program, args: tuple[Any, ...]) -> s
     except TypeError:
         return "the guide takes no observations="
     return None
-
-
-def _prior(model: Program) -> Program:
-    """The program's own latents as a proposal."""
-
-    def hidden(site: Site) -> bool:
-        return bool(site["type"] == "sample" and site["is_observed"])
-
-    def prior(*args: Any, **kwargs: Any) -> Any:
-        with poutine.block(hide_fn=hidden):
-            return model(*args, **kwargs)
-
-    prior.__signature__ = signature(model)  # type: ignore[attr-defined]
-    return prior
 
 
 def _enumerated(model: Program, guide: Program, args: tuple[Any, ...], sampled: Posterior) -> Exact | None:

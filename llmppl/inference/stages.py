@@ -11,7 +11,17 @@ from torch import Tensor
 
 from llmppl.distributions.autoregressive import AutoregressiveText
 from llmppl.particles import check_finite, check_sites, common_axes, compute_log_prob, sum_sites
-from llmppl.tracing import DummyTexts, Given, Program, Site, in_particles, is_latent, plate_nesting, structure
+from llmppl.tracing import (
+    DummyTexts,
+    Given,
+    Program,
+    Site,
+    in_particles,
+    is_latent,
+    plate_nesting,
+    signature,
+    structure,
+)
 
 Values = dict[str, Tensor]
 
@@ -125,4 +135,5 @@ def latents_of(model: Program) -> Program:
         with poutine.block(hide_fn=lambda site: site["type"] == "sample" and not is_latent(site)):
             return model(*args, **kwargs)
 
+    prior.__signature__ = signature(model)  # type: ignore[attr-defined]
     return prior
