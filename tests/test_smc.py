@@ -116,9 +116,15 @@ def test_weighted_particles_follow_the_posterior(story: Story, targets: str) -> 
     assert checked > 0.5
 
 
-def test_reported_joint_and_token_scores_are_those_of_the_texts(story: Story) -> None:
+def test_reported_joint_and_token_scores_are_those_of_the_texts(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
     guide = near_prior(story)
-    posterior = smc(story.program, guide, 20, ess_threshold=1.0, check_every=1, seed=0)(*story.args)
+    scored = []
+    original = LM.score
+    monkeypatch.setattr(LM, "score", lambda self, r, adapter=None: scored.append(adapter) or original(self, r, adapter))
+    run = smc(story.program, guide, 20, resampling="multinomial", ess_threshold=1.0, check_every=1, seed=0)
+    posterior = run(*story.args)
+    monkeypatch.undo()
+    assert guide.adapter not in scored, "log q is recorded while writing, not asked for again"
     texts, log_joint = story.joint()
     index = (torch.as_tensor(posterior.samples["middle"])[:, None] == texts).all(-1).long().argmax(-1)
     np.testing.assert_allclose(posterior.log_joint, log_joint[index].numpy(), atol=1e-9)
@@ -284,16 +290,21 @@ def test_the_standard_error_of_resampled_particles_covers_the_evidence(story: St
 
 
 def test_it_says_what_resampling_has_left(story: Story) -> None:
-    posterior = smc(story.program, None, 12, "flows", ess_threshold=1.0, check_every=1, seed=0)(*story.args)
+    posterior = smc(story.program, None, 12, "flows", "multinomial", 1.0, check_every=1, seed=0)(*story.args)
     text = repr(posterior)
     assert "smallest ESS" in text
     assert "before resampling" in text
     assert f"{posterior.distinct_ancestors} distinct ancestors" in text
     assert "distinct middle texts" in text
     assert posterior.ess_history is not None
-    assert posterior.ess == posterior.ess_history.min()
+    assert posterior.ess == pytest.approx(posterior.ess_history.min())
     assert np.isnan(posterior.khat)
     assert np.isnan(posterior.elbo)
+    # Who descends from one ancestor begins as it did.
+    assert posterior.ancestors is not None
+    firsts = {n: set(posterior.samples["middle"][posterior.ancestors == n][:, 0]) for n in posterior.ancestors}
+    assert len(firsts) < 12
+    assert all(len(first) == 1 for first in firsts.values())
 
 
 def test_a_seed_reproduces_and_leaves_the_generators_alone(story: Story) -> None:

@@ -95,6 +95,7 @@ def smc(
 
     def run(*args: Any, **kwargs: Any) -> Posterior:
         with (
+            torch.no_grad(),
             nullcontext() if seed is None else randomness_kept(seed),
             tqdm(desc="smc", unit="token", disable=not progress, delay=5, leave=False) as bar,
         ):
