@@ -17,7 +17,7 @@ LARGEST_KHAT = 0.7
 
 
 def doubts(posterior: Posterior) -> list[str]:
-    """Reasons for distrust, worst rows first in mind; empty where the weights show none.
+    """Reasons for distrust, by the worst row of each number; empty where the weights show none.
 
     An empty list certifies nothing: a guide that misses a mode draws no weight that would show it.
     """
