@@ -3,5 +3,6 @@
 from llmppl.guides.autoregressive import AutoregressiveGuide, PromptGuide
 from llmppl.guides.base import TextGuide
 from llmppl.guides.gflownet import GFlowNetGuide
+from llmppl.guides.refinement import RefinementGuide
 
-__all__ = ["AutoregressiveGuide", "GFlowNetGuide", "PromptGuide", "TextGuide"]
+__all__ = ["AutoregressiveGuide", "GFlowNetGuide", "PromptGuide", "RefinementGuide", "TextGuide"]
