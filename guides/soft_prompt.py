@@ -26,7 +26,8 @@ class SoftPromptGuide(AdapterGuide):
     latent text, behind the token that begins a text, where the model has one. The law of a text (stop tokens,
     lengths, temperature, vocabulary, grammar) is the prior's.
 
-    Embeddings learn more slowly than LoRA layers: ``learning_rate=1e-2`` of :func:`~llmppl.fit` is a good first try.
+    Embeddings need a larger ``learning_rate=`` than LoRA layers, of :func:`~llmppl.fit` and
+    :func:`~llmppl.gap_report` alike, e.g. ``1e-2``.
 
     :param num_virtual_tokens: ``n``. They take room in the model's context.
     :param initial_text: a text whose tokens' embeddings to start from, repeated or cut to ``n`` tokens. By default
