@@ -118,6 +118,10 @@ def register_module(name: str, module: nn.Module) -> None:
     pyro.module(name, module)
 
 
+def program_name(program: Program) -> str:
+    return getattr(program, "__name__", type(program).__name__)
+
+
 class _Recorder(Messenger):
     """Notes the values of the latent sites that pass."""
 
