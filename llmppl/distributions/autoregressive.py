@@ -12,8 +12,8 @@ from torch.distributions import constraints
 from llmppl.distributions.conditioned import ConditionedText, Memo, Pending, score_together
 from llmppl.sampling import NotFiniteError, draw
 from llmppl.scoring import Request, check_length
-from llmppl.stopping import TextLaw, _Text, enumerate_texts
-from llmppl.text import check_text, lengths, unpad_rows, widen
+from llmppl.stopping import TextLaw, _Text, check_inside, enumerate_texts
+from llmppl.text import check_text, unpad_rows
 
 if TYPE_CHECKING:
     from llmppl.language_model import LM
@@ -128,7 +128,7 @@ class AutoregressiveText(ConditionedText, TorchDistribution):
         if self._memo.holds(value, shape, self.lm.version(self.adapter), self._wants_gradient):
             return None
         if self._validate_args:
-            self._validate_text(value)
+            check_inside(self.law, value, self.lm.decode)
         if self.law.max_tokens is None:
             check_length(context, value.shape[-1], self.lm.max_length)
         # Equal rows are many where particles are: each is scored once.
@@ -144,32 +144,6 @@ class AutoregressiveText(ConditionedText, TorchDistribution):
     def remember(self, value: Tensor, scores: Tensor) -> None:
         self._memo.value, self._memo.scores = value.clone(), scores
         self._memo.version = self.lm.version(self.adapter)
-
-    def _validate_text(self, value: Tensor) -> None:
-        law = self.law
-        widened = value if law.max_tokens is None else widen(value, law.max_tokens)
-        inside = self.support.check(widened)
-        if bool(inside.all()):
-            return
-        row = tuple((~inside).nonzero()[0].tolist())
-        text = value[row]
-        count = int(lengths(text))
-        if count == 0:
-            reason = "it is empty; a text has at least one token"
-        elif law.max_tokens is not None and count > law.max_tokens:
-            reason = f"it has {count} tokens, more than max_tokens={law.max_tokens}"
-        elif count < law.min_tokens:
-            reason = f"it has {count} tokens, fewer than min_tokens={law.min_tokens}"
-        elif law.allowed is not None and not bool(law.allowed[text[:count]].all()):
-            reason = "it holds tokens that allowed= excludes"
-        elif bool(law.is_stop(text[: count - 1]).any()):
-            reason = "a stop token stands before its end"
-        else:
-            reason = f"it neither ends with a stop token nor has max_tokens={law.max_tokens} tokens"
-        raise ValueError(
-            f"the text {self.lm.decode(text)!r} (row {row}) is outside the support {self.support}: {reason}. "
-            "For an observed text of any form leave stop and max_tokens out of lm(...)."
-        )
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Every text of a small support: ``(n,) + batch_shape + (max_tokens,)``, or with

@@ -13,6 +13,7 @@ from pyro import poutine
 from torch import Tensor
 
 from llmppl.distributions.autoregressive import AutoregressiveText
+from llmppl.distributions.factorised import FactorisedText
 from llmppl.inference.posterior import Array, Posterior
 from llmppl.particles import Particles, sum_site
 from llmppl.text import PAD
@@ -156,7 +157,7 @@ def _widened(values: Array, width: int, filling: float) -> Array:
 def _token_scores(particles: Particles, trace: poutine.Trace, name: str, rows: torch.Size) -> Array | None:
     """A text's token log-probabilities, laid out as its values are; known from scoring the trace."""
     site = trace.nodes.get(name)
-    if site is None or not isinstance(site["fn"], AutoregressiveText):
+    if site is None or not isinstance(site["fn"], (AutoregressiveText, FactorisedText)):
         return None
     return _layout(particles, site["fn"].token_log_prob(site["value"]), 1, rows)
 
