@@ -1,4 +1,4 @@
-"""LoRA adapters on one transformer: added, switched on for a block, saved."""
+"""Adapters on one transformer, of LoRA layers and virtual tokens: added, switched on for a block, saved."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Adapters:
@@ -22,6 +22,7 @@ class Adapters:
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
         self._active: str | None = None
         self._layers: list[Any] = []
+        self._virtual: VirtualTokens | None = None
 
     @property
     def names(self) -> list[str]:
@@ -39,10 +40,7 @@ class Adapters:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        if name in self._parameters:
-            raise ValueError(f"adapter={name!r} exists on this model already. Choose another name.")
-        if "." in name or not name:
-            raise ValueError(f"adapter={name!r} must be a non-empty name without dots.")
+        self._check_new(name)
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,
@@ -64,6 +62,31 @@ class Adapters:
         # Looked up once: a walk over all modules at every switch takes longer than the switch.
         self._layers = [m for m in self.transformer.modules() if isinstance(m, BaseTunerLayer)]
         self._switch(None)
+
+    def add_virtual_tokens(self, name: str, embeddings: Tensor) -> range:
+        """Give an adapter, a new one or one of :meth:`add`, tokens of its own, with learned embeddings.
+
+        :param embeddings: to start from, ``(count, width)``.
+        :returns: their ids, behind those of the model's own tokens. Only while the adapter is on may a
+            context hold them.
+        """
+        if name in self._parameters:
+            if "virtual_tokens" in self._parameters[name]:
+                raise ValueError(f"adapter={name!r} has virtual tokens already. Choose another name.")
+        else:
+            self._check_new(name)
+        if self._virtual is None:
+            self._virtual = VirtualTokens(self.transformer)
+        learned = nn.Parameter(embeddings.detach().clone())
+        self._parameters.setdefault(name, {})["virtual_tokens"] = learned
+        first = self._virtual.first
+        return range(first, first + len(learned))
+
+    def _check_new(self, name: str) -> None:
+        if name in self._parameters:
+            raise ValueError(f"adapter={name!r} exists on this model already. Choose another name.")
+        if "." in name or not name:
+            raise ValueError(f"adapter={name!r} must be a non-empty name without dots.")
 
     def _linear_layers(self) -> list[str]:
         from peft.tuners.lora import LoraLayer
@@ -96,16 +119,19 @@ class Adapters:
     def _switch(self, name: str | None) -> None:
         trainable = [p for group in self._parameters.values() for p in group.values() if p.requires_grad]
         for layer in self._layers:
-            layer.enable_adapters(name is not None)
-            if name is not None and layer.active_adapters != [name]:
+            own = name is not None and name in layer.lora_A
+            layer.enable_adapters(own)
+            if own and layer.active_adapters != [name]:
                 layer.set_adapter(name)
+        if self._virtual is not None:
+            self._virtual.embeddings = None if name is None else self._parameters[name].get("virtual_tokens")
         # peft freezes what it switches off; a graph built while it was on needs it trainable still.
         for parameter in trainable:
             parameter.requires_grad_(True)
         self._active = name
 
     def reset(self, name: str) -> None:
-        """Start an adapter anew: the identity, with other random numbers from torch's generator."""
+        """Start an adapter's LoRA layers anew: the identity, with other random numbers from torch's generator."""
         for layer in self._layers:
             if name in getattr(layer, "lora_A", ()):
                 layer.reset_lora_parameters(name, init_lora_weights=True)
@@ -115,3 +141,39 @@ class Adapters:
         """Copy tensors, keyed as in :meth:`parameters`, into an adapter."""
         for key, parameter in self._parameters[name].items():
             parameter.copy_(tensors[key])
+
+
+class VirtualTokens:
+    """Ids behind the vocabulary whose embeddings are an adapter's own.
+
+    Whatever reads token ids then reads virtual tokens, too: caches, packed prefixes, batches.
+
+    :param transformer: its input embedding gets two hooks, which do nothing while no adapter with virtual
+        tokens is on.
+    """
+
+    def __init__(self, transformer: Any) -> None:
+        embedding = transformer.get_input_embeddings()
+        self.first: int = embedding.weight.shape[0]
+        self.embeddings: Tensor | None = None
+        self._found: Tensor | None = None
+        embedding.register_forward_pre_hook(self._hide)
+        embedding.register_forward_hook(self._embed)
+
+    def _hide(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        self._found = None
+        if self.embeddings is None:
+            return None
+        tokens = arguments[0]
+        if not bool((tokens >= self.first).any()):
+            return None
+        self._found = tokens - self.first
+        return (tokens.masked_fill(tokens >= self.first, 0), *arguments[1:])
+
+    def _embed(self, module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        found, embeddings = self._found, self.embeddings
+        if found is None or embeddings is None:
+            return None
+        self._found = None
+        own = embeddings[found.clamp(min=0)].to(output.dtype)
+        return torch.where((found >= 0)[..., None], own, output)

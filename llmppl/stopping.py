@@ -7,15 +7,15 @@ Temperature, vocabulary and grammar are part of this law: sampling and scoring b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from llmppl.text import PAD, is_right_padded, lengths, widen
+from llmppl.text import PAD, is_right_padded, lengths
 
 if TYPE_CHECKING:
     from llmppl.grammar import BoundGrammar
@@ -168,38 +168,6 @@ class _Text(constraints.Constraint):
         ended = (stops & last).any(-1)
         valid = valid & ~(stops & ~last).any(-1) & (length <= law.max_tokens)
         return valid & (length >= law.min_tokens) & (ended | (length == law.max_tokens))
-
-
-def check_inside(law: TextLaw, value: Tensor, decode: Callable[[Tensor], Any]) -> None:
-    """Refuse a text outside the support.
-
-    :param decode: the language model's.
-    :raises ValueError: with the text, its row and the reason.
-    """
-    widened = value if law.max_tokens is None else widen(value, law.max_tokens)
-    support = _Text(law)
-    inside = support.check(widened)
-    if bool(inside.all()):
-        return
-    row = tuple((~inside).nonzero()[0].tolist())
-    text = value[row]
-    count = int(lengths(text))
-    if count == 0:
-        reason = "it is empty; a text has at least one token"
-    elif law.max_tokens is not None and count > law.max_tokens:
-        reason = f"it has {count} tokens, more than max_tokens={law.max_tokens}"
-    elif count < law.min_tokens:
-        reason = f"it has {count} tokens, fewer than min_tokens={law.min_tokens}"
-    elif law.allowed is not None and not bool(law.allowed[text[:count]].all()):
-        reason = "it holds tokens that allowed= excludes"
-    elif bool(law.is_stop(text[: count - 1]).any()):
-        reason = "a stop token stands before its end"
-    else:
-        reason = f"it neither ends with a stop token nor has max_tokens={law.max_tokens} tokens"
-    raise ValueError(
-        f"the text {decode(text)!r} (row {row}) is outside the support {support}: {reason}. "
-        "For an observed text of any form leave stop and max_tokens out of lm(...)."
-    )
 
 
 def enumerate_texts(law: TextLaw, limit: int = 1_000_000) -> Tensor:

@@ -5,21 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import constraints
 
-from llmppl.distributions.conditioned import ConditionedText, Memo, Pending, score_together
+from llmppl.distributions.conditioned import Memo, Pending, score_together
+from llmppl.distributions.process import ProcessText
 from llmppl.sampling import NotFiniteError, draw
 from llmppl.scoring import Request, check_length
-from llmppl.stopping import TextLaw, _Text, check_inside, enumerate_texts
+from llmppl.stopping import TextLaw
 from llmppl.text import check_text, unpad_rows
 
 if TYPE_CHECKING:
     from llmppl.language_model import LM
 
 
-class AutoregressiveText(ConditionedText, TorchDistribution):
+class AutoregressiveText(ProcessText):
     r"""The law of a language model's continuation of a context, as a process over tokens.
 
     .. math:: p(z) = \prod_t p(z_t \mid \text{context}, z_{<t})
@@ -36,9 +35,6 @@ class AutoregressiveText(ConditionedText, TorchDistribution):
         log-probability is then that of the copy, the law it was drawn from; any other value is scored
         by the model itself.
     """
-
-    arg_constraints: dict[str, constraints.Constraint] = {}
-    has_enumerate_support = True
 
     def __init__(
         self,
@@ -57,10 +53,6 @@ class AutoregressiveText(ConditionedText, TorchDistribution):
         # The stream has no length of its own; a trace never asks for more than the number of dims.
         event_shape = torch.Size([law.max_tokens or 0])
         super().__init__(context.shape[:-1], event_shape, validate_args=validate_args)
-
-    @constraints.dependent_property(is_discrete=True, event_dim=1)
-    def support(self) -> constraints.Constraint:
-        return _Text(self.law)
 
     def with_context(self, context: Tensor, adapter: str | None) -> AutoregressiveText:
         """The same law after another context, under another adapter."""
@@ -128,7 +120,7 @@ class AutoregressiveText(ConditionedText, TorchDistribution):
         if self._memo.holds(value, shape, self.lm.version(self.adapter), self._wants_gradient):
             return None
         if self._validate_args:
-            check_inside(self.law, value, self.lm.decode)
+            self._validate_text(value)
         if self.law.max_tokens is None:
             check_length(context, value.shape[-1], self.lm.max_length)
         # Equal rows are many where particles are: each is scored once.
@@ -145,28 +137,8 @@ class AutoregressiveText(ConditionedText, TorchDistribution):
         self._memo.value, self._memo.scores = value.clone(), scores
         self._memo.version = self.lm.version(self.adapter)
 
-    def enumerate_support(self, expand: bool = True) -> Tensor:
-        """Every text of a small support: ``(n,) + batch_shape + (max_tokens,)``, or with
-        ``expand=False`` ones in place of the batch shape.
-
-        :raises ValueError: more than a million texts, or the unbounded stream.
-        """
-        texts = enumerate_texts(self.law)
-        texts = texts.reshape((len(texts),) + (1,) * len(self.batch_shape) + texts.shape[-1:])
-        return texts.expand((-1, *self.batch_shape, -1)) if expand else texts
-
     def __repr__(self) -> str:
-        law = self.law
-        parts = [f"batch_shape={tuple(self.batch_shape)}"]
-        if law.max_tokens is None:
-            parts.append("unbounded stream")
-        else:
-            parts.append(f"max_tokens={law.max_tokens}")
-            parts += [f"min_tokens={law.min_tokens}"] if law.min_tokens else []
-            parts += [f"{len(law.stop)} stop tokens"] if len(law.stop) else []
-        parts += [f"temperature={law.temperature}"] if law.temperature != 1 else []
-        parts += [f"{int(law.allowed.sum())} allowed tokens"] if law.allowed is not None else []
-        parts += [f"{law.grammar!r}"] if law.grammar is not None else []
+        parts = self._described()
         parts += [f"adapter={self.adapter!r}"] if self.adapter is not None else []
         parts += [f"sampling_dtype={self.sampling_dtype}"] if self.sampling_dtype is not None else []
         return f"AutoregressiveText({', '.join(parts)})"

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import constraints
 
-from llmppl.distributions.conditioned import ConditionedText, Pending
-from llmppl.stopping import TextLaw, _Text, check_inside
+from llmppl.distributions.conditioned import Pending
+from llmppl.distributions.process import ProcessText
+from llmppl.stopping import TextLaw
 from llmppl.text import PAD, check_text
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ CELLS = 2**24
 """Entries of the cumulated tables that exist at one time while drawing."""
 
 
-class FactorisedText(ConditionedText, TorchDistribution):
+class FactorisedText(ProcessText):
     r"""Independent tokens under the law of a text.
 
     .. math:: q(z) = \prod_t \operatorname{softmax}(\text{law}(\lambda_t))[z_t]
@@ -40,8 +39,6 @@ class FactorisedText(ConditionedText, TorchDistribution):
     :param adapter: the adapter that such a function switches on.
     :raises ValueError: the unbounded stream, a grammar, or logits of another shape.
     """
-
-    arg_constraints: dict[str, constraints.Constraint] = {}
 
     def __init__(
         self,
@@ -71,10 +68,6 @@ class FactorisedText(ConditionedText, TorchDistribution):
         self.context = context
         self._table = _Table(logits, context, lm, adapter)
         super().__init__(context.shape[:-1], torch.Size([law.max_tokens]), validate_args=validate_args)
-
-    @constraints.dependent_property(is_discrete=True, event_dim=1)
-    def support(self) -> constraints.Constraint:
-        return _Text(self.law)
 
     def expand(self, batch_shape: Any, _instance: object = None) -> FactorisedText:
         expanded = FactorisedText.__new__(FactorisedText)
@@ -136,7 +129,7 @@ class FactorisedText(ConditionedText, TorchDistribution):
         value = check_text(value, "value", self.law.vocabulary)
         flat, _, shape = self._broadcast(value)
         if self._validate_args:
-            check_inside(self.law, value, self.lm.decode)
+            self._validate_text(value)
         scaled, row = self._scaled()
         self._table.spend()
         width = min(value.shape[-1], self.event_shape[0])
@@ -165,12 +158,7 @@ class FactorisedText(ConditionedText, TorchDistribution):
         return scaled, row
 
     def __repr__(self) -> str:
-        law = self.law
-        parts = [f"batch_shape={tuple(self.batch_shape)}", f"max_tokens={law.max_tokens}"]
-        parts += [f"min_tokens={law.min_tokens}"] if law.min_tokens else []
-        parts += [f"{len(law.stop)} stop tokens"] if len(law.stop) else []
-        parts += [f"temperature={law.temperature}"] if law.temperature != 1 else []
-        parts += [f"{int(law.allowed.sum())} allowed tokens"] if law.allowed is not None else []
+        parts = self._described()
         parts += [f"adapter={self.adapter!r}"] if self.adapter is not None else []
         return f"FactorisedText({', '.join(parts)})"
 

@@ -1,0 +1,77 @@
+"""Texts under a :class:`~llmppl.stopping.TextLaw`, whatever network gives their probabilities."""
+
+from __future__ import annotations
+
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+from llmppl.distributions.conditioned import ConditionedText
+from llmppl.stopping import TextLaw, _Text, enumerate_texts
+from llmppl.text import lengths, widen
+
+
+class ProcessText(ConditionedText, TorchDistribution):
+    """What distributions over the texts of one law have in common: support, enumeration, validation.
+
+    The law says which texts there are: stop tokens, lengths, vocabulary, grammar.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    has_enumerate_support = True
+    law: TextLaw
+
+    @constraints.dependent_property(is_discrete=True, event_dim=1)
+    def support(self) -> constraints.Constraint:
+        return _Text(self.law)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Every text of a small support: ``(n,) + batch_shape + (max_tokens,)``, or with
+        ``expand=False`` ones in place of the batch shape.
+
+        :raises ValueError: more than a million texts, or the unbounded stream.
+        """
+        texts = enumerate_texts(self.law)
+        texts = texts.reshape((len(texts),) + (1,) * len(self.batch_shape) + texts.shape[-1:])
+        return texts.expand((-1, *self.batch_shape, -1)) if expand else texts
+
+    def _validate_text(self, value: Tensor) -> None:
+        law = self.law
+        widened = value if law.max_tokens is None else widen(value, law.max_tokens)
+        inside = self.support.check(widened)
+        if bool(inside.all()):
+            return
+        row = tuple((~inside).nonzero()[0].tolist())
+        text = value[row]
+        count = int(lengths(text))
+        if count == 0:
+            reason = "it is empty; a text has at least one token"
+        elif law.max_tokens is not None and count > law.max_tokens:
+            reason = f"it has {count} tokens, more than max_tokens={law.max_tokens}"
+        elif count < law.min_tokens:
+            reason = f"it has {count} tokens, fewer than min_tokens={law.min_tokens}"
+        elif law.allowed is not None and not bool(law.allowed[text[:count]].all()):
+            reason = "it holds tokens that allowed= excludes"
+        elif bool(law.is_stop(text[: count - 1]).any()):
+            reason = "a stop token stands before its end"
+        else:
+            reason = f"it neither ends with a stop token nor has max_tokens={law.max_tokens} tokens"
+        raise ValueError(
+            f"the text {self.lm.decode(text)!r} (row {row}) is outside the support {self.support}: {reason}. "
+            "For an observed text of any form leave stop and max_tokens out of lm(...)."
+        )
+
+    def _described(self) -> list[str]:
+        """The law and the batch shape, for a ``repr``."""
+        law = self.law
+        parts = [f"batch_shape={tuple(self.batch_shape)}"]
+        if law.max_tokens is None:
+            parts.append("unbounded stream")
+        else:
+            parts.append(f"max_tokens={law.max_tokens}")
+            parts += [f"min_tokens={law.min_tokens}"] if law.min_tokens else []
+            parts += [f"{len(law.stop)} stop tokens"] if len(law.stop) else []
+        parts += [f"temperature={law.temperature}"] if law.temperature != 1 else []
+        parts += [f"{int(law.allowed.sum())} allowed tokens"] if law.allowed is not None else []
+        parts += [f"{law.grammar!r}"] if law.grammar is not None else []
+        return parts
