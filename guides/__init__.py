@@ -2,6 +2,18 @@
 
 from llmppl.guides.autoregressive import AutoregressiveGuide, PromptGuide
 from llmppl.guides.base import TextGuide
+from llmppl.guides.direct import DirectGuide
 from llmppl.guides.gflownet import GFlowNetGuide
+from llmppl.guides.refinement import RefinementGuide
+from llmppl.guides.semi_amortized import InstanceGuide, SemiAmortizedGuide
 
-__all__ = ["AutoregressiveGuide", "GFlowNetGuide", "PromptGuide", "TextGuide"]
+__all__ = [
+    "AutoregressiveGuide",
+    "DirectGuide",
+    "GFlowNetGuide",
+    "InstanceGuide",
+    "PromptGuide",
+    "RefinementGuide",
+    "SemiAmortizedGuide",
+    "TextGuide",
+]

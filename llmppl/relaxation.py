@@ -45,8 +45,8 @@ def sensitivity(
     program: Program,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    values: Mapping[str, Tensor],
-    num_draws: int,
+    texts: Mapping[str, Tensor],
+    given: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Sensitivity]:
     r"""Gradients of :math:`\log p(x, z)` with respect to the one-hot codes of the latent texts.
 
@@ -57,14 +57,13 @@ def sensitivity(
     Exact for what reads a text through ``lm(...)`` of this model. Factors, choices, other models and numbers
     that are computed from the tokens have no gradient, and do not count.
 
-    :param values: of the latent sites. Texts of ``lm(...)`` sites have shape ``(num_draws, ..., T)`` with all of
-        the program's batch dimensions.
-    :param num_draws: how many draws of the texts there are.
-    :returns: for each such text, of the shape of one draw.
+    :param texts: draws of the latent texts of ``lm(...)`` sites, ``(draws, ..., T)`` with all of the program's
+        batch dimensions.
+    :param given: values of its other latent sites.
+    :returns: for each text, of the shape of one draw.
     """
-    texts = {name: value for name, value in values.items() if value.shape[:1] == (num_draws,)}
     sums = _Sums.of(lm, texts)
-    with torch.no_grad(), poutine.block(), Given({**values, **sums.tracked}):
+    with torch.no_grad(), poutine.block(), Given({**(given or {}), **sums.tracked}):
         trace = poutine.trace(program).get_trace(*args, **kwargs)
     rows = [row for name, site in trace.nodes.items() if _counts(site, lm) for row in _rows(site, name in texts, sums)]
     for group in _groups(rows, MAX_NODES.get(lm.device.type, MAX_NODES["cpu"])):

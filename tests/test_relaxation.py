@@ -33,7 +33,7 @@ def test_it_is_the_gradient_through_the_one_hot_code(story: Story) -> None:
     lm = story.lm
     AutoregressiveGuide(story.program, lm, rank=2, seed=0)  # layers are wrapped, and the adapter is off
     texts = torch.tensor([[1, 2, 3], [4, 0, PAD], [1, 2, 0]])
-    found = sensitivity(lm, story.program, story.args, {}, {"middle": texts}, 3)["middle"]
+    found = sensitivity(lm, story.program, story.args, {}, {"middle": texts})["middle"]
     total, count = torch.zeros(3, 6).double(), torch.zeros(3, 1)
     for text in texts:
         value = text[text != PAD]
@@ -42,7 +42,7 @@ def test_it_is_the_gradient_through_the_one_hot_code(story: Story) -> None:
     torch.testing.assert_close(found.own + found.others, total / count, atol=1e-10, rtol=0)
     assert found.reached.tolist() == [1.0, 1.0, pytest.approx(2 / 3)]
     # The own part is the law itself: a distribution at each prefix.
-    alone = sensitivity(lm, story.program, story.args, {}, {"middle": texts[:1]}, 1)["middle"]
+    alone = sensitivity(lm, story.program, story.args, {}, {"middle": texts[:1]})["middle"]
     torch.testing.assert_close(alone.own.exp().sum(-1), torch.ones(3).double())
 
 
@@ -52,14 +52,14 @@ def test_a_temperature_and_forbidden_tokens_belong_to_the_law(lm: LM) -> None:
         pyro.sample("ending", lm("ab", middle), obs=lm.encode(ending))
 
     texts = torch.tensor([[1, 2, 3]])
-    found = sensitivity(lm, program, ("cd",), {}, {"middle": texts}, 1)["middle"]
+    found = sensitivity(lm, program, ("cd",), {}, {"middle": texts})["middle"]
     expected = by_hand(lm, lm.encode("ab"), texts[0], lm.encode("cd"), temperature=0.5)
     torch.testing.assert_close(found.own + found.others, expected, atol=1e-10, rtol=0)
 
     def masked(ending: str) -> None:
         pyro.sample("middle", lm("ab", max_tokens=3, allowed=[1, 2, 3]))
 
-    found = sensitivity(lm, masked, ("cd",), {}, {"middle": texts}, 1)["middle"]
+    found = sensitivity(lm, masked, ("cd",), {}, {"middle": texts})["middle"]
     assert (found.own[:, [0, 4, 5]] == 0).all()
     torch.testing.assert_close(found.own[:, 1:4].exp().sum(-1), torch.ones(3).double())
 
@@ -73,13 +73,13 @@ def test_batches_and_small_passes_give_the_rows_own_gradients(story: Story, monk
 
     texts = torch.tensor([[[1, 2, 3], [4, 0, PAD]], [[5, 5, 0], [2, 2, 2]]])
     args = (["ab", "cde"], ["cd", "ea"])
-    together = sensitivity(lm, rows, args, {}, {"middle": texts}, 2)["middle"]
+    together = sensitivity(lm, rows, args, {}, {"middle": texts})["middle"]
     monkeypatch.setitem(__import__("llmppl.scoring").scoring.MAX_NODES, "cpu", 7)
-    apart = sensitivity(lm, rows, args, {}, {"middle": texts}, 2)["middle"]
+    apart = sensitivity(lm, rows, args, {}, {"middle": texts})["middle"]
     torch.testing.assert_close(together.others, apart.others)
     torch.testing.assert_close(together.own, apart.own)
     for n in range(2):
-        single = sensitivity(lm, story.program, (args[0][n], args[1][n]), {}, {"middle": texts[:, n]}, 2)["middle"]
+        single = sensitivity(lm, story.program, (args[0][n], args[1][n]), {}, {"middle": texts[:, n]})["middle"]
         torch.testing.assert_close(single.own, together.own[n])
         torch.testing.assert_close(single.others, together.others[n])
 
@@ -95,7 +95,7 @@ def test_a_text_is_followed_wherever_the_program_takes_it(lm: LM) -> None:
             pyro.sample("seen", lm(["c", "dd"], left_aligned(moved)), obs=lm.encode(["e.", "ab"]))
 
     values = {"first": torch.tensor([[[1, 2]]]), "second": torch.tensor([[[3, 4]]])}
-    found = sensitivity(lm, program, (), {}, {k: v[:, 0] for k, v in values.items()}, 1)
+    found = sensitivity(lm, program, (), {}, {k: v[:, 0] for k, v in values.items()})
     table = lm.transformer.get_input_embeddings().weight
     codes = {k: torch.nn.functional.one_hot(v[0, 0], 6).double().requires_grad_() for k, v in values.items()}
     one, two = codes["first"] @ table, codes["second"] @ table
@@ -121,8 +121,8 @@ def test_factors_have_no_gradient_and_do_not_count(story: Story) -> None:
         pyro.factor("long", -3.0 * (middle == PAD).any(-1).double())
 
     texts = {"middle": torch.tensor([[1, 2, 3], [4, 0, PAD]])}
-    with_factor = sensitivity(story.lm, program, story.args, {}, texts, 2)["middle"]
-    without = sensitivity(story.lm, story.program, story.args, {}, texts, 2)["middle"]
+    with_factor = sensitivity(story.lm, program, story.args, {}, texts)["middle"]
+    without = sensitivity(story.lm, story.program, story.args, {}, texts)["middle"]
     assert torch.equal(with_factor.others, without.others)
 
 

@@ -3,5 +3,6 @@
 from llmppl.distributions.autoregressive import AutoregressiveText
 from llmppl.distributions.choice import Choice
 from llmppl.distributions.factorised import FactorisedText
+from llmppl.distributions.masked import MaskedText
 
-__all__ = ["AutoregressiveText", "Choice", "FactorisedText"]
+__all__ = ["AutoregressiveText", "Choice", "FactorisedText", "MaskedText"]

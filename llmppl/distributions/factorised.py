@@ -36,7 +36,7 @@ class FactorisedText(ProcessText):
     :param law: stop tokens, lengths, temperature, vocabulary.
     :param logits: :math:`\lambda`, whose batch dimensions broadcast with the context's, ``(..., max_tokens, V)``;
         or a function that maps distinct contexts ``(N, L)`` to ``(N, max_tokens, V)``, called when first needed.
-    :param adapter: the adapter that such a function switches on.
+    :param version: of such a function, a number that changes when its parameters do.
     :raises ValueError: the unbounded stream, a grammar, or logits of another shape.
     """
 
@@ -46,7 +46,7 @@ class FactorisedText(ProcessText):
         context: Tensor,
         law: TextLaw,
         logits: Tensor | Callable[[Tensor], Tensor],
-        adapter: str | None = None,
+        version: Callable[[], int] | None = None,
         validate_args: bool | None = None,
     ) -> None:
         if law.max_tokens is None:
@@ -56,7 +56,7 @@ class FactorisedText(ProcessText):
                 f"{law.grammar!r} makes a token depend on those before it, and these are independent. Use an "
                 "AutoregressiveGuide, or express the grammar as a factor of the program."
             )
-        self.lm, self.law, self.adapter = lm, law, adapter
+        self.lm, self.law, self.adapter = lm, law, None
         if isinstance(logits, Tensor):
             if logits.dim() < 2 or logits.shape[-2] != law.max_tokens or logits.shape[-1] < law.vocabulary:
                 raise ValueError(
@@ -66,12 +66,12 @@ class FactorisedText(ProcessText):
             shape = torch.broadcast_shapes(context.shape[:-1], logits.shape[:-2])
             context = context.expand(shape + context.shape[-1:])
         self.context = context
-        self._table = _Table(logits, context, lm, adapter)
+        self._table = _Table(logits, context, version or (lambda: 0))
         super().__init__(context.shape[:-1], torch.Size([law.max_tokens]), validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: object = None) -> FactorisedText:
         expanded = FactorisedText.__new__(FactorisedText)
-        expanded.lm, expanded.law, expanded.adapter, expanded.site = self.lm, self.law, self.adapter, self.site
+        expanded.lm, expanded.law, expanded.adapter, expanded.site = self.lm, self.law, None, self.site
         expanded.context = self.context.expand(torch.Size(batch_shape) + self.context.shape[-1:])
         expanded._table = self._table  # the rows stay what they were
         super(FactorisedText, expanded).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
@@ -79,12 +79,19 @@ class FactorisedText(ProcessText):
         return expanded
 
     @property
+    def logits(self) -> Tensor:
+        """:math:`\\lambda`, ``batch_shape + (max_tokens, V)``; a view where rows share it."""
+        return self._of_batch(*self._table.get())
+
+    @property
     def log_probs(self) -> Tensor:
         """Log-probability of every token at every position that is reached, ``batch_shape + (max_tokens, V)``,
         in nats; a view where rows share their logits."""
         scaled, row = self._scaled()
         self._table.spend()
-        table = scaled.log_softmax(-1)
+        return self._of_batch(scaled.log_softmax(-1), row)
+
+    def _of_batch(self, table: Tensor, row: Tensor) -> Tensor:
         if len(table) == 1:
             return table[0].expand(self.batch_shape + table.shape[1:])
         return table[row.expand(self.batch_shape)]
@@ -158,9 +165,7 @@ class FactorisedText(ProcessText):
         return scaled, row
 
     def __repr__(self) -> str:
-        parts = self._described()
-        parts += [f"adapter={self.adapter!r}"] if self.adapter is not None else []
-        return f"FactorisedText({', '.join(parts)})"
+        return f"FactorisedText({', '.join(self._described())})"
 
 
 @dataclass
@@ -168,13 +173,12 @@ class _Table:
     """The logits of the distinct rows of a batch, and which row each entry of the batch has.
 
     A function's logits are made with a graph where gradients are on, are kept until they are scored with
-    that graph, and are made again once the adapter has changed.
+    that graph, and are made again once parameters have changed.
     """
 
     logits: Tensor | Callable[[Tensor], Tensor]
     context: Tensor
-    lm: LM
-    adapter: str | None
+    version: Callable[[], int]
     _found: tuple[Tensor, Tensor] | None = None
     _made: tuple[bool, int] = (False, 0)
 
@@ -183,7 +187,7 @@ class _Table:
             own = self.logits.shape[:-2]
             row = torch.arange(own.numel(), device=self.logits.device).reshape(own)
             return self.logits.reshape((-1,) + self.logits.shape[-2:]), row
-        graph, version = torch.is_grad_enabled(), self.lm.version(self.adapter)
+        graph, version = torch.is_grad_enabled(), self.version()
         if self._found is None or self._made[1] != version or (graph and not self._made[0]):
             flat = self.context.reshape(-1, self.context.shape[-1])
             distinct, row = torch.unique(flat, dim=0, return_inverse=True)
