@@ -47,15 +47,21 @@ class Reading:
         """The same for some rows, a row named as often as wanted."""
         return Reading(self.row[rows], self.last, self.start, self.valid, self.keys)
 
+    def of_distinct(self, contexts: Tensor) -> Reading:
+        """One row for each of some distinct contexts."""
+        return Reading(contexts, self.last, self.start, self.valid, self.keys)
+
 
 class MaskedLM(nn.Module):
     """A transformer that fills a gap, looking at both sides of it.
 
-    The gap is a canvas of known length, some tokens of which are masked. Every canvas token attends to the
-    whole canvas and to both contexts (a zero 4-D attention mask). The contexts do not see the canvas, so that
-    they are read once for all particles and steps. As in the causal model, the state before a position
-    predicts it (Gong et al. 2024; Ye et al. 2025), which keeps what that model knows. The length of the gap
-    comes first, from a head on the contexts.
+    The gap is a canvas of known length, some tokens of which are masked, and a token of its own that marks its
+    end. All of them attend to both contexts and, in both directions, to the end mark and the tokens that are
+    revealed (a 4-D attention mask). The contexts do not see the canvas, so that they are read once for all
+    particles and steps; masks are seen by nobody, for they say no more than the end mark does. As in the
+    causal model, the state before a position predicts it (Gong et al. 2024; Ye et al. 2025). So a text that is
+    revealed from left to right is first predicted as the causal model predicts it. The length of the gap comes
+    before its tokens, from a head on the contexts.
 
     Made by :meth:`adapted`, on the language model's own transformer, or :meth:`from_scratch`. Called, it is a
     distribution over the text in a gap::
@@ -69,13 +75,14 @@ class MaskedLM(nn.Module):
     Ye et al. (2025), `Dream 7B: diffusion large language models`.
     """
 
-    def __init__(self, lm: LM, transformer: Any, mask: int, adapter: str | None, max_tokens: int) -> None:
+    def __init__(self, lm: LM, transformer: Any, marks: range, adapter: str | None, max_tokens: int) -> None:
         super().__init__()
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
             raise ValueError(f"max_tokens must be a positive number of tokens, got {max_tokens!r}.")
         # Not registered as submodules: frozen weights are none of the parameters.
         self._shared = (lm, transformer, Network(transformer))
-        self.mask, self.adapter, self.max_tokens = mask, adapter, max_tokens
+        self.mask, self.end = marks
+        self.adapter, self.max_tokens = adapter, max_tokens
         self.weights = nn.ParameterDict()
         self.length_head = nn.Linear(
             transformer.config.hidden_size,
@@ -108,8 +115,8 @@ class MaskedLM(nn.Module):
             if seed is not None:
                 torch.manual_seed(seed)
             lm.adapters.add(name, rank, float(2 * rank if alpha is None else alpha), target_modules)
-        mask = lm.adapters.add_virtual_tokens(name, mean_embedding(lm))[0]
-        model = cls(lm, lm.transformer, mask, name, max_tokens)
+        marks = lm.adapters.add_virtual_tokens(name, mean_embedding(lm).repeat(2, 1))
+        model = cls(lm, lm.transformer, marks, name, max_tokens)
         model.weights.update({k.replace(".", "/"): p for k, p in lm.adapters.parameters(name).items()})
         return model
 
@@ -133,7 +140,7 @@ class MaskedLM(nn.Module):
         if width % heads:
             raise ValueError(f"width={width} must be a multiple of heads={heads}.")
         config = LlamaConfig(
-            vocab_size=lm.vocabulary + 1,
+            vocab_size=lm.vocabulary + 2,
             hidden_size=width,
             intermediate_size=3 * width,
             num_hidden_layers=layers,
@@ -148,7 +155,7 @@ class MaskedLM(nn.Module):
             if seed is not None:
                 torch.manual_seed(seed)
             transformer = LlamaForCausalLM(config).to(device=lm.device, dtype=lm.dtype)
-        model = cls(lm, transformer.eval(), lm.vocabulary, None, max_tokens)
+        model = cls(lm, transformer.eval(), range(lm.vocabulary, lm.vocabulary + 2), None, max_tokens)
         model.weights.update({k.replace(".", "/"): p for k, p in transformer.named_parameters()})
         return model
 
@@ -160,7 +167,7 @@ class MaskedLM(nn.Module):
             fresh = type(self.transformer)(self.transformer.config).state_dict()
         else:
             self.lm.adapters.reset(self.adapter)
-            fresh = {"virtual_tokens": mean_embedding(self.lm)}
+            fresh = {"virtual_tokens": mean_embedding(self.lm).repeat(2, 1)}
         with torch.no_grad():
             for key, parameter in self.weights.items():
                 if key.replace("/", ".") in fresh:
@@ -220,49 +227,41 @@ class MaskedLM(nn.Module):
 
     # --- the network -------------------------------------------------------------------------------
 
-    def length_log_probs(self, left: Tensor, right: Tensor, law: TextLaw) -> Tensor:
-        """log q(n | both sides) of ``n`` = 1 to ``law.max_tokens`` tokens, ``(N, law.max_tokens)``, nats.
-
-        :param left, right: ``(N, L)``.
-        """
+    def length_log_probs(self, reading: Reading, law: TextLaw) -> Tensor:
+        """log q(n | both sides) of ``n`` = 1 to ``law.max_tokens`` tokens, ``(N, law.max_tokens)``, nats."""
         assert law.max_tokens is not None
-        count = torch.arange(1, law.max_tokens + 1, device=left.device)
-        ends = len(law.stop) > 0
-        possible = (count >= max(law.min_tokens, 1)) if ends else count == law.max_tokens
+        row = reading.row
+        count = torch.arange(1, law.max_tokens + 1, device=row.device)
+        possible = (count >= max(law.min_tokens, 1)) if len(law.stop) else count == law.max_tokens
         if law.free_tokens == 0:
             possible = possible & (count == 1)
         if int(possible.sum()) == 1:
-            return torch.where(possible, 0.0, -torch.inf).to(self.length_head.weight.dtype).expand(len(left), -1)
-        first, row = _distinct(torch.cat([left, right], -1))
-        one = torch.ones(len(first), dtype=torch.long, device=left.device)
-        reading = self.read(left[first], right[first], one)
-        states = self.states(reading, torch.full_like(one, self.mask)[:, None], one)[:, 0]
+            return torch.where(possible, 0.0, -torch.inf).to(self.length_head.weight.dtype).expand(len(row), -1)
+        each = torch.arange(len(reading.last), device=row.device)
+        one = torch.ones_like(each)
+        states = self.states(reading.of_distinct(each), torch.full_like(one, self.mask)[:, None], one)[:, 0]
         # Scaled by the width, as attention is: the head then learns at one rate for every model.
         logits = self.length_head(states.to(self.length_head.weight.dtype) / math.sqrt(states.shape[-1]))
-        logits = logits[:, : law.max_tokens].masked_fill(~possible, -torch.inf)
-        return logits.log_softmax(-1)[row]
+        return logits[:, : law.max_tokens].masked_fill(~possible, -torch.inf).log_softmax(-1)[row]
 
-    def read(self, left: Tensor, right: Tensor, count: Tensor) -> Reading:
-        """Read both sides of gaps of ``count`` tokens, ``(N,)``; equal rows once.
+    def read(self, left: Tensor, right: Tensor) -> Reading:
+        """Read both sides of gaps; equal rows once.
 
         :param left, right: ``(N, L)``, padding anywhere; each left side has a token.
         """
         left, right = left_aligned(left), left_aligned(right)
-        # Where nothing stands behind the gap, its length moves nothing.
-        moves = torch.where((right != PAD).any(-1), count, 0)
-        first, row = _distinct(torch.cat([left, right, moves[:, None]], -1))
-        left, right, count = left[first], right[first], count[first]
+        first, row = _distinct(torch.cat([left, right], -1))
+        left, right = left[first], right[first]
         size = lengths(left)
         last = left.gather(-1, (size - 1)[:, None])[:, 0]
-        before = left.scatter(-1, (size - 1)[:, None], PAD)
-        tokens = torch.cat([before, right], -1)
+        tokens = torch.cat([left.scatter(-1, (size - 1)[:, None], PAD), right], -1)
         place = torch.arange(left.shape[-1], device=left.device).expand_as(left)
-        behind = torch.arange(right.shape[-1], device=left.device) + (size + count)[:, None]
+        # Behind the longest gap, so that one reading serves gaps of every length.
+        behind = torch.arange(right.shape[-1], device=left.device) + (size + self.max_tokens + 1)[:, None]
         places = torch.cat([place, behind], -1)
         order = (tokens == PAD).long().argsort(dim=-1, stable=True)
-        tokens, places = tokens.gather(-1, order), places.gather(-1, order)
         width = int((tokens != PAD).sum(-1).max())
-        tokens, places = tokens[:, :width], places[:, :width]
+        tokens, places = tokens.gather(-1, order)[:, :width], places.gather(-1, order)[:, :width]
         valid = tokens != PAD
         keys: list[tuple[Tensor, Tensor]] = []
         if width:
@@ -276,13 +275,18 @@ class MaskedLM(nn.Module):
         :param canvas: ``(N, T)``, masks and tokens; only the first ``count`` of each row are there.
         """
         size, width = canvas.shape
-        block = torch.cat([reading.last[reading.row, None], canvas.clamp(min=0)], -1)
-        steps = torch.arange(width + 1, device=canvas.device)
-        places = reading.start[reading.row, None] + steps
-        valid = torch.cat([reading.valid[reading.row], steps <= count[:, None]], -1)
-        visible = valid[:, None, None].expand(size, 1, width + 1, valid.shape[-1])
+        place = torch.arange(width + 2, device=canvas.device)
+        block = torch.cat([reading.last[reading.row, None], canvas, torch.full_like(canvas[:, :1], PAD)], -1)
+        ended = place == (count + 1)[:, None]
+        block = torch.where(ended, self.end, block)
+        seen = ended | ((place <= count[:, None]) & (block != self.mask))  # (N, T + 2)
+        own = torch.eye(width + 2, dtype=torch.bool, device=canvas.device)
+        within = seen[:, None] | own
+        context = reading.valid[reading.row][:, None].expand(size, width + 2, -1)
+        visible = torch.cat([context, within], -1)[:, None]
         past = [(k[reading.row], v[reading.row]) for k, v in reading.keys]
-        states, _ = self._run(block, places, visible, past, False)
+        places = reading.start[reading.row, None] + place
+        states, _ = self._run(block.clamp(min=0), places, visible, past, False)
         return states[:, :width]
 
     def logits(self, states: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class MaskedText(ProcessText):
         shape = torch.broadcast_shapes(left.shape[:-1], right.shape[:-1])
         check_length(
             torch.cat([left.expand(shape + left.shape[-1:]), right.expand(shape + right.shape[-1:])], -1),
-            law.max_tokens,
+            model.max_tokens + 1,
             self.lm.max_length,
         )
         super().__init__(shape, torch.Size([law.max_tokens]), validate_args=validate_args)
@@ -124,10 +124,10 @@ class MaskedText(ProcessText):
         shape = torch.Size(sample_shape) + self.batch_shape
         left, right = self._flat(shape)
         heat = None if temperature is None else temperature.to(left.device).expand(shape).reshape(-1)
-        of_length = self.model.length_log_probs(left, right, self.law)
-        count = choose(of_length) + 1
         try:
-            reading = self.model.read(left, right, count)
+            reading = self.model.read(left, right)
+            of_length = self.model.length_log_probs(reading, self.law)
+            count = choose(of_length) + 1
             texts, steps, scores = draw(self.model, self.law, self.plan, reading, count, heat)
             found = [scores, *(score(self.model, self.law, reading, texts, count, other) for other in steps[1:])]
         except NotFiniteError as error:
@@ -188,8 +188,8 @@ class MaskedText(ProcessText):
         if not bool(self.support.check(flat).all()):
             raise ValueError(f"a text lies outside the support {self.support}, and cannot be learned.")
         count = lengths(flat)
-        of_length = self.model.length_log_probs(left, right, self.law)
-        reading = self.model.read(left, right, count)
+        reading = self.model.read(left, right)
+        of_length = self.model.length_log_probs(reading, self.law)
         row = torch.arange(len(flat), device=flat.device).repeat(num_masks)
         texts, size = flat[row], count[row]
         # Sizes stratified over the sets of one text.
@@ -216,8 +216,8 @@ class MaskedText(ProcessText):
             return result
         kept, left, right = texts[rows], left[rows], right[rows]
         count = lengths(kept)
-        of_length = self.model.length_log_probs(left, right, self.law)
-        reading = self.model.read(left, right, count)
+        reading = self.model.read(left, right)
+        of_length = self.model.length_log_probs(reading, self.law)
         steps = self._steps(texts, rows, reading, kept, count)
         found = [score(self.model, self.law, reading, kept, count, own) for own in steps]
         return result.index_put((rows,), self._joined(found, of_length, count))
