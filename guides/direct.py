@@ -87,11 +87,11 @@ class DirectGuide(TextGuide):
         before, width = left.shape[-1], law.max_tokens
         shape = torch.broadcast_shapes(left.shape[:-1], right.shape[:-1])
         contexts = torch.cat([side.expand(*shape, -1) for side in (left, right)], -1)
-        check_length(contexts, width, self.lm.max_length)
+        check_length(contexts, network.max_tokens + 1, self.lm.max_length)
 
         def logits(rows: Tensor) -> Tensor:
             count = torch.full((len(rows),), width, dtype=torch.long, device=rows.device)
-            reading = network.read(rows[:, :before], rows[:, before:], count)
+            reading = network.read(rows[:, :before], rows[:, before:])
             canvas = torch.full((len(rows), width), network.mask, dtype=torch.long, device=rows.device)
             states = network.states(reading, canvas, count)
             return network.logits(states.flatten(0, 1)).unflatten(0, (len(rows), width))

@@ -155,8 +155,8 @@ class Gap:
         args = (self.endings,) if together else ("b",)
         run = (program, proposal) if together else (self.program, guide)
         optimizer = torch.optim.Adam(guide.parameters(), lr=0.03)
-        schedule = LinearLR(optimizer, 1.0, 0.05, 50)
-        for _ in range(50):
+        schedule = LinearLR(optimizer, 1.0, 0.05, 40)
+        for _ in range(40):
             optimizer.zero_grad()
             objective.differentiable_loss(*run, *args).backward()
             torch.nn.utils.clip_grad_norm_(guide.parameters(), 5.0)

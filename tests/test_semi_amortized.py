@@ -70,20 +70,19 @@ def test_weights_are_exact_over_every_draw_and_reused_draws_are_biased() -> None
     toy = Toy()
     guide = refining(toy)
     texts, log_joint = toy.joint()
-    log_z = log_joint.logsumexp(0)
-    fresh, reused, moved = 0.0, 0.0, 0.0
-    with torch.no_grad():
-        for n, text in enumerate(texts):
-            # The first draw tells later sites only, and there are none: any text will do, and each is taken once.
-            with drawing(texts[-1 - n], text, texts) as laws:
-                particles = run_particles(toy.program, guide, toy.args, {}, len(texts))
-            start, refined = laws[1], laws[2]
-            of_text, of_path = start.log_prob(text), refined.log_prob(texts[:, None])[:, 0]
-            weights = (particles.log_weights - log_z).exp()
-            fresh += (of_text.exp() * (of_path.exp() * weights).sum()).item()
-            # What the weight would be were the text itself proposed after it has moved the law.
-            reused += (of_text.exp() * (log_joint[n] - log_z - of_path[n]).exp()).item()
-            moved = max(moved, float((of_path - start.log_prob(texts)).abs().max()))
+    log_z, count = log_joint.logsumexp(0), len(texts)
+    # Rows of one observation, each with a text of its own for the gradient, by particles, each a text of its own.
+    # The very first draw tells later sites only, and there are none: any text will do.
+    rows = [toy.beginning] * count, [toy.ending] * count
+    program, proposal = in_data_plate(toy.program), in_data_plate(guide)
+    with torch.no_grad(), drawing(texts.flip(0), texts, texts[:, None]) as laws:
+        particles = run_particles(program, proposal, rows, {}, count)
+    assert particles.log_weights.shape == (count, count)
+    start, refined = laws[1].log_prob(texts), laws[2].log_prob(texts[:, None].expand(-1, count, -1))
+    fresh = (start.exp() * refined.exp() * (particles.log_weights - log_z).exp()).sum().item()
+    # What the weight would be were the text itself proposed after it has moved the law.
+    reused = (start.exp() * (log_joint - log_z - refined.diagonal()).exp()).sum().item()
+    moved = float((refined - laws[1].log_prob(texts[:, None])).abs().max())
     print(f"E[w]/Z {fresh:.12f} with fresh texts, {reused:.3f} with reused ones")
     assert moved > 1.0, "the gradient must move the law for this to be a test"
     assert fresh == pytest.approx(1.0, abs=1e-9)
@@ -120,7 +119,7 @@ def test_untrained_or_without_refinements_it_is_its_direct_guide(story: Story) -
         guide = SemiAmortizedGuide(story.program, story.lm, refinements, network=shared)
         torch.testing.assert_close(law(guide, *story.args).logits, direct.logits[..., :6])
     for number in (0, 1):
-        guide = refining(story, refinements=number, network=shared) if False else refining(story, refinements=number)
+        guide = refining(story, refinements=number)
         same = torch.allclose(law(guide, *story.args).logits, direct.logits[..., :6])
         assert same == (number == 0)
 
@@ -153,7 +152,7 @@ def test_learned_updates_carry_over_to_observations_never_seen(lm: LM) -> None:
     """Only the updates are trained, on four endings: what they know of the others is the gradient."""
     gap = Gap(lm)
     guide = SemiAmortizedGuide(gap.program, lm, 2, hidden=8, network=network(lm), seed=0)
-    guide.network.requires_grad_(False)
+    guide.network.eval().requires_grad_(False)
 
     def divergence(refinements: int) -> Tensor:
         guide.refinements = refinements
@@ -191,10 +190,10 @@ def test_fine_tuning_closes_what_amortization_left(story: Story) -> None:
     assert 0.071 < final < 0.3
     posterior = importance(story.program, tuned, 500)(*story.args)
     assert posterior.exactness == "marginal"
-    assert float(posterior.log_evidence) == pytest.approx(
-        log_joint.logsumexp(0).item(), abs=4 * float(posterior.log_evidence_error) + 0.05
-    )
-    assert float(log_joint.logsumexp(0)) - float(posterior.elbo) < amortized
+    # Its gap as seen by sampling. (The evidence itself converges slowly: reverse KL leaves modes out.)
+    gap = float(log_joint.logsumexp(0)) - float(posterior.elbo)
+    assert gap == pytest.approx(final, abs=5 * float(posterior.elbo_error))
+    assert gap < amortized / 2
     assert len(tuned.elbos) == 60
     assert "ELBO" in repr(tuned)
     with pytest.raises(ValueError, match="fitted to the one observation"):
@@ -288,7 +287,7 @@ def test_save_and_load_give_the_same_guide(story: Story, tmp_path: object) -> No
             f"{tmp_path}/guide.safetensors"
         )
     guide.reset_parameters()
-    assert float(guide.update.straight.weight.abs().sum()) == 0
+    assert not guide.update.straight.weight.any()
 
 
 def test_seeds_reproduce_and_bad_numbers_are_refused(story: Story) -> None:
