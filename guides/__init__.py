@@ -2,8 +2,20 @@
 
 from llmppl.guides.autoregressive import AutoregressiveGuide, PromptGuide
 from llmppl.guides.base import TextGuide
+from llmppl.guides.direct import DirectGuide
 from llmppl.guides.gflownet import GFlowNetGuide
 from llmppl.guides.refinement import RefinementGuide
+from llmppl.guides.semi_amortized import InstanceGuide, SemiAmortizedGuide
 from llmppl.guides.soft_prompt import SoftPromptGuide
 
-__all__ = ["AutoregressiveGuide", "GFlowNetGuide", "PromptGuide", "RefinementGuide", "SoftPromptGuide", "TextGuide"]
+__all__ = [
+    "AutoregressiveGuide",
+    "DirectGuide",
+    "GFlowNetGuide",
+    "InstanceGuide",
+    "PromptGuide",
+    "RefinementGuide",
+    "SemiAmortizedGuide",
+    "SoftPromptGuide",
+    "TextGuide",
+]

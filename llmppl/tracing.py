@@ -11,6 +11,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -90,6 +91,11 @@ def structure(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """A trace of the model whose latent texts hold arbitrary values: sites, plates, observations."""
     with poutine.block(), DummyTexts():
         return poutine.trace(model).get_trace(*args, **kwargs)
+
+
+def is_dry() -> bool:
+    """Whether the run in progress is one of :func:`structure`, which asks no network."""
+    return any(isinstance(handler, DummyTexts) for handler in _PYRO_STACK)
 
 
 def plate_nesting(trace: poutine.Trace) -> int:

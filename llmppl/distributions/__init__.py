@@ -2,6 +2,7 @@
 
 from llmppl.distributions.autoregressive import AutoregressiveText
 from llmppl.distributions.choice import Choice
+from llmppl.distributions.factorised import FactorisedText
 from llmppl.distributions.masked import MaskedText
 
-__all__ = ["AutoregressiveText", "Choice", "MaskedText"]
+__all__ = ["AutoregressiveText", "Choice", "FactorisedText", "MaskedText"]
