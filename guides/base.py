@@ -227,7 +227,8 @@ class _Proposer(Messenger):
             for other, (value, site) in self.observed.items():
                 (before if self.places.index(other) < place else behind).append(_rows_of(value, site, msg))
             left = self._before(prior, before)
-            right = self.guide.lm.both_sides(left, ..., *behind)[1] if behind else left[..., :0]
+            own = getattr(prior, "right", left[..., :0])  # what a masked prior is told itself
+            right = self.guide.lm.both_sides(left, ..., left_aligned(own), *behind)[1] if behind else own
         return _expanded(name, prior, left), _expanded(name, prior, right)
 
     def _before(self, prior: ConditionedText, told: list[Tensor]) -> Tensor:
