@@ -15,7 +15,7 @@ from llmppl.sampling import NotFiniteError, choose
 from llmppl.scoring import check_length
 from llmppl.stopping import TextLaw
 from llmppl.text import PAD, check_text, lengths, widen
-from llmppl.unmasking import Plan, draw, log_probs_at, score, steps_of
+from llmppl.unmasking import Plan, _parts, draw, log_probs_at, predictions, score, steps_of
 
 if TYPE_CHECKING:
     from llmppl.masked_lm import MaskedLM
@@ -210,6 +210,59 @@ class MaskedText(ProcessText):
         found = log_probs_at(self.model, self.law, reading.of(row), canvas, size, wanted, texts).sum(-1)
         tokens = (found * size / masks).reshape(num_masks, -1).mean(0)
         return -(tokens + of_length.gather(-1, (count - 1)[:, None])[:, 0]).reshape(shape)
+
+    def known_steps(self, value: Tensor) -> Tensor:
+        """In which steps the texts that were drawn or scored last are filled in, ``(num_orders,)`` and their shape."""
+        steps = self._drawn.steps
+        if steps is None:
+            raise ValueError("these texts were neither drawn nor scored here.")
+        return steps.reshape((len(steps), *value.shape))
+
+    def recall(self, value: Tensor, steps: Tensor) -> None:
+        """Score texts of the full batch shape given these steps, as :meth:`known_steps` returns them, from now on."""
+        self._drawn.texts = value.reshape(-1, value.shape[-1])
+        self._drawn.steps = steps.reshape(len(steps), -1, value.shape[-1])
+        self._memo.value = None
+
+    @torch.no_grad()
+    def refill(self, value: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw some tokens of texts anew in one pass, given the others and the length.
+
+        :param value: texts of the full batch shape, and masks of that shape, true where tokens are drawn.
+        :returns: the new texts; the log-probabilities of drawing their tokens and of drawing those of ``value``,
+            ``value.shape[:-1]`` in nats.
+        """
+        flat, (left, right), shape = self._rows_of(value)
+        wanted, count = masks.reshape(flat.shape) & (flat != PAD), lengths(flat)
+        reading, canvas = self.model.read(left, right, count), torch.where(wanted, self.model.mask, flat)
+        new = flat.clone()
+        scores = torch.zeros((2, *flat.shape), dtype=torch.float64, device=flat.device)
+        rows = wanted.any(-1).nonzero()[:, 0]
+        for part in _parts(rows, flat.shape[-1]) if len(rows) else ():
+            row, column = wanted[part].nonzero(as_tuple=True)
+            log_probs = predictions(self.model, self.law, reading.of(part), canvas[part], count[part], row, column)
+            token, old = choose(log_probs), flat[part[row], column]
+            new[part[row], column] = token
+            for score_, picked in zip(scores, (token, old), strict=True):
+                score_[part[row], column] = log_probs.gather(-1, picked[:, None])[:, 0].double()
+        there, back = scores.sum(-1).reshape(2, *shape)
+        return new.reshape(value.shape), there, back
+
+    @torch.no_grad()
+    def refill_log_prob(self, value: Tensor, masks: Tensor, new: Tensor) -> Tensor:
+        """Log-probability that :meth:`refill` makes these new texts, ``value.shape[:-1]`` in nats."""
+        flat, (left, right), shape = self._rows_of(value)
+        wanted, texts = masks.reshape(flat.shape) & (flat != PAD), new.expand(value.shape).reshape(flat.shape)
+        reachable = ((texts == flat) | (wanted & (texts != PAD))).all(-1)
+        result = torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
+        rows = (reachable & wanted.any(-1)).nonzero()[:, 0]
+        if len(rows):
+            texts, wanted, count = texts[rows], wanted[rows], lengths(flat[rows])
+            reading = self.model.read(left[rows], right[rows], count)
+            canvas = torch.where(wanted, self.model.mask, texts)
+            found = log_probs_at(self.model, self.law, reading, canvas, count, wanted, texts)
+            result[rows] = found.sum(-1).double()
+        return result.masked_fill(~reachable, -torch.inf).reshape(shape)
 
     def remember(self, value: Tensor, scores: Tensor) -> None:
         self._memo.value, self._memo.scores = value.clone(), scores
