@@ -234,11 +234,11 @@ class MaskedText(ProcessText):
         """
         flat, (left, right), shape = self._rows_of(value)
         wanted, count = masks.reshape(flat.shape) & (flat != PAD), lengths(flat)
-        reading, canvas = self.model.read(left, right, count), torch.where(wanted, self.model.mask, flat)
+        reading, canvas = self.model.read(left, right), torch.where(wanted, self.model.mask, flat)
         new = flat.clone()
         scores = torch.zeros((2, *flat.shape), dtype=torch.float64, device=flat.device)
         rows = wanted.any(-1).nonzero()[:, 0]
-        for part in _parts(rows, flat.shape[-1]) if len(rows) else ():
+        for part in _parts(rows, flat.shape[-1], self.law.vocabulary, flat.shape[-1]) if len(rows) else ():
             row, column = wanted[part].nonzero(as_tuple=True)
             log_probs = predictions(self.model, self.law, reading.of(part), canvas[part], count[part], row, column)
             token, old = choose(log_probs), flat[part[row], column]
@@ -258,7 +258,7 @@ class MaskedText(ProcessText):
         rows = (reachable & wanted.any(-1)).nonzero()[:, 0]
         if len(rows):
             texts, wanted, count = texts[rows], wanted[rows], lengths(flat[rows])
-            reading = self.model.read(left[rows], right[rows], count)
+            reading = self.model.read(left[rows], right[rows])
             canvas = torch.where(wanted, self.model.mask, texts)
             found = log_probs_at(self.model, self.law, reading, canvas, count, wanted, texts)
             result[rows] = found.sum(-1).double()
