@@ -424,7 +424,7 @@ def test_mistakes_are_named(story: Story, lm: LM) -> None:
 
     def deaf(beginning: str, ending: str) -> None:
         weight = pyro.param("weight", torch.zeros(()))
-        pyro.sample("middle", lm(beginning, max_tokens=3, stop=".", temperature=float(weight.exp())))
+        pyro.sample("middle", lm(beginning, max_tokens=3, stop=".", temperature=float(weight.detach().exp())))
 
     frozen = PromptGuide(story.program, lm)
     frozen.free = torch.nn.Parameter(torch.zeros(()))
