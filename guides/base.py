@@ -35,12 +35,16 @@ class TextGuide(nn.Module):
     :param prompt: for a latent site, a function that returns the pieces it is told instead. Its
         parameters are taken by name: arguments of the program, observed text sites, earlier latents.
         Return texts as pieces, not inside an f-string: ``lambda beginning, ending: [ending, beginning]``.
+        Guides that fill gaps are told both sides, with ``...`` between them: ``[beginning, ..., ending]``.
     :param others: a guide for the program's other latent sites, e.g. an AutoGuide of
         ``poutine.block(model, hide=[...])``. Those sites are sampled first.
     """
 
     exactness = "marginal"
     """What the guide's log-probability is exact for; see :class:`llmppl.Posterior`."""
+
+    two_sided = False
+    """Whether the guide fills a gap (:meth:`fill`), or continues a text (:meth:`distribution`)."""
 
     def __init__(
         self,
@@ -73,6 +77,10 @@ class TextGuide(nn.Module):
 
     def distribution(self, name: str, prior: ConditionedText, context: Tensor) -> ConditionedText:
         """The proposal of a site, on ``context`` of shape ``prior.batch_shape + (L,)``."""
+        raise NotImplementedError
+
+    def fill(self, name: str, prior: ConditionedText, left: Tensor, right: Tensor) -> ConditionedText:
+        """The proposal of a site between two contexts of shapes ``prior.batch_shape + (L,)``."""
         raise NotImplementedError
 
     def register(self) -> None:
@@ -108,6 +116,10 @@ def register_module(name: str, module: nn.Module) -> None:
         if full_name in store and store[full_name] is not parameter:
             del store[full_name]
     pyro.module(name, module)
+
+
+def program_name(program: Program) -> str:
+    return getattr(program, "__name__", type(program).__name__)
 
 
 class _Recorder(Messenger):
@@ -164,6 +176,7 @@ class _Proposer(Messenger):
         if unknown:
             raise ValueError(f"prompt= names {sorted(unknown)}, but the model's latent text sites are {text_sites}.")
         self.arguments = _bind(guide.model, args, kwargs)
+        self.places = list(sites.nodes)
         self.simulated = {name for name in observations if name in self.observed}
 
     def _pyro_sample(self, msg: Site) -> None:
@@ -185,8 +198,10 @@ class _Proposer(Messenger):
             msg["stop"] = True
             return
         prior = msg["fn"]
-        context = self._context(name, prior, msg)
-        msg["fn"] = self.guide.distribution(name, prior, context)
+        if self.guide.two_sided:
+            msg["fn"] = self.guide.fill(name, prior, *self._both_sides(name, prior, msg))
+        else:
+            msg["fn"] = self.guide.distribution(name, prior, self._context(name, prior, msg))
         msg["fn"].site = name
 
     def _pyro_post_sample(self, msg: Site) -> None:
@@ -194,23 +209,38 @@ class _Proposer(Messenger):
             self.proposed[msg["name"]] = msg["value"]
 
     def _context(self, name: str, prior: ConditionedText, msg: Site) -> Tensor:
-        lm = self.guide.lm
         if name in self.guide.prompt:
             pieces = self._call_prompt(name)
-            context = lm.context(*pieces)
+            if any(piece is ... for piece in pieces):
+                raise ValueError(
+                    f"prompt[{name!r}] has a gap, and {type(self.guide).__name__} writes from left to right. Leave ... "
+                    "out, or use RefinementGuide."
+                )
+            context = self.guide.lm.context(*pieces)
         else:
             told = [_rows_of(value, site, msg) for value, site in self.observed.values()]
-            # lm.context puts the tokenizer's own beginning in front, so the prior's gives its up.
-            own = left_aligned(prior.context[..., len(lm.codec.start) :])
-            context = lm.context(*told, own) if told else prior.context
-        try:
-            shape = torch.broadcast_shapes(context.shape[:-1], prior.batch_shape)
-        except RuntimeError:
-            raise ValueError(
-                f"the prompt of site {name!r} has batch shape {tuple(context.shape[:-1])}, the site itself "
-                f"{tuple(prior.batch_shape)}. Give the prompt one text, or one a row of the site."
-            ) from None
-        return context.expand(shape + context.shape[-1:])
+            context = self._before(prior, told)
+        return _expanded(name, prior, context)
+
+    def _both_sides(self, name: str, prior: ConditionedText, msg: Site) -> tuple[Tensor, Tensor]:
+        if name in self.guide.prompt:
+            left, right = self.guide.lm.both_sides(*self._call_prompt(name))
+        else:
+            place = self.places.index(name) if name in self.places else len(self.places)
+            before, behind = list[Tensor](), list[Tensor]()
+            for other, (value, site) in self.observed.items():
+                (before if self.places.index(other) < place else behind).append(_rows_of(value, site, msg))
+            left = self._before(prior, before)
+            right = self.guide.lm.both_sides(left, ..., *behind)[1] if behind else left[..., :0]
+        return _expanded(name, prior, left), _expanded(name, prior, right)
+
+    def _before(self, prior: ConditionedText, told: list[Tensor]) -> Tensor:
+        """Observed texts, then the prior's own context."""
+        if not told:
+            return prior.context
+        lm = self.guide.lm
+        # lm.context puts the tokenizer's own beginning in front, so the prior's gives its up.
+        return lm.context(*told, left_aligned(prior.context[..., len(lm.codec.start) :]))
 
     def _call_prompt(self, name: str) -> list[Piece]:
         function = self.guide.prompt[name]
@@ -237,6 +267,21 @@ class _Proposer(Messenger):
                         f"Return it as a piece of its own: ['...', {argument}, '...']."
                     )
         return list(pieces)
+
+
+def _expanded(name: str, prior: ConditionedText, context: Tensor) -> Tensor:
+    """A context in the batch shape of its site.
+
+    :raises ValueError: it has another.
+    """
+    try:
+        shape = torch.broadcast_shapes(context.shape[:-1], prior.batch_shape)
+    except RuntimeError:
+        raise ValueError(
+            f"the prompt of site {name!r} has batch shape {tuple(context.shape[:-1])}, the site itself "
+            f"{tuple(prior.batch_shape)}. Give the prompt one text, or one a row of the site."
+        ) from None
+    return context.expand(shape + context.shape[-1:])
 
 
 def _is_enumerated(site: Site) -> bool:

@@ -205,6 +205,22 @@ class LM:
         bos = torch.where(empty, self.codec.bos, PAD)
         return torch.cat([bos[..., None], joined], -1)
 
+    def both_sides(self, *pieces: Any) -> tuple[Tensor, Tensor]:
+        """What stands before and behind a gap, as contexts of one batch shape.
+
+        :param pieces: as of :meth:`context`; ``...`` stands where the gap is, at the end by default.
+        """
+        if sum(piece is ... for piece in pieces) > 1:
+            raise ValueError("the pieces have more than one gap. Write ... once, where the text goes.")
+        gap = next((n for n, piece in enumerate(pieces) if piece is ...), len(pieces))
+        left = self.context(*pieces[:gap])
+        if not pieces[gap + 1 :]:
+            return left, left.new_empty((*left.shape[:-1], 0))
+        # Behind a gap nothing begins: what the tokenizer puts before every text is taken off again.
+        right = self.context(*pieces[gap + 1 :])[..., len(self.codec.start) :]
+        shape = torch.broadcast_shapes(left.shape[:-1], right.shape[:-1])
+        return left.expand(*shape, -1), right.expand(*shape, -1)
+
     def _piece(self, piece: Piece, number: int) -> Tensor:
         if isinstance(piece, Tensor):
             return check_text(piece, f"piece {number}", self.vocabulary).to(self.device)

@@ -37,7 +37,8 @@ class Network:
         return torch.promote_types(next(self.transformer.parameters()).dtype, torch.float32)
 
     @property
-    def _splits(self) -> bool:
+    def splits(self) -> bool:
+        """Whether the logits are those of the vocabulary's layer at the last hidden state."""
         if self._probed is None:
             self._probed = self._probe()
         return self._probed
@@ -60,12 +61,12 @@ class Network:
         :param caches: whether to return the keys and values of all ``P + M`` tokens.
         :returns: what :meth:`logits` takes, ``(len(keep), ...)``, and the keys and values.
         """
-        splits = self._splits
+        splits = self.splits
         return self._run(splits, tokens, positions, visible, keep, past, caches)
 
     def logits(self, states: Tensor) -> Tensor:
         """The logits ``(N, V)`` of ``N`` states."""
-        return self.transformer.get_output_embeddings()(states) if self._splits else states
+        return self.transformer.get_output_embeddings()(states) if self.splits else states
 
     def _run(
         self,

@@ -17,6 +17,7 @@ from torch import Tensor
 from llmppl.distributions.autoregressive import AutoregressiveText
 from llmppl.distributions.choice import Choice
 from llmppl.distributions.conditioned import ConditionedText
+from llmppl.distributions.process import ProcessText
 from llmppl.stopping import TextLaw
 from llmppl.text import PAD, lengths
 
@@ -43,7 +44,7 @@ def any_text(fn: ConditionedText) -> Tensor:
     if isinstance(fn, Choice):
         value = fn.options[0]
     else:
-        assert isinstance(fn, AutoregressiveText)
+        assert isinstance(fn, ProcessText)
         value = _any_tokens(fn.law)
     return value.expand(fn.batch_shape + value.shape)
 

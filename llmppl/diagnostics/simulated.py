@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from llmppl.distributions.autoregressive import AutoregressiveText
+from llmppl.distributions.process import ProcessText
 from llmppl.inference.gathering import check_unscaled, gather
 from llmppl.inference.importance import block_size
 from llmppl.inference.posterior import Posterior
@@ -189,7 +189,7 @@ def credibility(truth: Particles, generator: np.random.Generator) -> dict[str, A
 
 def _is_finite(site: Site) -> bool:
     fn = site["fn"]
-    return bool(getattr(fn, "has_enumerate_support", False)) and not isinstance(fn, AutoregressiveText)
+    return bool(getattr(fn, "has_enumerate_support", False)) and not isinstance(fn, ProcessText)
 
 
 def _resampled(

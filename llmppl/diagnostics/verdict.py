@@ -21,7 +21,7 @@ from llmppl.diagnostics.calibration import Calibration, call_seed
 from llmppl.diagnostics.findings import Exact, Finding
 from llmppl.diagnostics.ranks import ranks_of
 from llmppl.diagnostics.simulated import Array, Pair, Scored, draw_scored, placed, score_given, scored, simulated_pair
-from llmppl.distributions.autoregressive import AutoregressiveText
+from llmppl.distributions.process import ProcessText
 from llmppl.inference.enumeration import exact_posterior
 from llmppl.inference.importance import importance
 from llmppl.inference.posterior import Posterior
@@ -285,7 +285,7 @@ def _enumerated(model: Program, guide: Program, args: tuple[Any, ...], sampled: 
 def _support_size(site: Site, rows: tuple[int, ...]) -> float:
     """Values of a site in one observation: of a plate's entries, all combinations."""
     fn = site["fn"]
-    if isinstance(fn, AutoregressiveText):
+    if isinstance(fn, ProcessText):
         size = math.inf if fn.law.max_tokens is None else float(fn.law.support_size())
     else:
         size = float(len(fn.enumerate_support(expand=False))) if fn.has_enumerate_support else math.inf

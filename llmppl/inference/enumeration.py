@@ -13,8 +13,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llmppl.distributions.autoregressive import AutoregressiveText
 from llmppl.distributions.conditioned import score_together
+from llmppl.distributions.process import ProcessText
 from llmppl.inference.gathering import Gathering, check_unscaled
 from llmppl.inference.posterior import Posterior
 from llmppl.particles import Particles, check_finite, common_axes, compute_log_prob, sum_sites
@@ -172,7 +172,7 @@ def _check_structure(trace: poutine.Trace, latent: dict[str, Site]) -> None:
 
 
 def _same_support(fn: Any, other: Any) -> bool:
-    if isinstance(fn, AutoregressiveText) and isinstance(other, AutoregressiveText):
+    if isinstance(fn, ProcessText) and isinstance(other, ProcessText):
         return _same_law(fn.law, other.law)
     try:
         values, others = (f.enumerate_support(expand=False).reshape((-1, *f.event_shape)) for f in (fn, other))
@@ -325,7 +325,7 @@ def _entries(site: Site, axes: tuple[int, ...]) -> dict[int, int]:
 def _size(name: str, site: Site, axes: tuple[int, ...]) -> int:
     fn = site["fn"]
     # An upper bound will do for a grammar's texts, which are few or too many.
-    if isinstance(fn, AutoregressiveText) and fn.law.grammar is None:
+    if isinstance(fn, ProcessText) and fn.law.grammar is None:
         one = fn.law.support_size()
         count = int(one) if one <= LARGEST else len(_own_support(name, site))
     else:

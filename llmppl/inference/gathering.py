@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from llmppl.distributions.autoregressive import AutoregressiveText
+from llmppl.distributions.process import ProcessText
 from llmppl.inference.posterior import Array, Posterior
 from llmppl.particles import Particles, sum_site
 from llmppl.text import PAD
@@ -137,7 +137,7 @@ def check_unscaled(particles: Particles) -> None:
 def _masks(proposed: Site | None, site: Site) -> bool:
     """Whether the guide's law of a text forbids tokens that the program's permits."""
     q, p = None if proposed is None else proposed["fn"], site["fn"]
-    if not isinstance(q, AutoregressiveText) or not isinstance(p, AutoregressiveText):
+    if not isinstance(q, ProcessText) or not isinstance(p, ProcessText):
         return False
     if q.law.grammar is not None:
         return p.law.grammar is None
@@ -156,7 +156,7 @@ def _widened(values: Array, width: int, filling: float) -> Array:
 def _token_scores(particles: Particles, trace: poutine.Trace, name: str, rows: torch.Size) -> Array | None:
     """A text's token log-probabilities, laid out as its values are; known from scoring the trace."""
     site = trace.nodes.get(name)
-    if site is None or not isinstance(site["fn"], AutoregressiveText):
+    if site is None or not isinstance(site["fn"], ProcessText):
         return None
     return _layout(particles, site["fn"].token_log_prob(site["value"]), 1, rows)
 

@@ -1,6 +1,7 @@
 """Objectives that train guides for latent text; each is a pyro ``ELBO``."""
 
 from llmppl.objectives.base import ParticleObjective
+from llmppl.objectives.denoising import Denoising
 from llmppl.objectives.off_policy import OffPolicyObjective
 from llmppl.objectives.subtrajectory_balance import DetailedBalance, SubTrajectoryBalance
 from llmppl.objectives.trajectory_balance import TrajectoryBalance
@@ -8,6 +9,7 @@ from llmppl.objectives.variational import LeaveOneOutELBO
 from llmppl.objectives.wake_sleep import WakeSleep
 
 __all__ = [
+    "Denoising",
     "DetailedBalance",
     "LeaveOneOutELBO",
     "OffPolicyObjective",

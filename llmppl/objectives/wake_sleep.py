@@ -57,21 +57,33 @@ class WakeSleep(ParticleObjective):
         return -(weights * particles.log_q).sum()
 
     def _sleep(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        nesting = plate_nesting(structure(model, args, kwargs))
-        with torch.no_grad(), poutine.block(), Simulated() as simulated:
-            program = in_particles(model, self.num_particles, nesting)
-            drawn = poutine.trace(program).get_trace(*args, **kwargs)
-        guide_in = poutine.replay(in_particles(guide, self.num_particles, nesting), trace=drawn)
-        try:
-            trace = poutine.trace(guide_in).get_trace(*args, observations=simulated.observations, **kwargs)
-        except TypeError as error:
-            if "observations" not in str(error):
-                raise
-            raise TypeError(
-                "the sleep phase tells the guide what was simulated, and this guide takes no "
-                "observations= argument. Add it, or use WakeSleep(insomnia=1.0)."
-            ) from error
+        trace, axes, nesting = simulated_pairs(model, guide, args, kwargs, self.num_particles)
         compute_log_prob(trace)
         check_finite(trace)
-        axes = common_axes(drawn, trace)
         return -sum_sites(trace, axes, nesting, self.num_particles).mean(0).sum()
+
+
+def simulated_pairs(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], num_particles: int
+) -> tuple[poutine.Trace, tuple[int, ...], int]:
+    """Latents and observations drawn from the program, and the guide run on them.
+
+    :returns: the guide's trace at the simulated latents, not scored; the dimensions that are observations; the plates'
+        nesting.
+    :raises TypeError: a guide that takes no ``observations=``.
+    """
+    nesting = plate_nesting(structure(model, args, kwargs))
+    with torch.no_grad(), poutine.block(), Simulated() as simulated:
+        program = in_particles(model, num_particles, nesting)
+        drawn = poutine.trace(program).get_trace(*args, **kwargs)
+    guide_in = poutine.replay(in_particles(guide, num_particles, nesting), trace=drawn)
+    try:
+        trace = poutine.trace(guide_in).get_trace(*args, observations=simulated.observations, **kwargs)
+    except TypeError as error:
+        if "observations" not in str(error):
+            raise
+        raise TypeError(
+            "the sleep phase tells the guide what was simulated, and this guide takes no observations= argument. Add "
+            "it, or use WakeSleep(insomnia=1.0)."
+        ) from error
+    return trace, common_axes(drawn, trace), nesting
