@@ -182,7 +182,7 @@ def parser() -> argparse.ArgumentParser:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--model", default=None, help="a folder, or smollm2-135m; the twin by default")
     arguments.add_argument("--seeds", type=int, default=3)
-    arguments.add_argument("--steps", type=int, default=120)
+    arguments.add_argument("--steps", type=int, default=240)
     arguments.add_argument("--train", type=int, default=8, help="training observations")
     arguments.add_argument("--held-out", type=int, default=None, help="default: 128, or 12 stories")
     arguments.add_argument("--ending", type=int, default=3, help="tokens of an ending of the twin")
