@@ -164,6 +164,7 @@ class _Proposer(Messenger):
     ) -> None:
         super().__init__()
         self.guide, self.given, self.proposed = guide, given, dict[str, Tensor]()
+        self.observations = observations
         self.observed: dict[str, tuple[Tensor, Site]] = {}
         text_sites = []
         for name, site in sites.nodes.items():
@@ -201,6 +202,9 @@ class _Proposer(Messenger):
         if not is_latent(msg) or name in self.given:
             if name in self.given:
                 msg["value"], msg["done"] = self.given[name], True
+            elif name in self.observations:
+                # Later latents may be told it by the program.
+                msg["value"] = self.observations[name]
             msg["stop"] = True
             return
         if _is_enumerated(msg):

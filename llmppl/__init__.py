@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llmppl.inference.posterior import Posterior
     from llmppl.inference.smc import smc
     from llmppl.language_model import LM
+    from llmppl.regularisation import Regularisation
     from llmppl.replay import Behaviour, ReplayBuffer
     from llmppl.training import fit
 
@@ -31,6 +32,7 @@ _PUBLIC = {
     "Grammar": "llmppl.grammar",
     "LM": "llmppl.language_model",
     "Posterior": "llmppl.inference.posterior",
+    "Regularisation": "llmppl.regularisation",
     "ReplayBuffer": "llmppl.replay",
     "bounds": "llmppl.diagnostics.bounds",
     "calibrate": "llmppl.diagnostics.calibration",
@@ -52,6 +54,7 @@ __all__ = [
     "Evaluation",
     "Grammar",
     "Posterior",
+    "Regularisation",
     "ReplayBuffer",
     "__version__",
     "bounds",

@@ -23,6 +23,7 @@ class Adapters:
         self._active: str | None = None
         self._layers: list[Any] = []
         self._virtual: VirtualTokens | None = None
+        self._dropping: str | None = None
 
     @property
     def names(self) -> list[str]:
@@ -116,6 +117,30 @@ class Adapters:
         finally:
             self._switch(before)
 
+    def lora_layers(self, name: str) -> list[Any]:
+        """The layers that an adapter adapts."""
+        return [layer for layer in self._layers if name in getattr(layer, "lora_A", ())]
+
+    @contextmanager
+    def dropping(self, name: str, probability: float) -> Iterator[None]:
+        """Dropout on what an adapter's LoRA layers read (``lora_dropout`` of ``peft``), for a block, and there in
+        passes that record gradients only: texts are drawn, and scored without gradients, as ever."""
+        layers = self.lora_layers(name)
+        before = [layer.lora_dropout[name] for layer in layers]
+        self._dropping = name
+        try:
+            for layer in layers:
+                layer.lora_dropout[name] = GradientDropout(probability)
+            yield
+        finally:
+            for layer, module in zip(layers, before, strict=True):
+                layer.lora_dropout[name] = module
+            self._dropping = None
+
+    def drops(self, name: str | None) -> bool:
+        """Whether an adapter is another law in a pass with gradients than in one without."""
+        return name is not None and name == self._dropping
+
     def _switch(self, name: str | None) -> None:
         trainable = [p for group in self._parameters.values() for p in group.values() if p.requires_grad]
         for layer in self._layers:
@@ -132,15 +157,25 @@ class Adapters:
 
     def reset(self, name: str) -> None:
         """Start an adapter's LoRA layers anew: the identity, with other random numbers from torch's generator."""
-        for layer in self._layers:
-            if name in getattr(layer, "lora_A", ()):
-                layer.reset_lora_parameters(name, init_lora_weights=True)
+        for layer in self.lora_layers(name):
+            layer.reset_lora_parameters(name, init_lora_weights=True)
 
     @torch.no_grad()
     def load(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         """Copy tensors, keyed as in :meth:`parameters`, into an adapter."""
         for key, parameter in self._parameters[name].items():
             parameter.copy_(tensors[key])
+
+
+class GradientDropout(nn.Module):
+    """Dropout where gradients are recorded, whatever the module's mode."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, states: Tensor) -> Tensor:
+        return nn.functional.dropout(states, self.probability, training=torch.is_grad_enabled())
 
 
 class VirtualTokens:

@@ -23,6 +23,7 @@ class Particles:
     :param log_p: log p(x, z), shape ``(K,) + batch_shape``, nats; ``batch_shape`` are the plates that
         contain every site: their rows are separate observations ``x``.
     :param log_q: log q(z | x), same shape.
+    :param log_q_drawn: of the guide as it draws, where dropout makes ``log_q`` another law.
     """
 
     log_p: Tensor
@@ -31,10 +32,11 @@ class Particles:
     guide_trace: poutine.Trace
     axes: tuple[int, ...]
     nesting: int
+    log_q_drawn: Tensor | None = None
 
     @property
     def log_weights(self) -> Tensor:
-        return self.log_p - self.log_q
+        return self.log_p - (self.log_q if self.log_q_drawn is None else self.log_q_drawn)
 
 
 def propose(
@@ -83,6 +85,8 @@ def run_particles(
     guide_trace, axes, nesting = propose(model, guide, args, kwargs, num_particles, behaviour, detach)
     model_in = in_particles(model, num_particles, nesting)
     model_trace = poutine.trace(poutine.replay(model_in, trace=guide_trace)).get_trace(*args, **kwargs)
+    # Before the pass with gradients: what was recorded while drawing is there still.
+    drawn = log_q_drawn(guide_trace, axes, nesting, num_particles) if drops(guide_trace) else None
     compute_log_prob(guide_trace, score_parts)
     compute_log_prob(model_trace)
     return Particles(
@@ -92,7 +96,23 @@ def run_particles(
         guide_trace=guide_trace,
         axes=axes,
         nesting=nesting,
+        log_q_drawn=drawn,
     )
+
+
+def drops(guide_trace: poutine.Trace) -> bool:
+    """Whether gradients would now be those of another law than the guide draws from, by dropout."""
+    texts = [site["fn"] for site in guide_trace.nodes.values() if site["type"] == "sample" and is_text(site)]
+    return torch.is_grad_enabled() and any(fn.lm.adapters.drops(fn.adapter) for fn in texts)
+
+
+@torch.no_grad()
+def log_q_drawn(guide_trace: poutine.Trace, axes: tuple[int, ...], nesting: int, num_particles: int) -> Tensor:
+    """log q of a guide's trace without gradients or dropout, ``(K,) + batch_shape``; the trace is left unscored."""
+    scored = guide_trace.copy()
+    scored.nodes.update({name: dict(site) for name, site in guide_trace.nodes.items()})
+    compute_log_prob(scored)
+    return sum_sites(scored, axes, nesting, num_particles)
 
 
 def compute_log_prob(trace: poutine.Trace, score_parts: bool = False) -> None:

@@ -208,16 +208,25 @@ def simulate(
 
     :raises ValueError: the program has a factor, which cannot be simulated.
     """
-    for name, site in structure(model, args, kwargs).nodes.items():
-        if site["type"] == "sample" and isinstance(site["fn"], pyro.distributions.Unit):
-            raise ValueError(
-                f"factor {name!r}: simulated observations are asked for, and a factor cannot be simulated. "
-                "Express it as an observed site, or do without them (Evaluation(simulations=0) while training)."
-            )
+    check_simulable(structure(model, args, kwargs))
     with torch.no_grad(), poutine.block(), Simulated() as simulated:
         trace = poutine.trace(model).get_trace(*args, **kwargs)
     latents = {name: site["value"] for name, site in trace.nodes.items() if is_latent(site)}
     return latents, simulated.observations
+
+
+def check_simulable(sites: poutine.Trace) -> None:
+    """Refuse a program with a factor.
+
+    :raises ValueError: naming it.
+    """
+    for name, site in sites.nodes.items():
+        if site["type"] == "sample" and isinstance(site["fn"], pyro.distributions.Unit):
+            raise ValueError(
+                f"factor {name!r}: simulated observations are asked for, and a factor cannot be simulated. "
+                "Express it as an observed site, or do without them (while training, Evaluation(simulations=0) and "
+                "Regularisation(simulated=0))."
+            )
 
 
 class Observed(Messenger):
@@ -235,25 +244,22 @@ class Observed(Messenger):
 def observing(model: Program, guide: Program, observations: dict[str, Tensor]) -> tuple[Program, Program]:
     """The program with other values at its observed sites, and the guide told so.
 
+    What is returned can be given yet other observations in the same way, which then count.
+
     :param observations: by site, as :func:`simulate` returns them.
     :raises TypeError: a guide that takes no ``observations=``.
     """
-    parameters = signature(guide).parameters
-    if "observations" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise TypeError(
-            "the guide must be told what was simulated, and this one takes no observations= argument "
-            "(a dict of values by observed site). Add it."
-        )
+    check_takes_observations(guide)
 
     def observed(*args: Any, **kwargs: Any) -> Any:
         with Observed(observations):
             return model(*args, **kwargs)
 
     def told(*args: Any, **kwargs: Any) -> Any:
-        return guide(*args, observations=observations, **kwargs)
+        return guide(*args, **{"observations": observations, **kwargs})
 
     def log_partition(*args: Any, **kwargs: Any) -> Tensor:
-        return guide.log_partition(*args, observations=observations, **kwargs)  # type: ignore[attr-defined]
+        return guide.log_partition(*args, **{"observations": observations, **kwargs})  # type: ignore[attr-defined]
 
     if hasattr(guide, "log_partition"):
         told.log_partition = log_partition  # type: ignore[attr-defined]
@@ -261,7 +267,33 @@ def observing(model: Program, guide: Program, observations: dict[str, Tensor]) -
     told.scores_given = getattr(guide, "scores_given", False)  # type: ignore[attr-defined]
     told.__signature__ = signature(guide)  # type: ignore[attr-defined]
     observed.__signature__ = signature(model)  # type: ignore[attr-defined]
+    observed.observes_instead_of = model  # type: ignore[attr-defined]
     return observed, told
+
+
+def has_other_observations(model: Program) -> bool:
+    """Whether :func:`observing` made a program, so that its arguments do not say what it observes."""
+    return hasattr(model, "observes_instead_of")
+
+
+def original(model: Program) -> Program:
+    """The program that :func:`observing` was given."""
+    while has_other_observations(model):
+        model = model.observes_instead_of  # type: ignore[attr-defined]
+    return model
+
+
+def check_takes_observations(guide: Program) -> None:
+    """Refuse a guide that cannot be told other observations than the program's.
+
+    :raises TypeError: it takes no ``observations=``.
+    """
+    parameters = signature(guide).parameters
+    if "observations" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise TypeError(
+            "the guide must be told what was simulated or noised, and this one takes no observations= argument "
+            "(a dict of values by observed site). Add it."
+        )
 
 
 def text_sites(trace: poutine.Trace) -> OrderedDict[str, Site]:

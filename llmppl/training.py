@@ -22,6 +22,7 @@ from llmppl.history import COLUMNS, History
 from llmppl.minibatches import Data, Minibatches, checked, collate
 from llmppl.optimization import SCHEDULES, make_optimizer, make_scheduler, trained_parameters
 from llmppl.randomness import randomness_kept
+from llmppl.regularisation import Regularisation, Regularised
 from llmppl.resumable import Resumable
 from llmppl.run_identity import run_identity
 from llmppl.tracing import Program, in_data_plate
@@ -52,6 +53,7 @@ def fit(
     folder: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 50,
     resume: bool = False,
+    regularisation: Regularisation | None = None,
 ) -> History:
     """Train a guide on minibatches of data with AdamW.
 
@@ -69,6 +71,9 @@ def fit(
         programs that treat rows alike.
     :param learning_rate: after ``warmup_steps`` steps of linear warm-up.
     :param log_partition_learning_rate: for a guide's learned log-partition.
+    :param weight_decay: of AdamW: each step multiplies the guide's weights (not those of a learned
+        log-partition) by one minus this times the learning rate, which pulls an adapter back to the prompt
+        guide. It regularises, as what ``regularisation`` holds does.
     :param clip_norm: the global gradient norm is clipped at this.
     :param seed: of every random number of the run; by default Pyro's current state is used.
     :param callback: called as ``callback(step, history)`` after each step.
@@ -83,9 +88,12 @@ def fit(
     :param checkpoint_every: steps between checkpoints; the last step has one in any case.
     :param resume: go on from the folder's newest checkpoint, where it has one. ``steps`` may grow under the
         constant schedule.
+    :param regularisation: input noise, adapter dropout and simulated observations against overfitting, see
+        :class:`~llmppl.Regularisation`; none by default.
     :returns: the history, of the resumed run from its first step.
     :raises TypeError, ValueError: malformed data or numbers; a loss that is not finite; a folder with
-        checkpoints without ``resume``, of another run, or with damaged ones only.
+        checkpoints without ``resume``, of another run, or with damaged ones only; a regularisation that the
+        program, the guide or the objective cannot have.
     """
     data = checked(data)
     _check_numbers(steps=steps, batch_size=batch_size, accumulate=accumulate, checkpoint_every=checkpoint_every)
@@ -108,6 +116,7 @@ def fit(
     first = collate(batches.upcoming()) if vectorize_data else batches.upcoming()[0]
     with randomness_kept():
         parameters = trained_parameters(program, proposal, guide, first)
+        regularised = Regularised(regularisation, program, proposal, guide, objective, first)
     optimizer = make_optimizer(parameters, guide, learning_rate, log_partition_learning_rate, weight_decay)
     scheduler = make_scheduler(optimizer, schedule, warmup_steps, steps)
     history = History()
@@ -136,6 +145,7 @@ def fit(
         clip_norm=clip_norm,
         target_temperature="a function" if callable(target_temperature) else float(target_temperature),
         evaluation=None if evaluation is None else evaluation.settings(),
+        **{f"regularisation's {name}": value for name, value in regularised.options.settings().items()},
     )
     run = Resumable(identity, parameters, guide, parts, folder)
     step = run.open(resume)
@@ -158,7 +168,7 @@ def fit(
         while step < steps and not (held_out is not None and held_out.exhausted()):
             temper(step)
             optimizer.zero_grad()
-            loss, reports = _accumulated(objective, program, proposal, batches, accumulate, vectorize_data, step)
+            loss, reports = _accumulated(objective, regularised, batches, accumulate, vectorize_data, step)
             for parameter in parameters.values():
                 if parameter.grad is not None:
                     parameter.grad /= accumulate * batches.batch_size
@@ -197,8 +207,7 @@ def fit(
 
 def _accumulated(
     objective: ELBO,
-    model: Program,
-    guide: Program,
+    regularised: Regularised,
     batches: Minibatches,
     accumulate: int,
     vectorize_data: bool,
@@ -210,11 +219,13 @@ def _accumulated(
     :raises ValueError: a loss that is not finite.
     """
     total, reports = 0.0, []
+    simulates = regularised.simulates()
     for _ in range(accumulate):
         batch = batches.draw()
         for args in [collate(batch)] if vectorize_data else batch:
-            # Some of Pyro's objectives have no differentiable loss, and some return several.
-            loss = float(np.sum(objective.loss_and_grads(model, guide, *args)))
+            with regularised.call(args, simulates) as (model, guide):
+                # Some of Pyro's objectives have no differentiable loss, and some return several.
+                loss = float(np.sum(objective.loss_and_grads(model, guide, *args)))
             if not math.isfinite(loss):
                 raise ValueError(
                     f"the loss is {loss} at step {step + 1}, on {args!r}. Lower learning_rate, or check the "

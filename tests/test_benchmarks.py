@@ -12,8 +12,10 @@ import torch
 from conftest import Story
 
 from benchmarks import against_engines
-from llmppl import LM
-from llmppl.guides import PromptGuide
+from llmppl import LM, exact_posterior
+from llmppl.guides import AutoregressiveGuide, PromptGuide
+from llmppl.models import infilling
+from llmppl.tracing import structure
 
 
 def test_the_reference_ess_of_pooled_samples_is_the_exact_one(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,3 +85,46 @@ def test_the_infilling_table_says_the_exact_divergences_of_each_guide(lm: LM, mo
             assert low - 3 * error - 0.01 <= value <= high + 3 * error + 0.01, (name, cell, float(value))
             assert high - low < 0.25, cell
             assert error < 0.15, cell
+
+
+def test_the_regularisation_table_says_exact_gaps_of_training_and_of_other_observations(
+    lm: LM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(against_engines.__file__).parent))
+    benchmark = importlib.import_module("regularisation")
+    contenders = benchmark.contenders
+    story = infilling(lm, max_tokens=3)
+    guide = AutoregressiveGuide(story, lm, rank=2, seed=0)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    train = benchmark.drawn(lm, 3, seed=0, tokens=1)
+    other = benchmark.drawn(lm, 20, seed=1, tokens=1, without=(train[0][1],))
+    assert train[0] not in other
+    assert len(other) == 20
+    gaps = benchmark.exact_gaps(lm, guide, train)
+    for observation, gap in zip(train, gaps, strict=True):
+        exact = exact_posterior(story, *observation)
+        fn = structure(guide, observation, {}).nodes["middle"]["fn"]
+        with torch.no_grad():
+            log_q = fn.log_prob(torch.as_tensor(exact.samples["middle"])).numpy()
+        elbo = (np.exp(log_q) * (exact.log_weights - log_q)).sum()
+        assert gap == pytest.approx(float(exact.log_evidence) - elbo, abs=1e-9)
+        assert gap > 0.01
+
+    result = benchmark.Result
+    found = {
+        "none": [result(np.array([1.0, 2.0]), np.array([3.0]), 1.0), result(np.array([2.0]), np.array([5.0]), 3.0)],
+        "one": [result(np.array([1.0]), np.array([2.5]), 2.0), result(np.array([2.0]), np.array([3.5]), 2.0)],
+    }
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in benchmark.report(found).splitlines()[2:]]
+    assert rows[0] == ["none", "1.75 ± 0.25", "4.00 ± 1.00", "", "2"]
+    assert rows[1] == ["one", "1.50 ± 0.50", "3.00 ± 0.50", "-1.00 ± 0.50", "2"]
+
+    monkeypatch.setattr(benchmark, "contenders", lambda options: dict(list(contenders(options).items())[-2:]))
+    arguments = {"steps": 1, "seeds": 1, "train": 3, "held-out": 4, "particles": 2, "batch-size": 2, "rank": 1}
+    options = benchmark.parser().parse_args([part for k, v in arguments.items() for part in (f"--{k}", str(v))])
+    assert [row.split("|")[1].strip() for row in benchmark.compare(options).splitlines()[2:]] == [
+        "simulated x 0.5",
+        "all four",
+    ]

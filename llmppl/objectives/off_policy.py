@@ -12,7 +12,15 @@ from torch import Tensor
 from llmppl.objectives.base import ParticleObjective
 from llmppl.particles import Particles
 from llmppl.replay import Behaviour, Mixed, has_data_plate, rows_of
-from llmppl.tracing import Program, is_latent, observing, plate_nesting, simulate, structure
+from llmppl.tracing import (
+    Program,
+    has_other_observations,
+    is_latent,
+    observing,
+    plate_nesting,
+    simulate,
+    structure,
+)
 
 
 @dataclass(frozen=True)
@@ -61,15 +69,15 @@ class OffPolicyObjective(ParticleObjective):
         replayed, temperatures = behaviour.plan(count)
         given: dict[str, Tensor] = {}
         observations: list[str] = []
+        taken = torch.zeros((count, *batch)) > 0
         if behaviour.simulates():
             given, seen = simulate(model, args, kwargs)
             model, guide = observing(model, guide, seen)
             given = {n: _full(v, events[n], nesting)[None] for n, v in given.items()}
             temperatures = torch.cat([torch.ones(replayed + 1), temperatures[replayed:]])[:count]
             taken = (torch.arange(count) == 0).reshape((-1,) + batch)
-        else:
+        elif not has_other_observations(model):
             observations = rows_of(args, data_plate)
-            taken = torch.zeros((count, *batch)) > 0
             if behaviour.buffer is not None and replayed:
                 drawn = [behaviour.buffer.draw(observation, replayed) for observation in observations]
                 given, taken = _stack(drawn, events, count, nesting, data_plate)
@@ -77,7 +85,7 @@ class OffPolicyObjective(ParticleObjective):
         on_policy = (temperatures == 1.0) & ~taken.reshape(count, -1).any(1)
         return Call(model, guide, args, kwargs, handler, on_policy, observations)
 
-    def remember(self, call: Call, trace: poutine.Trace, log_p: Tensor, log_q: Tensor) -> None:
+    def remember(self, call: Call, trace: poutine.Trace, log_p: Tensor, log_weights: Tensor) -> None:
         """Put the particles of a call, ``(K,) + batch_shape``, into the buffer."""
         buffer = self.behaviour.buffer
         if buffer is None or not call.observations:
@@ -86,15 +94,15 @@ class OffPolicyObjective(ParticleObjective):
         split = has_data_plate(trace)
         for row, observation in enumerate(call.observations):
             # Without a data plate all plates of the program belong to one observation.
-            joint, guided = (
-                s.detach()[:, row] if split else s.detach().reshape(len(s), -1).sum(1) for s in (log_p, log_q)
+            joint, weight = (
+                s.detach()[:, row] if split else s.detach().reshape(len(s), -1).sum(1) for s in (log_p, log_weights)
             )
             for k in range(self.num_particles):
                 values = {}
                 for name, site in latents.items():
                     value = site["value"][k]
                     values[name] = value.select(value.dim() - 1 - site["fn"].event_dim, row) if split else value
-                buffer.add(observation, values, float(joint[k]), float(joint[k] - guided[k]))
+                buffer.add(observation, values, float(joint[k]), float(weight[k]))
 
     def _off_policy_particles(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -104,7 +112,7 @@ class OffPolicyObjective(ParticleObjective):
         particles = self._particles(
             call.model, call.guide, args, kwargs, behaviour=call.handler, on_policy=call.on_policy
         )
-        self.remember(call, particles.guide_trace, particles.log_p, particles.log_q)
+        self.remember(call, particles.guide_trace, particles.log_p, particles.log_weights)
         return call, particles
 
     def settings(self) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from torch import Tensor
 from llmppl.objectives.base import diagnostics
 from llmppl.objectives.off_policy import Call, OffPolicyObjective
 from llmppl.objectives.states import States, ended_prefixes
-from llmppl.particles import check_finite, compute_log_prob, propose, run_particles, sum_sites
+from llmppl.particles import check_finite, compute_log_prob, drops, log_q_drawn, propose, run_particles, sum_sites
 from llmppl.replay import Behaviour
-from llmppl.tracing import Given, Program, in_particles
+from llmppl.tracing import Given, Program, in_particles, original
 
 
 class SubTrajectoryBalance(OffPolicyObjective):
@@ -67,16 +67,18 @@ class SubTrajectoryBalance(OffPolicyObjective):
             trace, axes, nesting = propose(
                 call.model, call.guide, args, kwargs, self.num_particles, behaviour=call.handler
             )
+        drawn = log_q_drawn(trace, axes, nesting, self.num_particles) if drops(trace) else None
         states = ended_prefixes(trace, axes, nesting, type(self).__name__)
         log_p = self._score(call.model, call, states, axes, nesting)  # (J, K) + batch_shape
         log_q = self._score(call.guide, call, states, axes, nesting)
         sampled_p, sampled_q = states.of_samples(log_p), states.of_samples(log_q)
-        if self._checked is not model:
+        if self._checked is not original(model):
             self._check_prefixes(call, trace, states, sampled_p)
-            self._checked = model
+            self._checked = original(model)
         chosen = call.on_policy.to(log_p.device)
-        self.diagnostics = diagnostics((sampled_p - sampled_q).detach()[chosen])
-        self.remember(call, trace, sampled_p, sampled_q)
+        sampled = (sampled_p - (sampled_q if drawn is None else drawn)).detach()
+        self.diagnostics = diagnostics(sampled[chosen])
+        self.remember(call, trace, sampled_p, sampled)
         log_weights = log_p / self.target_temperature - log_q
         weight = self.pair_weights(states)  # (J, J, K) + batch_shape
         squares = (log_weights[:, None] - log_weights[None]).square()
