@@ -6,6 +6,7 @@ from llmppl.guides.direct import DirectGuide
 from llmppl.guides.gflownet import GFlowNetGuide
 from llmppl.guides.refinement import RefinementGuide
 from llmppl.guides.semi_amortized import InstanceGuide, SemiAmortizedGuide
+from llmppl.guides.soft_prompt import SoftPromptGuide
 
 __all__ = [
     "AutoregressiveGuide",
@@ -15,5 +16,6 @@ __all__ = [
     "PromptGuide",
     "RefinementGuide",
     "SemiAmortizedGuide",
+    "SoftPromptGuide",
     "TextGuide",
 ]

@@ -95,13 +95,29 @@ class TextGuide(nn.Module):
         :raises ValueError: the program has no latent text, or a latent that the guide does not know.
         """
         self.register()
+        given = self._draw_others(args, kwargs)
+        return self._propose(_Proposer, given, args, kwargs, observations or {})
+
+    def _draw_others(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The sites of ``others``."""
         given: dict[str, Any] = {}
         if self.others is not None:
             with _Recorder(given):
                 self.others(*args, **kwargs)
+        return given
+
+    def _propose(
+        self,
+        kind: Callable[..., _Proposer],
+        given: dict[str, Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        observations: Mapping[str, Tensor],
+    ) -> dict[str, Any]:
+        """The program with a proposer's distributions at its latent texts; all latent values."""
         with poutine.block(), poutine.condition(data=given):
             sites = structure(self.model, args, kwargs)
-        proposer = _Proposer(self, sites, given, args, kwargs, observations or {})
+        proposer = kind(self, sites, given, args, kwargs, observations)
         with proposer:
             self.model(*args, **kwargs)
         return {**given, **proposer.proposed}
@@ -116,6 +132,10 @@ def register_module(name: str, module: nn.Module) -> None:
         if full_name in store and store[full_name] is not parameter:
             del store[full_name]
     pyro.module(name, module)
+
+
+def program_name(program: Program) -> str:
+    return getattr(program, "__name__", type(program).__name__)
 
 
 class _Recorder(Messenger):
@@ -189,12 +209,13 @@ class _Proposer(Messenger):
                 msg["value"], msg["done"] = any_text(msg["fn"]), True
             msg["stop"] = True
             return
-        prior = msg["fn"]
-        if self.guide.two_sided:
-            msg["fn"] = self.guide.fill(name, prior, *self._both_sides(name, prior, msg))
-        else:
-            msg["fn"] = self.guide.distribution(name, prior, self._context(name, prior, msg))
+        msg["fn"] = self._proposal(name, msg["fn"], msg)
         msg["fn"].site = name
+
+    def _proposal(self, name: str, prior: ConditionedText, msg: Site) -> ConditionedText:
+        if self.guide.two_sided:
+            return self.guide.fill(name, prior, *self._both_sides(name, prior, msg))
+        return self.guide.distribution(name, prior, self._context(name, prior, msg))
 
     def _pyro_post_sample(self, msg: Site) -> None:
         if is_latent(msg) and msg["name"] not in self.given and is_text(msg):
@@ -223,7 +244,8 @@ class _Proposer(Messenger):
             for other, (value, site) in self.observed.items():
                 (before if self.places.index(other) < place else behind).append(_rows_of(value, site, msg))
             left = self._before(prior, before)
-            right = self.guide.lm.both_sides(left, ..., *behind)[1] if behind else left[..., :0]
+            own = getattr(prior, "right", left[..., :0])  # what a masked prior is told itself
+            right = self.guide.lm.both_sides(left, ..., left_aligned(own), *behind)[1] if behind else own
         return _expanded(name, prior, left), _expanded(name, prior, right)
 
     def _before(self, prior: ConditionedText, told: list[Tensor]) -> Tensor:

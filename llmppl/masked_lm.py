@@ -83,6 +83,7 @@ class MaskedLM(nn.Module):
         self._shared = (lm, transformer, Network(transformer))
         self.mask, self.end = marks
         self.adapter, self.max_tokens = adapter, max_tokens
+        self.alpha: float | None = None
         self.weights = nn.ParameterDict()
         self.length_head = nn.Linear(
             transformer.config.hidden_size,
@@ -110,13 +111,17 @@ class MaskedLM(nn.Module):
         :raises ValueError: an architecture whose attention cannot be made bidirectional.
         """
         name = adapter or f"MaskedLM_{next(_numbers)}"
+        scale = float(2 * rank if alpha is None else alpha)
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}.")
         probe_bidirectional(lm.transformer)
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            lm.adapters.add(name, rank, float(2 * rank if alpha is None else alpha), target_modules)
+            lm.adapters.add(name, rank, scale, target_modules)
         marks = lm.adapters.add_virtual_tokens(name, mean_embedding(lm).repeat(2, 1))
         model = cls(lm, lm.transformer, marks, name, max_tokens)
+        model.alpha = scale
         model.weights.update({k.replace(".", "/"): p for k, p in lm.adapters.parameters(name).items()})
         return model
 
@@ -154,7 +159,9 @@ class MaskedLM(nn.Module):
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            transformer = LlamaForCausalLM(config).to(device=lm.device, dtype=lm.dtype)
+            # Trained as a whole, and half precision is too coarse for an optimizer's steps.
+            dtype = torch.promote_types(lm.dtype, torch.float32)
+            transformer = LlamaForCausalLM(config).to(device=lm.device, dtype=dtype)
         model = cls(lm, transformer.eval(), range(lm.vocabulary, lm.vocabulary + 2), None, max_tokens)
         model.weights.update({k.replace(".", "/"): p for k, p in transformer.named_parameters()})
         return model
@@ -175,8 +182,14 @@ class MaskedLM(nn.Module):
 
     def settings(self) -> dict[str, object]:
         """What saved weights must agree with."""
-        rank = next((p.shape[0] for key, p in self.weights.items() if "lora_A" in key), None)
-        return {"adapted": self.adapter is not None, "rank": rank, "max_tokens": self.max_tokens}
+        own: dict[str, object]
+        if self.adapter is None:
+            # The tensors' shapes say everything but this.
+            own = {"heads": self.transformer.config.num_attention_heads}
+        else:
+            rank = next((p.shape[0] for key, p in self.weights.items() if "lora_A" in key), None)
+            own = {"rank": rank, "alpha": self.alpha}
+        return {"adapted": self.adapter is not None, "max_tokens": self.max_tokens, **own}
 
     @property
     def lm(self) -> LM:

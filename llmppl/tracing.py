@@ -138,6 +138,7 @@ def in_data_plate(program: Program) -> Program:
     if hasattr(program, "log_partition"):
         rows.log_partition = program.log_partition  # type: ignore[attr-defined]
     rows.exactness = getattr(program, "exactness", "marginal")  # type: ignore[attr-defined]
+    rows.scores_given = getattr(program, "scores_given", False)  # type: ignore[attr-defined]
     # Prompts find arguments by the program's own names.
     rows.__signature__ = signature(program)  # type: ignore[attr-defined]
     return rows
@@ -257,6 +258,7 @@ def observing(model: Program, guide: Program, observations: dict[str, Tensor]) -
     if hasattr(guide, "log_partition"):
         told.log_partition = log_partition  # type: ignore[attr-defined]
     told.exactness = getattr(guide, "exactness", "marginal")  # type: ignore[attr-defined]
+    told.scores_given = getattr(guide, "scores_given", False)  # type: ignore[attr-defined]
     told.__signature__ = signature(guide)  # type: ignore[attr-defined]
     observed.__signature__ = signature(model)  # type: ignore[attr-defined]
     return observed, told

@@ -33,6 +33,9 @@ ORDERS = ("left-to-right", "random", "confidence", "margin", "entropy")
 CANVAS_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Canvas tokens of one forward pass, by device."""
 
+LOGITS = {"cpu": 2**25, "cuda": 2**28}
+"""Numbers in one matrix of predictions over the vocabulary, by device; a few such matrices live at once."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -139,12 +142,14 @@ def draw(
     ranks = plan.steps_of_ranks(count, width)
     for step in range(int(ranks.max()) + 1):
         rows = (ranks == step).any(-1).nonzero()[:, 0]
-        for part in _parts(rows, width):
-            masked = canvas[part] == model.mask
+        # A rule looks at every mask, a known order at its own positions only.
+        open_ = canvas == model.mask if orders is None else orders[0] == step
+        for part in _parts(rows, width, law.vocabulary, int(open_[rows].sum(-1).max())):
+            masked = open_[part]
             row, column = masked.nonzero(as_tuple=True)
             log_probs = predictions(model, law, reading.of(part), canvas[part], count[part], row, column)
             now = (
-                orders[0, part] == step
+                masked
                 if orders is not None
                 else chosen(plan.order, log_probs, row, column, masked, (ranks[part] == step).sum(-1))
             )
@@ -172,7 +177,7 @@ def steps_of(model: MaskedLM, law: TextLaw, plan: Plan, reading: Reading, texts:
     ranks = plan.steps_of_ranks(count, width)
     for step in range(int(ranks.max()) + 1):
         rows = (ranks == step).any(-1).nonzero()[:, 0]
-        for part in _parts(rows, width):
+        for part in _parts(rows, width, law.vocabulary, int((canvas[rows] == model.mask).sum(-1).max())):
             masked = canvas[part] == model.mask
             row, column = masked.nonzero(as_tuple=True)
             log_probs = predictions(model, law, reading.of(part), canvas[part], count[part], row, column)
@@ -206,7 +211,8 @@ def log_probs_at(
 
     :param canvas, wanted, texts: ``(M, T)``.
     """
-    parts = list(_parts(torch.arange(len(canvas), device=canvas.device), canvas.shape[-1]))
+    rows = torch.arange(len(canvas), device=canvas.device)
+    parts = list(_parts(rows, canvas.shape[-1], law.vocabulary, int(wanted.sum(-1).max())))
 
     def one(part: Tensor) -> Tensor:
         row, column = wanted[part].nonzero(as_tuple=True)
@@ -282,9 +288,14 @@ def chosen(order: str, log_probs: Tensor, row: Tensor, column: Tensor, masked: T
     return masked & (rank < quota[:, None])
 
 
-def _parts(rows: Tensor, width: int) -> Iterator[Tensor]:
-    size = max(CANVAS_TOKENS.get(rows.device.type, CANVAS_TOKENS["cpu"]) // (width + 1), 1)
-    yield from rows.split(size)
+def _parts(rows: Tensor, width: int, vocabulary: int, positions: int) -> Iterator[Tensor]:
+    """Rows that go through the network together.
+
+    :param positions: the most positions of a row whose predictions are wanted at once.
+    """
+    kind = rows.device.type if rows.device.type in CANVAS_TOKENS else "cpu"
+    size = min(CANVAS_TOKENS[kind] // (width + 1), LOGITS[kind] // (vocabulary * max(positions, 1)))
+    yield from rows.split(max(size, 1))
 
 
 def _check_count(name: str, count: object) -> None:

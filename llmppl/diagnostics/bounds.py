@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmppl.diagnostics.simulated import draws, score_given
+from llmppl.exactness import check_scores_given
 from llmppl.inference.population import Population
 from llmppl.inference.resampling import log_mean
 from llmppl.inference.stages import Stages
@@ -145,11 +146,14 @@ def bounds(
     A step costs one sampling pass of the guide, one scoring pass of the model for the particles, and
     a pass of each for :math:`z^*`.
 
+    Of a guide that is exact given an order, or with a trajectory, that of :math:`z^*` is drawn from its law at
+    :math:`z^*`, and the divergences are those of both together, never smaller than those of the latents alone.
+
     :param num_samples: ``K``, at least 2.
     :param simulations: draws of :math:`(z^*, x^*)` for each call; 0 for the observations as they are.
     :param method: ``"importance"`` or ``"smc"``.
     :param vectorize_data: as for :func:`~llmppl.importance`; each row is an observation of its own.
-    :raises ValueError: a factor in the program, a guide without an exact marginal density, a scaled site.
+    :raises ValueError: a factor in the program, a guide that does not score what it did not draw, a scaled site.
     :raises TypeError: a guide that takes no ``observations=``.
 
     References
@@ -165,12 +169,7 @@ def bounds(
         raise ValueError(f"simulations must not be negative, got {simulations}. 0 takes the observations as given.")
     if method not in METHODS:
         raise ValueError(f"method={method!r} must be one of {METHODS}.")
-    exactness = getattr(guide, "exactness", "marginal")
-    if exactness != "marginal":
-        raise ValueError(
-            f"bounds need the guide's density of values that it did not draw, and {type(guide).__name__} has none "
-            f"(exactness {exactness!r}). Use a guide with exactness 'marginal'."
-        )
+    check_scores_given(guide, "bounds()")
     if vectorize_data:
         model, guide = in_data_plate(model), in_data_plate(guide)
 

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from llmppl.diagnostics.ranks import CREDIBILITY, Functional, ranks_of
 from llmppl.diagnostics.simulated import Array, Sampler, simulated_pair
 from llmppl.diagnostics.uniformity import MOST_POINTS, ecdf_band, uniformity_p_value
+from llmppl.exactness import check_scores_given
 from llmppl.inference.importance import importance
 from llmppl.randomness import randomness_kept
 from llmppl.tracing import Program, in_data_plate
@@ -262,19 +263,6 @@ def call_seed(seed: int, call: int) -> int:
     return int(np.random.SeedSequence((seed, call)).generate_state(1)[0])
 
 
-def check_marginal(guide: Program, what: str) -> None:
-    """Refuse a guide whose density of values that it did not draw is unknown.
-
-    :raises ValueError: naming its exactness.
-    """
-    exactness = getattr(guide, "exactness", "marginal")
-    if exactness != "marginal":
-        raise ValueError(
-            f"{what} needs the guide's density of values that it did not draw, and {type(guide).__name__} has none "
-            f"(exactness {exactness!r}). Use a guide with exactness 'marginal'."
-        )
-
-
 def _simulating(
     model: Program,
     guide: Program,
@@ -291,7 +279,7 @@ def _simulating(
         raise ValueError(f"simulations must be at least 1, got {simulations}.")
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, got {level}. It is the probability to pass, e.g. 0.95.")
-    check_marginal(guide, "calibration")
+    check_scores_given(guide, "calibration")
     if vectorize_data:
         model, guide = in_data_plate(model), in_data_plate(guide)
     calls = 0

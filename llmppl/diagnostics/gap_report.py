@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from llmppl.diagnostics.family import Family, left_as_it_was
 from llmppl.diagnostics.gaps import GapReport, Gaps
+from llmppl.exactness import check_weights
 from llmppl.inference.enumeration import exact_posterior
 from llmppl.inference.importance import importance
 from llmppl.inference.posterior import Posterior
@@ -94,6 +95,7 @@ def gap_report(
 
     [1] Cremer, Li, Duvenaud (2018), `Inference suboptimality in variational autoencoders`.
     """
+    check_weights(guide)
     data = checked(data)
     everything = data + ([] if held_out is None else checked(held_out, "held_out"))
     for name, number, least in (("num_samples", num_samples, 2), ("steps", steps, 1), ("restarts", restarts, 0)):

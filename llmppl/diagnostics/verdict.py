@@ -22,6 +22,7 @@ from llmppl.diagnostics.findings import Exact, Finding
 from llmppl.diagnostics.ranks import ranks_of
 from llmppl.diagnostics.simulated import Array, Pair, Scored, draw_scored, placed, score_given, scored, simulated_pair
 from llmppl.distributions.process import ProcessText
+from llmppl.exactness import check_weights, exactness_of, scores_given
 from llmppl.inference.enumeration import exact_posterior
 from llmppl.inference.importance import importance
 from llmppl.inference.posterior import Posterior
@@ -147,6 +148,7 @@ def diagnose(
         raise ValueError(f"num_samples must be at least 2, got {num_samples}: a standard error takes two.")
     if simulations < 0:
         raise ValueError(f"simulations must not be negative, got {simulations}. Pass 0 to leave them out.")
+    check_weights(guide)
     data = checked(data)
     calls = list(data)
     if vectorize_data:
@@ -237,9 +239,8 @@ def _verdict(found: Sequence[Finding]) -> str:
 
 def _cannot_simulate(model: Program, guide: Program, args: tuple[Any, ...]) -> str | None:
     """Why the program cannot be simulated for this guide; ``None`` if it can."""
-    exactness = getattr(guide, "exactness", "marginal")
-    if exactness != "marginal":
-        return f"the guide has no density of values that it did not draw (exactness {exactness!r})"
+    if not scores_given(guide):
+        return f"the guide has no density of values that it did not draw (exactness {exactness_of(guide)!r})"
     for name, site in structure(model, args, {}).nodes.items():
         if site["type"] == "sample" and isinstance(site["fn"], dist.Unit):
             return f"the program has a factor, {name!r}"
@@ -256,7 +257,7 @@ def _enumerated(model: Program, guide: Program, args: tuple[Any, ...], sampled: 
     for site in structure(model, args, {}).nodes.values():
         if is_latent(site):
             size *= _support_size(site, sampled.batch_shape)
-    if size > ENUMERABLE or getattr(guide, "exactness", "marginal") != "marginal":
+    if size > ENUMERABLE or exactness_of(guide) != "marginal":
         return None
     try:
         exact = exact_posterior(model, *args)

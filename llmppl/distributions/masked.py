@@ -15,7 +15,7 @@ from llmppl.sampling import NotFiniteError, choose
 from llmppl.scoring import check_length
 from llmppl.stopping import TextLaw
 from llmppl.text import PAD, check_text, lengths, widen
-from llmppl.unmasking import Plan, draw, log_probs_at, score, steps_of
+from llmppl.unmasking import Plan, _parts, draw, log_probs_at, predictions, score, steps_of
 
 if TYPE_CHECKING:
     from llmppl.masked_lm import MaskedLM
@@ -23,10 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Trajectories:
-    """The last texts that a distribution has drawn or scored, and the steps in which they were filled in."""
+    """The last texts that a distribution has drawn or scored, and the steps in which they were filled in.
+
+    Steps that follow from a rule hold for one state of the network; drawn ones always.
+    """
 
     texts: Tensor | None = None  # (N, T)
     steps: Tensor | None = None  # (num_orders, N, T)
+    shape: torch.Size = torch.Size()
+    version: int = 0
 
 
 class MaskedText(ProcessText):
@@ -93,7 +98,10 @@ class MaskedText(ProcessText):
         :raises ValueError: another adapter, or another batch shape than the right side has.
         """
         if adapter != self.adapter:
-            raise ValueError(f"a masked text has the adapter of its network, {self.adapter!r}, not {adapter!r}.")
+            raise ValueError(
+                f"a masked text has the adapter of its own network, {self.adapter!r}, and cannot be written from left "
+                f"to right with {adapter!r}. Propose it by a RefinementGuide."
+            )
         return MaskedText(self.model, context, self.right, self.law, self.plan, self._validate_args)
 
     def expand(self, batch_shape: Any, _instance: object = None) -> MaskedText:
@@ -133,7 +141,7 @@ class MaskedText(ProcessText):
         except NotFiniteError as error:
             raise ValueError(f"site {self.site!r}: {error}" if self.site else str(error)) from None
         scores = self._joined(found, of_length, count)
-        self._drawn.texts, self._drawn.steps = texts, steps
+        self._keep(texts, steps, shape)
         value, scores = texts.reshape(shape + self.event_shape), scores.reshape(shape + self.event_shape)
         self.remember(value, scores)
         return value, scores.sum(-1)
@@ -158,7 +166,7 @@ class MaskedText(ProcessText):
             if self._validate_args:
                 self._validate_text(value)
             with torch.set_grad_enabled(self._wants_gradient):
-                scores = self._score(widen(flat, self.event_shape[0]), left, right)
+                scores = self._score(widen(flat, self.event_shape[0]), left, right, shape)
             self.remember(value, scores[:, : value.shape[-1]].reshape(shape + value.shape[-1:]))
         return self._memo.take(self._wants_gradient)
 
@@ -203,11 +211,64 @@ class MaskedText(ProcessText):
         tokens = (found * size / masks).reshape(num_masks, -1).mean(0)
         return -(tokens + of_length.gather(-1, (count - 1)[:, None])[:, 0]).reshape(shape)
 
+    def known_steps(self, value: Tensor) -> Tensor:
+        """In which steps the texts that were drawn or scored last are filled in, ``(num_orders,)`` and their shape."""
+        steps = self._drawn.steps
+        if steps is None:
+            raise ValueError("these texts were neither drawn nor scored here.")
+        return steps.reshape((len(steps), *value.shape))
+
+    def recall(self, value: Tensor, steps: Tensor) -> None:
+        """Score texts of the full batch shape given these steps, as :meth:`known_steps` returns them, from now on."""
+        self._drawn.texts = value.reshape(-1, value.shape[-1])
+        self._drawn.steps = steps.reshape(len(steps), -1, value.shape[-1])
+        self._memo.value = None
+
+    @torch.no_grad()
+    def refill(self, value: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw some tokens of texts anew in one pass, given the others and the length.
+
+        :param value: texts of the full batch shape, and masks of that shape, true where tokens are drawn.
+        :returns: the new texts; the log-probabilities of drawing their tokens and of drawing those of ``value``,
+            ``value.shape[:-1]`` in nats.
+        """
+        flat, (left, right), shape = self._rows_of(value)
+        wanted, count = masks.reshape(flat.shape) & (flat != PAD), lengths(flat)
+        reading, canvas = self.model.read(left, right), torch.where(wanted, self.model.mask, flat)
+        new = flat.clone()
+        scores = torch.zeros((2, *flat.shape), dtype=torch.float64, device=flat.device)
+        rows = wanted.any(-1).nonzero()[:, 0]
+        for part in _parts(rows, flat.shape[-1], self.law.vocabulary, flat.shape[-1]) if len(rows) else ():
+            row, column = wanted[part].nonzero(as_tuple=True)
+            log_probs = predictions(self.model, self.law, reading.of(part), canvas[part], count[part], row, column)
+            token, old = choose(log_probs), flat[part[row], column]
+            new[part[row], column] = token
+            for score_, picked in zip(scores, (token, old), strict=True):
+                score_[part[row], column] = log_probs.gather(-1, picked[:, None])[:, 0].double()
+        there, back = scores.sum(-1).reshape(2, *shape)
+        return new.reshape(value.shape), there, back
+
+    @torch.no_grad()
+    def refill_log_prob(self, value: Tensor, masks: Tensor, new: Tensor) -> Tensor:
+        """Log-probability that :meth:`refill` makes these new texts, ``value.shape[:-1]`` in nats."""
+        flat, (left, right), shape = self._rows_of(value)
+        wanted, texts = masks.reshape(flat.shape) & (flat != PAD), new.expand(value.shape).reshape(flat.shape)
+        reachable = ((texts == flat) | (wanted & (texts != PAD))).all(-1)
+        result = torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
+        rows = (reachable & wanted.any(-1)).nonzero()[:, 0]
+        if len(rows):
+            texts, wanted, count = texts[rows], wanted[rows], lengths(flat[rows])
+            reading = self.model.read(left[rows], right[rows])
+            canvas = torch.where(wanted, self.model.mask, texts)
+            found = log_probs_at(self.model, self.law, reading, canvas, count, wanted, texts)
+            result[rows] = found.sum(-1).double()
+        return result.masked_fill(~reachable, -torch.inf).reshape(shape)
+
     def remember(self, value: Tensor, scores: Tensor) -> None:
         self._memo.value, self._memo.scores = value.clone(), scores
         self._memo.version = self.model.version()
 
-    def _score(self, texts: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    def _score(self, texts: Tensor, left: Tensor, right: Tensor, shape: torch.Size) -> Tensor:
         """Token scores ``(N, T)`` of texts ``(N, T)``, −inf outside the support."""
         inside = self.support.check(texts)
         result = torch.full(texts.shape, -torch.inf, dtype=self.model.length_head.weight.dtype, device=texts.device)
@@ -218,16 +279,19 @@ class MaskedText(ProcessText):
         count = lengths(kept)
         reading = self.model.read(left, right)
         of_length = self.model.length_log_probs(reading, self.law)
-        steps = self._steps(texts, rows, reading, kept, count)
+        steps = self._steps(texts, rows, reading, kept, count, shape)
         found = [score(self.model, self.law, reading, kept, count, own) for own in steps]
         return result.index_put((rows,), self._joined(found, of_length, count))
 
-    def _steps(self, texts: Tensor, rows: Tensor, reading: Any, kept: Tensor, count: Tensor) -> Tensor:
+    def _steps(
+        self, texts: Tensor, rows: Tensor, reading: Any, kept: Tensor, count: Tensor, shape: torch.Size
+    ) -> Tensor:
         """The steps of texts: as they were drawn, where they were."""
         known = self._drawn
         all_steps = torch.full((self.plan.num_orders, *texts.shape), -1, device=texts.device)
         missing = torch.ones(len(texts), dtype=torch.bool, device=texts.device)
-        if known.texts is not None and known.steps is not None and known.texts.shape == texts.shape:
+        holds = known.shape == shape and (self.plan.order == "random" or known.version == self.model.version())
+        if holds and known.texts is not None and known.steps is not None:
             same = (known.texts == texts).all(-1)
             all_steps[:, same] = known.steps[:, same]
             missing = ~same
@@ -235,8 +299,12 @@ class MaskedText(ProcessText):
         if len(lacking):
             found = steps_of(self.model, self.law, self.plan, reading.of(lacking), kept[lacking], count[lacking])
             all_steps[:, rows[lacking]] = found
-        self._drawn.texts, self._drawn.steps = texts, all_steps
+        self._keep(texts, all_steps, shape)
         return all_steps[:, rows]
+
+    def _keep(self, texts: Tensor, steps: Tensor, shape: torch.Size) -> None:
+        known = self._drawn
+        known.texts, known.steps, known.shape, known.version = texts, steps, shape, self.model.version()
 
     def _joined(self, found: list[Tensor], of_length: Tensor, count: Tensor) -> Tensor:
         """Token scores given the orders: of one order its own; of several, those of the mean density."""

@@ -11,6 +11,7 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from tqdm.auto import tqdm
 
+from llmppl.exactness import check_weights
 from llmppl.inference.gathering import Gathering, check_unscaled
 from llmppl.inference.posterior import Array, Posterior
 from llmppl.particles import Particles, check_finite, run_particles
@@ -68,11 +69,7 @@ def importance(
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
     if target_error is not None:
         _check_target(target_error, num_samples)
-    exactness = getattr(guide, "exactness", "marginal")
-    if exactness == "none":
-        raise ValueError(
-            f"{type(guide).__name__} has no exact density (exactness 'none'), so its samples have no weights."
-        )
+    exactness = check_weights(guide)
 
     if vectorize_data:
         model, guide = in_data_plate(model), in_data_plate(guide)

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from llmppl.distributions.autoregressive import AutoregressiveText
+from llmppl.exactness import check_weights
 from llmppl.inference.gathering import Gathering, check_unscaled
 from llmppl.inference.importance import block_size, importance
 from llmppl.inference.posterior import Array, Posterior
@@ -104,8 +105,8 @@ def mcmc(
             f"block must be at least 2 tokens, got {block}: single tokens cannot change a text's length. Use "
             "kernel='gibbs' for moves of one token."
         )
-    exactness = getattr(guide, "exactness", "marginal")
-    if exactness == "none" or (exactness != "marginal" and kernel != "independence"):
+    exactness = check_weights(guide)
+    if exactness != "marginal" and kernel != "independence":
         raise ValueError(
             f"kernel={kernel!r} needs the guide's exact density, and {type(guide).__name__} has exactness "
             f"{exactness!r}. Use another guide, or none: the program's prior then proposes."

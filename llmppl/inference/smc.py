@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from llmppl.exactness import check_weights
 from llmppl.inference.gathering import check_unscaled, gather
 from llmppl.inference.population import TARGETS, Population
 from llmppl.inference.posterior import Posterior
@@ -85,11 +86,7 @@ def smc(
     [3] Fearnhead, Clifford (2003), `On-line inference for hidden Markov models via particle filters`.
     """
     _check(num_samples, num_runs, targets, resampling, ess_threshold, check_every)
-    exactness = getattr(guide, "exactness", "marginal")
-    if exactness == "none":
-        raise ValueError(
-            f"{type(guide).__name__} has no exact density (exactness 'none'), so its samples have no weights."
-        )
+    exactness = check_weights(guide)
     if vectorize_data:
         model, guide = in_data_plate(model), None if guide is None else in_data_plate(guide)
 
