@@ -1,7 +1,7 @@
 """(j) A gap of 6 to 10 tokens in a story, filled in a few steps: gap, ESS and cost beside other proposals.
 
     python benchmarks/gap_filling.py --save runs/gap
-    python benchmarks/gap_filling.py --load runs/gap --samples 32
+    python benchmarks/gap_filling.py --load runs/gap/balance.safetensors --sleep-seconds 0 --balance-seconds 0
 
 The middle sentence of a story has 6 to 10 tokens and is latent, the ending is observed. A RefinementGuide on
 SmolLM2's own transformer learns from simulated pairs first (sleep, in 4 and in other numbers of steps), then by
@@ -10,7 +10,7 @@ steps are compared, on the same held-out stories, with the prior, with the langu
 with the shipped autoregressive adapter, which was trained for longer on middles of up to 16 tokens. log Z stands for
 the best log Ẑ of all proposals: a lower bound in expectation, and so are the gaps.
 
-With ``--save`` the guide is kept after each phase; ``--load`` only evaluates. One thread.
+With ``--save`` the guide is kept after each phase, ``--load`` goes on from there. One thread.
 """
 
 from __future__ import annotations
@@ -84,6 +84,8 @@ def train(guide: RefinementGuide, lm: LM, options: argparse.Namespace) -> None:
         ),
     ]
     for number, (name, objective, seconds, rate, stories_a_step) in enumerate(phases):
+        if not seconds:
+            continue
         start, plan = time.process_time(), guide.plan
 
         def callback(
@@ -134,6 +136,7 @@ def evaluate(guide: RefinementGuide, lm: LM, options: argparse.Namespace) -> Non
         "autoregressive, shipped adapter": shipped,
         **{f"refinement, {steps} steps": guide.at(steps=steps) for steps in (1, 2, 4, MAX_TOKENS)},
         "refinement, 4 steps by confidence": guide.at(steps=4, order="confidence"),
+        "refinement, 4 steps and AIS": guide.at(steps=4, refine="ais", temperatures=options.temperatures),
     }
     posteriors: dict[str, Posterior] = {}
     seconds = {}
@@ -183,19 +186,18 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--samples", type=int, default=24)
     parser.add_argument("--held-out", type=int, default=8)
+    parser.add_argument("--temperatures", type=int, default=8, help="of annealed importance sampling")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path, help="folder for the guide after each phase")
-    parser.add_argument("--load", type=Path, help="folder of a guide to go on from")
-    parser.add_argument("--phase", default="balance", help="which file of --load: sleep or balance")
+    parser.add_argument("--load", type=Path, help="file of a guide to go on from")
     options = parser.parse_args()
     torch.set_num_threads(1)
     lm = LM.from_pretrained(options.model)
     guide = make(lm, options.seed, options.rank)
     print(guide, flush=True)
     if options.load is not None:
-        guide.load(options.load / f"{options.phase}.safetensors")
-    else:
-        train(guide, lm, options)
+        guide.load(options.load)
+    train(guide, lm, options)
     evaluate(guide, lm, options)
 
 
