@@ -151,6 +151,7 @@ class Configurations:
         heights = torch.rand(full, dtype=torch.float64)
         return (heights == (heights.amax(inner, keepdim=True) if inner else heights)).reshape(front)
 
+    @torch.no_grad()
     def _configuration(self, trace: poutine.Trace, values: Values) -> Configuration:
         compute_log_prob(trace)
         check_finite(trace, allow_zero=True)
