@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from llmppl.checkpoint import load_adapter, save_adapter
 from llmppl.distributions.conditioned import ConditionedText
-from llmppl.guides.base import TextGuide, program_name, register_module
+from llmppl.guides.base import program_name, register_module
+from llmppl.guides.saved import SavedGuide
 
 _numbers = itertools.count()
 
 
-class AdapterGuide(TextGuide):
+class AdapterGuide(SavedGuide):
     """A guide whose proposals are the language model's own laws under an adapter.
 
     It shares the transformer with the prior: its adapter is on while the guide samples or scores,
@@ -51,31 +50,8 @@ class AdapterGuide(TextGuide):
     def register(self) -> None:
         register_module(self.adapter, self.weights)
 
-    def settings(self) -> dict[str, object]:
-        """What a checkpoint must agree with, beside the model."""
-        return {"guide": type(self).__name__}
-
     def tensors(self) -> dict[str, Tensor]:
-        """The trained tensors, by name."""
         return dict(self.lm.adapters.parameters(self.adapter))
-
-    def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
-        """Write the adapter to a safetensors file, whole or not at all.
-
-        :param dtype: ``torch.float16`` halves the file.
-        """
-        save_adapter(path, self.tensors(), self.lm.fingerprint(), self.settings(), dtype)
-
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Read an adapter written by :meth:`save`. Nothing changes if it does not fit.
-
-        :raises FileNotFoundError: no such file.
-        :raises ValueError: damaged, or of another model, guide or adapter shape; names the difference.
-        """
-        loaded = load_adapter(path, self.tensors(), self.lm.fingerprint(), self.settings())
-        with torch.no_grad():
-            for key, tensor in self.tensors().items():
-                tensor.copy_(loaded[key])
 
     def _adaptation(self) -> str:
         """What the adapter is, for a ``repr``."""

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import EllipsisType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmppl.annealing import anneal, anneal_back
-from llmppl.checkpoint import load_adapter, save_adapter
 from llmppl.configurations import Configurations, frames_here
 from llmppl.distributions.conditioned import ConditionedText
 from llmppl.distributions.masked import MaskedText
 from llmppl.distributions.process import ProcessText
 from llmppl.distributions.refined import RefinedText, Refinement
-from llmppl.guides.base import Prompt, TextGuide, _Proposer, register_module
+from llmppl.guides.base import Prompt, _Proposer
+from llmppl.guides.network import NetworkGuide, check_filled
 from llmppl.language_model import LM
 from llmppl.masked_lm import MaskedLM, refuse_truncation
 from llmppl.mixture import mix, mixture_of
@@ -58,7 +56,7 @@ class Refine:
         return f"refine={self.method!r}, {count}"
 
 
-class RefinementGuide(TextGuide):
+class RefinementGuide(NetworkGuide):
     r"""A masked-diffusion guide: the length of a latent text, then its tokens in any number of steps.
 
     By default a latent text is told its prior's own context and the observed texts before it on the left, and
@@ -87,12 +85,7 @@ class RefinementGuide(TextGuide):
     :param steps, tokens_per_step, order, num_orders: of a :class:`~llmppl.unmasking.Plan`; two tokens a step by
         default.
     :param refine, temperatures, parents: of a :class:`Refine`; no refinement by default.
-    :param network: a :class:`~llmppl.masked_lm.MaskedLM`; the language model's own transformer with an adapter
-        by default.
-    :param max_tokens: the longest latent text, of the default network; so are the next parameters.
-    :param rank, alpha, target_modules, adapter, seed: as of :class:`AutoregressiveGuide`.
-
-    Other parameters as in :class:`TextGuide`.
+    Other parameters as in :class:`NetworkGuide`. ``top_k`` and ``top_p`` are refused.
 
     References
 
@@ -100,7 +93,6 @@ class RefinementGuide(TextGuide):
     [2] Cappé, Guillin, Marin, Robert (2004), `Population Monte Carlo`.
     """
 
-    two_sided = True
     scores_given = True
 
     def __init__(
@@ -125,17 +117,12 @@ class RefinementGuide(TextGuide):
         parents: int = 4,
         **unknown: object,
     ) -> None:
-        super().__init__(model, lm, prompt, others)
+        super().__init__(model, lm, prompt, others, network, max_tokens, rank, alpha, target_modules, adapter, seed)
         refuse_truncation(unknown)
         self.refine = Refine(refine, temperatures, parents)
         if steps is None and tokens_per_step is None:
             tokens_per_step = 2
         self.plan = Plan(order, steps, tokens_per_step, num_orders)
-        if network is None:
-            network = MaskedLM.adapted(lm, max_tokens, rank, alpha, target_modules, adapter, seed)
-        elif network.lm is not lm:
-            raise ValueError("network= belongs to another language model. Make it with the lm of this guide.")
-        self.network = network
 
     @property
     def exactness(self) -> str:  # type: ignore[override]
@@ -191,57 +178,13 @@ class RefinementGuide(TextGuide):
         return Refinement(space.names, draw, score, space.laid_out, trained[0] if trained else None)
 
     def fill(self, name: str, prior: ConditionedText, left: Tensor, right: Tensor) -> ConditionedText:
-        if not isinstance(prior, ProcessText):
-            raise ValueError(
-                f"site {name!r} is a {type(prior).__name__}, which is not filled token by token. Pass a guide for it "
-                "as others=, or use AutoregressiveGuide."
-            )
+        prior = check_filled(name, prior)
         return MaskedText(self.network, left, right, prior.law, self.plan, prior._validate_args)
 
-    def register(self) -> None:
-        register_module(self._name, self.network)
-
-    @property
-    def _name(self) -> str:
-        return f"refinement_{self.network.adapter or id(self.network)}"
-
-    def reset_parameters(self) -> None:
-        """Start anew, with other random numbers from torch's generator. Parameters of ``others`` stay."""
-        self.network.reset_parameters()
-
-    def settings(self) -> dict[str, object]:
-        """What a checkpoint must agree with, beside the model. Steps and order may differ."""
-        return {"guide": type(self).__name__, **self.network.settings()}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The trained tensors, by name."""
-        return {key.replace("/", "."): tensor for key, tensor in self.network.named_parameters()}
-
-    def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
-        """Write the network's trained tensors to a safetensors file, whole or not at all.
-
-        :param dtype: ``torch.float16`` halves the file.
-        """
-        save_adapter(path, self.tensors(), self.lm.fingerprint(), self.settings(), dtype)
-
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Read what :meth:`save` has written. Nothing changes if it does not fit.
-
-        :raises FileNotFoundError: no such file.
-        :raises ValueError: damaged, or of another model or network; names the difference.
-        """
-        loaded = load_adapter(path, self.tensors(), self.lm.fingerprint(), self.settings())
-        with torch.no_grad():
-            for key, tensor in self.tensors().items():
-                tensor.copy_(loaded[key])
-
-    def __repr__(self) -> str:
+    def _described(self) -> list[str]:
         plan = self.plan
         steps = f"steps={plan.steps}" if plan.steps else f"tokens_per_step={plan.tokens_per_step}"
-        prompts = f", prompt for {sorted(self.prompt)}" if self.prompt else ""
-        model = getattr(self.model, "__name__", type(self.model).__name__)
-        refined = f", {self.refine}" if self.refine.method else ""
-        return f"RefinementGuide({model}, {steps}, order={plan.order!r}{refined}, {self.network!r}{prompts})"
+        return [steps, f"order={plan.order!r}", *([str(self.refine)] if self.refine.method else [])]
 
 
 class _Refining(_Proposer):

@@ -191,10 +191,6 @@ class SemiAmortizedGuide(DirectGuide):
         super().register()
         register_module(f"{self._name}_update", self.update)
 
-    @property
-    def _name(self) -> str:
-        return f"semi_amortized_{self.network.adapter or id(self.network)}"
-
     def reset_parameters(self) -> None:
         super().reset_parameters()
         self.update.reset_parameters()
@@ -207,9 +203,8 @@ class SemiAmortizedGuide(DirectGuide):
         return {**super().tensors(), **{f"update.{k}": p for k, p in self.update.named_parameters()}}
 
     def _described(self) -> list[str]:
-        name, *rest = super()._described()
         count = sum(p.numel() for p in self.update.parameters())
-        return [name, f"refinements={self.refinements}", f"num_draws={self.num_draws}", f"{count} of updates", *rest]
+        return [f"refinements={self.refinements}", f"num_draws={self.num_draws}", f"{count} of updates"]
 
 
 class Update(nn.Module):
