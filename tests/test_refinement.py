@@ -158,8 +158,8 @@ def test_moves_leave_their_targets_invariant_and_annealed_weights_have_mean_z(
         before = beta
     mean, unadjusted = (v * ((1 - before) * log_w).exp() for v in (mean, unadjusted))
     assert float(mean.sum()) / math.exp(toy.log_z) == pytest.approx(1.0, abs=1e-9)
-    # Seen on this toy: the mean weight is off by far.
-    assert abs(float(unadjusted.sum()) / math.exp(toy.log_z) - 1) > 0.2
+    # Always accepted, the mean weight is 0.57 of Z.
+    assert float(unadjusted.sum()) / math.exp(toy.log_z) == pytest.approx(0.5747, abs=1e-3)
 
 
 def test_a_trajectory_has_the_same_weight_forwards_and_backwards(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,7 @@ def test_a_trajectory_has_the_same_weight_forwards_and_backwards(toy: Toy, monke
 
 
 def test_the_moves_of_the_code_are_those_of_the_matrices(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """20 000 moves from one state each; 85 frequencies against the matrix's row, by chi-square, 5 standard deviations."""
+    """20 000 moves from one state each; frequencies against the matrix's row, by chi-square, 5 deviations."""
     states = states_of(toy)
     start = int(states.log_p.argmax())
     units = 20_000
@@ -231,6 +231,7 @@ def test_the_mixture_is_a_density_on_all_texts_given_any_parents(
     bare = mixture.log_density(space, parents, values, log_q).reshape(sets, n)
     reached = bare > -300
     missing = (states.log_p.exp() * reached).sum(-1) / math.exp(toy.log_z)
+    # 0.49 of Z with two parents, 0.63 with three.
     assert float(missing.mean()) < 0.8
 
 
@@ -270,15 +271,15 @@ def test_the_gap_falls_and_the_bracket_closes_with_temperatures(toy: Toy) -> Non
 
 @pytest.mark.parametrize("options", [{"refine": "ais", "temperatures": 2}, {"refine": "mixture", "parents": 3}])
 def test_several_sites_plates_and_random_orders_keep_the_evidence(options: dict[str, object]) -> None:
-    """Two latents, one in a plate of its own, in a data plate; 4 standard errors of 320 samples."""
+    """Two latents, one in a plate of its own; 4 standard errors of 320 samples."""
     toy = Toy(order="random", num_orders=2)
     lm = toy.lm
 
     def model(ending: str) -> None:
         first = pyro.sample("first", lm("a", max_tokens=2, stop="."))
         with pyro.plate("readers", 2):
-            own = pyro.sample("own", lm(first[..., None, :] if first.dim() > 1 else first, max_tokens=1))
-        pyro.sample("close", lm(first), obs=lm.encode(ending) if isinstance(ending, str) else lm.encode(list(ending)))
+            own = pyro.sample("own", lm(first, max_tokens=1))
+        pyro.sample("close", lm(first), obs=lm.encode(ending))
         assert own.shape[-1] == 1
 
     guide = RefinementGuide(model, lm, network=toy.network, steps=1, order="random", num_orders=2, **options)  # type: ignore[arg-type]
@@ -303,15 +304,10 @@ def test_refined_guides_work_wherever_weights_do_and_are_not_trained(toy: Toy, o
             objective.loss_and_grads(toy.program, guide, "ab", "cd")
     with pytest.raises(TypeError, match="RefinementGuide"):
         Denoising(2).loss_and_grads(toy.program, guide, "ab", "cd")
-    values = {"middle": toy.texts[:1]}
-    trace = pyro.poutine.trace(pyro.poutine.condition(lambda *a: guide(*a), data={})).get_trace("ab", "cd")
-    with torch.no_grad(), pytest.raises(ValueError, match="drawn and then replaced"):
-        fn = trace.nodes["middle"]["fn"]
-        fn.log_prob(
-            values["middle"].roll(1, -1)
-            if False
-            else toy.texts[(toy.rows_of(trace.nodes["middle"]["value"])[0] + 1) % 85]
-        )
+    trace = pyro.poutine.trace(guide).get_trace("ab", "cd")
+    other = toy.texts[(toy.rows_of(trace.nodes["middle"]["value"])[0] + 1) % len(toy.texts)]
+    with pytest.raises(ValueError, match="drawn and then replaced"):
+        trace.nodes["middle"]["fn"].log_prob(other)
     assert f"refine={options['refine']!r}" in repr(guide)
     assert "refine" not in repr(guide.at(refine=None))
     assert guide.at(steps=1).exactness == guide.exactness
