@@ -103,7 +103,7 @@ def remasked_matrix(toy: Toy, states: Configuration, beta: float, patch: pytest.
     chance, masks = torch.tensor([r[2] for r in rows], dtype=torch.float64), torch.tensor([r[3] for r in rows])
     old, target = toy.at(a), toy.texts[b]
     patch.setattr(annealing, "draw_masks", lambda value: masks)
-    patch.setattr(masked, "_parts", lambda rows, width: [rows])
+    patch.setattr(masked, "_parts", lambda rows, *_: [rows])
     patch.setattr(masked, "choose", lambda log_probs: target[masks])
     there: list[Tensor] = []
     real = MaskedText.refill
@@ -158,8 +158,8 @@ def test_moves_leave_their_targets_invariant_and_annealed_weights_have_mean_z(
         before = beta
     mean, unadjusted = (v * ((1 - before) * log_w).exp() for v in (mean, unadjusted))
     assert float(mean.sum()) / math.exp(toy.log_z) == pytest.approx(1.0, abs=1e-9)
-    # Always accepted, the mean weight is 0.57 of Z.
-    assert float(unadjusted.sum()) / math.exp(toy.log_z) == pytest.approx(0.5747, abs=1e-3)
+    # Always accepted, the mean weight is far from Z.
+    assert abs(float(unadjusted.sum()) / math.exp(toy.log_z) - 1) > 0.2
 
 
 def test_a_trajectory_has_the_same_weight_forwards_and_backwards(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,12 @@ def exact_posterior(model: Program, *args: Any, **kwargs: Any) -> Posterior:
     latent = {name: site for name, site in trace.nodes.items() if is_latent(site)}
     if not latent:
         raise ValueError("the model has no latent site to enumerate. Leave obs= out at one.")
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and getattr(site["fn"], "exactness", "marginal") != "marginal":
+            raise ValueError(
+                f"site {name!r} has no single log-probability a value: that of a random unmasking order is conditional "
+                "on the order. Use order='confidence', 'margin', 'entropy' or 'left-to-right', or importance()."
+            )
     with torch.no_grad():
         try:
             gathering = _at_once(model, args, kwargs, latent, nesting, axes)
