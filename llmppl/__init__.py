@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llmppl.inference.posterior import Posterior
     from llmppl.inference.smc import smc
     from llmppl.language_model import LM
+    from llmppl.masked_lm import MaskedLM
     from llmppl.regularisation import Regularisation
     from llmppl.replay import Behaviour, ReplayBuffer
     from llmppl.training import fit
@@ -31,6 +32,7 @@ _PUBLIC = {
     "Evaluation": "llmppl.evaluation",
     "Grammar": "llmppl.grammar",
     "LM": "llmppl.language_model",
+    "MaskedLM": "llmppl.masked_lm",
     "Posterior": "llmppl.inference.posterior",
     "Regularisation": "llmppl.regularisation",
     "ReplayBuffer": "llmppl.replay",
@@ -53,6 +55,7 @@ __all__ = [
     "Behaviour",
     "Evaluation",
     "Grammar",
+    "MaskedLM",
     "Posterior",
     "Regularisation",
     "ReplayBuffer",

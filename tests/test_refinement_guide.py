@@ -199,7 +199,7 @@ def test_a_prior_in_random_order_has_unbiased_weights_and_no_enumeration(lm: LM)
     with pytest.raises(ValueError, match="'middle' has no single log-probability"):
         exact_posterior(program, "random")
     guide = RefinementGuide(program, lm, network=network(lm, seed=3), steps=2)
-    posterior = importance(program, guide, 4000, progress=False)("random")
+    posterior = importance(program, guide, 2000, progress=False)("random")
     # The evidence is the mean over both orders.
     texts = prior("ab", max_tokens=2).enumerate_support()
     ending = lm("ab", texts).log_prob(lm.encode("cd"))
