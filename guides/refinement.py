@@ -23,7 +23,7 @@ from llmppl.language_model import LM
 from llmppl.masked_lm import MaskedLM, refuse_truncation
 from llmppl.mixture import mix, mixture_of
 from llmppl.tracing import Program, Site
-from llmppl.unmasking import Plan
+from llmppl.unmasking import Plan, check_count
 
 REFINEMENTS = {"ais": "extended", "mixture": "conditional"}
 """What refined samples have an exact density given or beside."""
@@ -47,9 +47,7 @@ class Refine:
         if self.method is not None and self.method not in REFINEMENTS:
             raise ValueError(f"refine={self.method!r} is no refinement. Use one of {(None, *REFINEMENTS)}.")
         for name, least in (("temperatures", 0), ("parents", 1)):
-            count = getattr(self, name)
-            if isinstance(count, bool) or not isinstance(count, int) or count < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {count!r}.")
+            check_count(name, getattr(self, name), least)
 
     def __str__(self) -> str:
         count = f"temperatures={self.temperatures}" if self.method == "ais" else f"parents={self.parents}"

@@ -21,6 +21,7 @@ from llmppl.masked_lm import MaskedLM
 from llmppl.relaxation import Sensitivity, sensitivity
 from llmppl.replay import key
 from llmppl.tracing import Observed, Program, in_data_plate, is_dry, plate_nesting, structure
+from llmppl.unmasking import check_count
 
 CELLS = 2**23
 """Entries of the update network's hidden layer that exist at one time."""
@@ -85,8 +86,7 @@ class SemiAmortizedGuide(DirectGuide):
             ("num_draws", num_draws, 1),
             ("hidden", hidden, 1),
         ):
-            if isinstance(number, bool) or not isinstance(number, int) or number < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {number!r}.")
+            check_count(name, number, least)
         super().__init__(model, lm, prompt, others, network, max_tokens, rank, alpha, target_modules, adapter, seed)
         self.refinements, self.num_draws = refinements, num_draws
         dtype = torch.promote_types(lm.dtype, torch.float32)

@@ -147,7 +147,20 @@ class LM:
         :param grammar: a :class:`llmppl.Grammar`; the text then also ends where the grammar does.
         :raises TypeError, ValueError: naming the argument and the mend.
         """
-        law = TextLaw(
+        law = self.law(max_tokens, stop, min_tokens, temperature, allowed, grammar)
+        return AutoregressiveText(self, self.context(*pieces), law)
+
+    def law(
+        self,
+        max_tokens: int | None = None,
+        stop: str | int | Sequence[int] | Tensor | None = None,
+        min_tokens: int = 0,
+        temperature: float = 1.0,
+        allowed: Tensor | Sequence[int] | None = None,
+        grammar: Grammar | None = None,
+    ) -> TextLaw:
+        """What may come next in a text of :meth:`__call__`'s arguments, whatever stands before it."""
+        return TextLaw(
             vocabulary=self.vocabulary,
             max_tokens=max_tokens,
             min_tokens=min_tokens,
@@ -156,7 +169,6 @@ class LM:
             temperature=temperature,
             grammar=None if grammar is None else grammar.bind(self),
         )
-        return AutoregressiveText(self, self.context(*pieces), law)
 
     def choice(self, *pieces: Piece, options: Sequence[str]) -> Choice:
         """The finite distribution over ``options``, each weighted by the probability that the

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llmppl.bidirectional import mean_embedding, probe_bidirectional, run_trunk
+from llmppl.bidirectional import mean_embedding, probe_bidirectional
 from llmppl.language_model import LM
-from llmppl.network import Network
+from llmppl.network import KeysAndValues, Network, attend
 from llmppl.stopping import TextLaw
 from llmppl.text import PAD, Piece, left_aligned, lengths
-from llmppl.unmasking import Plan
+from llmppl.unmasking import Plan, check_count
 
 if TYPE_CHECKING:
     from types import EllipsisType
@@ -41,7 +41,7 @@ class Reading:
     last: Tensor
     start: Tensor
     valid: Tensor
-    keys: list[tuple[Tensor, Tensor]]
+    keys: KeysAndValues
 
     def of(self, rows: Tensor) -> Reading:
         """The same for some rows, a row named as often as wanted."""
@@ -77,8 +77,6 @@ class MaskedLM(nn.Module):
 
     def __init__(self, lm: LM, transformer: Any, marks: range, adapter: str | None, max_tokens: int) -> None:
         super().__init__()
-        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-            raise ValueError(f"max_tokens must be a positive number of tokens, got {max_tokens!r}.")
         # Not registered as submodules: frozen weights are none of the parameters.
         self._shared = (lm, transformer, Network(transformer))
         self.mask, self.end = marks
@@ -110,10 +108,11 @@ class MaskedLM(nn.Module):
         :param max_tokens: the longest gap.
         :raises ValueError: an architecture whose attention cannot be made bidirectional.
         """
+        # Before the adapter is added: a refused call leaves the model as it was.
+        check_count("max_tokens", max_tokens)
+        check_count("rank", rank)
         name = adapter or f"MaskedLM_{next(_numbers)}"
         scale = float(2 * rank if alpha is None else alpha)
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1, got {rank}.")
         probe_bidirectional(lm.transformer)
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
@@ -137,11 +136,13 @@ class MaskedLM(nn.Module):
     ) -> MaskedLM:
         """A small transformer of its own over the language model's vocabulary, with random weights.
 
-        Quick where the other is slow: with the default sizes and a vocabulary of 49,152 it has 7.4 million
+        Quick where the other is slow: with the default sizes and a vocabulary of 49,152 it has 7.1 million
         parameters, most of them embeddings.
         """
         from transformers import LlamaConfig, LlamaForCausalLM
 
+        for key, count in (("max_tokens", max_tokens), ("width", width), ("layers", layers), ("heads", heads)):
+            check_count(key, count)
         if width % heads:
             raise ValueError(f"width={width} must be a multiple of heads={heads}.")
         config = LlamaConfig(
@@ -227,15 +228,7 @@ class MaskedLM(nn.Module):
         refuse_truncation(unknown)
         plan = Plan(order, steps, tokens_per_step, num_orders)
         left, right = self.lm.both_sides(*pieces)
-        # The law of lm(...) itself, checks and all, but after no context.
-        law = self.lm(
-            torch.zeros(1, dtype=torch.long, device=self.lm.device),
-            max_tokens=max_tokens,
-            stop=stop,
-            min_tokens=min_tokens,
-            temperature=temperature,
-            allowed=allowed,
-        ).law
+        law = self.lm.law(max_tokens, stop, min_tokens, temperature, allowed)
         return MaskedText(self, left, right, law, plan)
 
     # --- the network -------------------------------------------------------------------------------
@@ -262,9 +255,9 @@ class MaskedLM(nn.Module):
 
         :param left, right: ``(N, L)``, padding anywhere; each left side has a token.
         """
-        left, right = left_aligned(left), left_aligned(right)
-        first, row = _distinct(torch.cat([left, right], -1))
-        left, right = left[first], right[first]
+        sides = [left_aligned(left), left_aligned(right)]
+        distinct, row = torch.unique(torch.cat(sides, -1), dim=0, return_inverse=True)
+        left, right = distinct.split([side.shape[-1] for side in sides], -1)
         size = lengths(left)
         last = left.gather(-1, (size - 1)[:, None])[:, 0]
         tokens = torch.cat([left.scatter(-1, (size - 1)[:, None], PAD), right], -1)
@@ -276,7 +269,7 @@ class MaskedLM(nn.Module):
         width = int((tokens != PAD).sum(-1).max())
         tokens, places = tokens.gather(-1, order)[:, :width], places.gather(-1, order)[:, :width]
         valid = tokens != PAD
-        keys: list[tuple[Tensor, Tensor]] = []
+        keys: KeysAndValues = []
         if width:
             causal = torch.ones(width, width, dtype=torch.bool, device=left.device).tril()
             _, keys = self._run(tokens.clamp(min=0), places, (causal & valid[:, None])[:, None], [], True)
@@ -307,10 +300,11 @@ class MaskedLM(nn.Module):
         return self._shared[2].logits(states)
 
     def _run(
-        self, tokens: Tensor, places: Tensor, visible: Tensor, past: list[tuple[Tensor, Tensor]], caches: bool
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        self, tokens: Tensor, places: Tensor, visible: Tensor, past: KeysAndValues, caches: bool
+    ) -> tuple[Tensor, KeysAndValues]:
         with self.using():
-            return run_trunk(self.transformer, tokens, places, visible, past, caches)
+            found, keys = attend(self.transformer.base_model, tokens, places, visible, past, caches)
+        return found.last_hidden_state, keys
 
     def using(self) -> AbstractContextManager[None]:
         return nullcontext() if self.adapter is None else self.lm.using(self.adapter)
@@ -344,11 +338,3 @@ def refuse_truncation(unknown: dict[str, object]) -> None:
                 "weights count. Leave it out; decode(model, guide, method=...) has it for plain answers."
             )
         raise TypeError(f"unknown argument {name}=.")
-
-
-def _distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The number of the first of each distinct row of ``(N, L)``, and which of them each row is."""
-    distinct, row = torch.unique(rows, dim=0, return_inverse=True)
-    places = torch.arange(len(rows), device=rows.device)
-    first = torch.full((len(distinct),), len(rows), device=rows.device).scatter_reduce(0, row, places, "amin")
-    return first, row

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 KeysAndValues = list[tuple[Tensor, Tensor]]
-"""Of every layer, each of shape ``(1, heads, P, width)``."""
+"""Of every layer, each of shape ``(N, heads, P, width)``."""
 
 
 class Network:
@@ -78,31 +78,22 @@ class Network:
         past: KeysAndValues | None,
         caches: bool,
     ) -> tuple[Tensor, KeysAndValues | None]:
-        device, dtype = self.device, next(self.transformer.parameters()).dtype
-        mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
-        arguments: dict[str, Any] = {
-            "input_ids": torch.tensor([tokens], device=device),
-            "position_ids": torch.tensor([positions], device=device),
-            "attention_mask": mask[None, None].to(device),
-            "use_cache": False,
-        }
-        cache = None
-        if past is not None or caches:
-            # Without a configuration every layer keeps all it is given, which the mask counts on.
-            cache = DynamicCache()
-            for layer, (keys, values) in enumerate(past or []):
-                cache.update(keys, values, layer)
-            arguments |= {"past_key_values": cache, "use_cache": True}
+        device = self.device
+        whole, keywords = not splits, dict[str, Any]()
         kept = torch.tensor(keep, dtype=torch.long, device=device)
-        if splits:
-            states = self.transformer.base_model(**arguments).last_hidden_state[0, kept]
-        elif "logits_to_keep" in inspect.signature(self.transformer.forward).parameters:
-            states = self.transformer(**arguments, logits_to_keep=kept).logits[0]
-        else:
-            states = self.transformer(**arguments).logits[0, kept]
-        if cache is None or not caches:
-            return states, None
-        return states, [(layer.keys, layer.values) for layer in cache.layers]
+        if whole and "logits_to_keep" in inspect.signature(self.transformer.forward).parameters:
+            keywords["logits_to_keep"] = kept
+        found, keys = attend(
+            self.transformer if whole else self.transformer.base_model,
+            torch.tensor([tokens], device=device),
+            torch.tensor([positions], device=device),
+            visible[None, None].to(device),
+            past or [],
+            caches,
+            **keywords,
+        )
+        states = found.logits[0] if whole else found.last_hidden_state[0]
+        return states if keywords else states[kept], keys if caches else None
 
     @torch.no_grad()
     def _probe(self) -> bool:
@@ -141,3 +132,38 @@ class Network:
             return False  # the trunk takes other arguments, or returns something else
         logits = head(states)[0]
         return logits.shape == plain.shape and torch.allclose(logits, plain, rtol=0, atol=tolerance * 1e-2)
+
+
+def attend(
+    module: nn.Module,
+    tokens: Tensor,
+    positions: Tensor,
+    visible: Tensor,
+    past: KeysAndValues,
+    caches: bool,
+    **keywords: Any,
+) -> tuple[Any, KeysAndValues]:
+    """Run ``(N, M)`` tokens under any attention.
+
+    :param module: a transformer, or its trunk.
+    :param visible: which keys each token sees, boolean ``(N, 1, M, P + M)``: those of ``past`` first.
+    :param caches: whether to return the keys and values of all ``P + M`` tokens.
+    :param keywords: further arguments of the module.
+    :returns: what the module returns, and the keys and values, each ``(N, heads, P + M, width)``.
+    """
+    dtype = next(module.parameters()).dtype
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    # Without a configuration every layer keeps all it is given, which the mask counts on.
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(past):
+        cache.update(keys, values, layer)
+    used = bool(past) or caches
+    found = module(
+        input_ids=tokens,
+        position_ids=positions,
+        attention_mask=mask.masked_fill_(~visible, torch.finfo(dtype).min),
+        past_key_values=cache if used else None,
+        use_cache=used,
+        **keywords,
+    )
+    return found, [(layer.keys, layer.values) for layer in cache.layers] if caches else []

@@ -63,12 +63,12 @@ class Plan:
             raise ValueError(f"order={self.order!r} is no unmasking order. Use one of {ORDERS}.")
         if self.steps is not None and self.tokens_per_step is not None:
             raise ValueError("steps= and tokens_per_step= say the same thing in two ways. Give one of them.")
-        _check_count("steps", 1 if self.steps is None else self.steps)
+        check_count("steps", 1 if self.steps is None else self.steps)
         for count in self._schedule:
-            _check_count("tokens_per_step", count)
+            check_count("tokens_per_step", count)
         if not self._schedule:
             raise ValueError("tokens_per_step= is empty. Give a number, or a schedule such as (1, 2).")
-        _check_count("num_orders", self.num_orders)
+        check_count("num_orders", self.num_orders)
         if self.num_orders > 1 and self.order != "random":
             raise ValueError(
                 f"num_orders={self.num_orders} is for order='random'; order={self.order!r} is a single one."
@@ -298,6 +298,10 @@ def _parts(rows: Tensor, width: int, vocabulary: int, positions: int) -> Iterato
     yield from rows.split(max(size, 1))
 
 
-def _check_count(name: str, count: object) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name} must be a positive whole number, got {count!r}.")
+def check_count(name: str, count: object, least: int = 1) -> None:
+    """Refuse what is no whole number of at least ``least``.
+
+    :raises ValueError: naming the argument.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or count < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {count!r}.")

@@ -188,11 +188,9 @@ def given_orders(fn: MaskedText, texts: Tensor, orders: list[dict[int, tuple[int
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("plan", PLANS)
 def test_probabilities_sum_to_one(plan: str, law: str) -> None:
-    for kind in (
-        ("scratch", "adapted") if (plan, law) in (("confidence", "stop"), ("one pass", "allowed")) else ("scratch",)
-    ):
+    for kind in ("scratch", "adapted") if plan in ("confidence", "one pass") else ("scratch",):
         model = network(kind)
-        for pieces in (("ab", ..., "cd"), ("b",)):
+        for pieces in (("ab", ..., "cd"), ("b",), ("ab", ..., "d")):
             fn = text_of(model, *pieces, **PLANS[plan], **LAWS[law])
             with torch.no_grad():
                 total = fn.log_prob(fn.enumerate_support()).exp().sum()
@@ -591,7 +589,7 @@ def test_malformed_arguments_are_refused_with_the_mend() -> None:
         (ValueError, "top_k= truncates the law", {"top_k": 5}),
         (ValueError, "top_p= truncates the law", {"top_p": 0.9}),
         (TypeError, "unknown argument beam=", {"beam": 3}),
-        (ValueError, "steps must be a positive", {"steps": 0}),
+        (ValueError, "steps must be a whole number of at least 1, got 0", {"steps": 0}),
         (ValueError, "two ways", {"steps": 2, "tokens_per_step": 1}),
         (ValueError, "tokens_per_step= is empty", {"tokens_per_step": ()}),
         (ValueError, "num_orders=2 is for order='random'", {"num_orders": 2}),
@@ -605,11 +603,11 @@ def test_malformed_arguments_are_refused_with_the_mend() -> None:
         model("ab", max_tokens=4)
     with pytest.raises(ValueError, match="more than one gap"):
         model("a", ..., "b", ..., max_tokens=2)
-    with pytest.raises(ValueError, match="max_tokens must be a positive number"):
+    with pytest.raises(ValueError, match="max_tokens must be a whole number of at least 1"):
         MaskedLM.from_scratch(model.lm, max_tokens=0)
     with pytest.raises(ValueError, match="heads=3"):
         MaskedLM.from_scratch(model.lm, width=16, heads=3)
-    with pytest.raises(ValueError, match="rank must be at least 1"):
+    with pytest.raises(ValueError, match="rank must be a whole number of at least 1"):
         MaskedLM.adapted(model.lm, rank=0)
     fn = text_of(model, stop=".")
     with pytest.raises(ValueError, match="stop token stands before its end"):

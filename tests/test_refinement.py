@@ -85,8 +85,10 @@ def independent_matrix(toy: Toy, states: Configuration, beta: float, patch: pyte
     return with_chances(toy, states, ratio, a, b, states.log_q[b].exp())
 
 
-def remasked_matrix(toy: Toy, states: Configuration, beta: float, patch: pytest.MonkeyPatch) -> Tensor:
-    """Every state with every set of masks and every text filled in, through the code's own acceptance."""
+def remasked_matrix(
+    toy: Toy, states: Configuration, beta: float, patch: pytest.MonkeyPatch, accepting: bool = True
+) -> Tensor:
+    """Every state with every set of masks and every text filled in, through the code's own acceptance, or without."""
     rows = []
     sizes = (toy.texts >= 0).sum(-1).tolist()
     for count in range(1, 4):
@@ -117,6 +119,7 @@ def remasked_matrix(toy: Toy, states: Configuration, beta: float, patch: pytest.
     patch.setattr(MaskedText, "refill", refill)
     ratio = seen_ratio(patch, lambda: annealing.remasked(toy.space(len(a)), old, beta))
     patch.undo()
+    ratio = ratio if accepting else torch.full_like(ratio, torch.inf)
     return with_chances(toy, states, ratio, a, b, chance * there[0].exp())
 
 
@@ -143,10 +146,10 @@ def test_moves_leave_their_targets_invariant_and_annealed_weights_have_mean_z(
     betas = schedule(2)
     log_w = states.log_p - states.log_q
     mean, before = states.log_q.exp(), 0.0
-    unadjusted = mean.clone()
+    unadjusted, refilled = mean.clone(), mean.clone()
     for beta in betas:
         target = ((1 - beta) * states.log_q + beta * states.log_p).softmax(0)
-        mean, unadjusted = (v * ((beta - before) * log_w).exp() for v in (mean, unadjusted))
+        mean, unadjusted, refilled = (v * ((beta - before) * log_w).exp() for v in (mean, unadjusted, refilled))
         for make in (independent_matrix, remasked_matrix):
             matrix = make(toy, states, beta, monkeypatch)
             assert float(matrix.min()) >= -1e-12
@@ -155,11 +158,13 @@ def test_moves_leave_their_targets_invariant_and_annealed_weights_have_mean_z(
             mean = mean @ matrix
         # Without acceptance, the same weights: another start of the guide, whatever the target.
         unadjusted = unadjusted.sum() * states.log_q.exp()
+        refilled = refilled @ remasked_matrix(toy, states, beta, monkeypatch, accepting=False)
         before = beta
-    mean, unadjusted = (v * ((1 - before) * log_w).exp() for v in (mean, unadjusted))
+    mean, unadjusted, refilled = (v * ((1 - before) * log_w).exp() for v in (mean, unadjusted, refilled))
     assert float(mean.sum()) / math.exp(toy.log_z) == pytest.approx(1.0, abs=1e-9)
-    # Always accepted, the mean weight is far from Z.
-    assert abs(float(unadjusted.sum()) / math.exp(toy.log_z) - 1) > 0.2
+    # Always accepted, the mean weight is far from Z, be it a new draw or some tokens filled in anew.
+    assert float(unadjusted.sum()) / math.exp(toy.log_z) == pytest.approx(0.6398, abs=1e-3)
+    assert float(refilled.sum()) / math.exp(toy.log_z) == pytest.approx(0.8458, abs=1e-3)
 
 
 def test_a_trajectory_has_the_same_weight_forwards_and_backwards(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:

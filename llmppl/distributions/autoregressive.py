@@ -65,15 +65,6 @@ class AutoregressiveText(ProcessText):
         expanded._memo, expanded.site = self._memo, self.site
         return expanded
 
-    def sample(self, sample_shape: Any = torch.Size(), temperature: Tensor | None = None) -> Tensor:
-        """Draw texts of shape ``sample_shape + batch_shape + (max_tokens,)``.
-
-        :param temperature: an extra temperature to draw at, broadcastable to
-            ``sample_shape + batch_shape``: a behaviour policy. It is no part of the law.
-        :raises ValueError: for the unbounded stream.
-        """
-        return self.sample_with_log_prob(sample_shape, temperature)[0]
-
     def sample_with_log_prob(
         self, sample_shape: Any = torch.Size(), temperature: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -97,13 +88,6 @@ class AutoregressiveText(ProcessText):
         token_log_probs = token_log_probs.reshape(tokens.shape)
         self.remember(tokens, token_log_probs)
         return tokens, token_log_probs.sum(-1)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log-probability in nats, of shape ``broadcast(value.shape[:-1], batch_shape)``.
-
-        :raises TypeError, ValueError: the value is no well-formed text tensor.
-        """
-        return self.token_log_prob(value).sum(-1)
 
     def token_log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of each token, in nats, zero behind the end.

@@ -96,14 +96,6 @@ class FactorisedText(ProcessText):
             return table[0].expand(self.batch_shape + table.shape[1:])
         return table[row.expand(self.batch_shape)]
 
-    def sample(self, sample_shape: Any = torch.Size(), temperature: Tensor | None = None) -> Tensor:
-        """Draw texts of shape ``sample_shape + batch_shape + (max_tokens,)``.
-
-        :param temperature: an extra temperature to draw at, broadcastable to
-            ``sample_shape + batch_shape``: a behaviour policy. It is no part of the law.
-        """
-        return self.sample_with_log_prob(sample_shape, temperature)[0]
-
     def sample_with_log_prob(
         self, sample_shape: Any = torch.Size(), temperature: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -120,13 +112,6 @@ class FactorisedText(ProcessText):
             tokens = tokens.masked_fill(stops.cumsum(-1) - stops.long() > 0, PAD)
             scores = _pick(scaled, row, tokens)
         return tokens.reshape(shape + self.event_shape), scores.sum(-1).reshape(shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log-probability in nats, of shape ``broadcast(value.shape[:-1], batch_shape)``.
-
-        :raises TypeError, ValueError: the value is no well-formed text tensor.
-        """
-        return self.token_log_prob(value).sum(-1)
 
     def token_log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of each token, in nats, zero behind the end.

@@ -116,14 +116,6 @@ class MaskedText(ProcessText):
     def _wants_gradient(self) -> bool:
         return self.model.wants_gradient
 
-    def sample(self, sample_shape: Any = torch.Size(), temperature: Tensor | None = None) -> Tensor:
-        """Draw texts of shape ``sample_shape + batch_shape + (max_tokens,)``.
-
-        :param temperature: an extra temperature to draw tokens at, broadcastable to
-            ``sample_shape + batch_shape``: a behaviour policy. It is no part of the law.
-        """
-        return self.sample_with_log_prob(sample_shape, temperature)[0]
-
     @torch.no_grad()
     def sample_with_log_prob(
         self, sample_shape: Any = torch.Size(), temperature: Tensor | None = None
@@ -145,14 +137,6 @@ class MaskedText(ProcessText):
         value, scores = texts.reshape(shape + self.event_shape), scores.reshape(shape + self.event_shape)
         self.remember(value, scores)
         return value, scores.sum(-1)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log-probability in nats, of shape ``broadcast(value.shape[:-1], batch_shape)``; of drawn texts given the
-        steps in which they were drawn.
-
-        :raises TypeError, ValueError: the value is no well-formed text tensor.
-        """
-        return self.token_log_prob(value).sum(-1)
 
     def token_log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of each token when it was filled in, in nats, zero behind the end. The last token,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
@@ -24,6 +27,36 @@ class ProcessText(ConditionedText, TorchDistribution):
     @constraints.dependent_property(is_discrete=True, event_dim=1)
     def support(self) -> constraints.Constraint:
         return _Text(self.law)
+
+    def sample(self, sample_shape: Any = torch.Size(), temperature: Tensor | None = None) -> Tensor:
+        """Draw texts of shape ``sample_shape + batch_shape + (max_tokens,)``.
+
+        :param temperature: an extra temperature to draw tokens at, broadcastable to
+            ``sample_shape + batch_shape``: a behaviour policy. It is no part of the law.
+        :raises ValueError: for the unbounded stream.
+        """
+        return self.sample_with_log_prob(sample_shape, temperature)[0]
+
+    def sample_with_log_prob(
+        self, sample_shape: Any = torch.Size(), temperature: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw texts, and the log-probabilities recorded while drawing, of shape ``sample_shape + batch_shape``,
+        in nats."""
+        raise NotImplementedError
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability in nats, of shape ``broadcast(value.shape[:-1], batch_shape)``.
+
+        :raises TypeError, ValueError: the value is no well-formed text tensor.
+        """
+        return self.token_log_prob(value).sum(-1)
+
+    def token_log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability of each token, in nats, zero behind the end.
+
+        :returns: shape ``broadcast(value.shape[:-1], batch_shape) + (T,)``.
+        """
+        raise NotImplementedError
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Every text of a small support: ``(n,) + batch_shape + (max_tokens,)``, or with

@@ -101,7 +101,13 @@ class RefinedText(ProcessText):
         expanded.site = self.site
         return expanded
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = torch.Size(), temperature: Tensor | None = None) -> Tensor:
+        """The refined text, of shape ``batch_shape + (max_tokens,)``.
+
+        :raises ValueError: asked for several at once, or for tempered ones: all sites are drawn together, once.
+        """
+        if temperature is not None:
+            raise ValueError("a refined text is not drawn at other temperatures. Train and temper with refine=None.")
         if len(torch.Size(sample_shape)):
             raise ValueError(
                 "a refined text is drawn once, with its program. Use num_samples= or a plate for more, or refine=None."
