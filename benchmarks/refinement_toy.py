@@ -2,6 +2,7 @@
 
     python benchmarks/refinement_toy.py
     python benchmarks/refinement_toy.py --seeds 0 1 2
+    python benchmarks/refinement_toy.py --only denoising --steps 300 --balance-steps 0 --temperatures 0 2 8 32
 
 A latent text of exactly 4 tokens stands between a fixed beginning and an observed ending of 3 tokens, under the
 six-token model. Every text can be enumerated, so that for each ending KL(q‖p), KL(p‖q) and the true relative
@@ -22,7 +23,7 @@ import pyro
 import torch
 from measure import machine, table
 
-from llmppl import LM, Behaviour, fit
+from llmppl import LM, Behaviour, fit, importance
 from llmppl.guides import AutoregressiveGuide, RefinementGuide, TextGuide
 from llmppl.masked_lm import MaskedLM
 from llmppl.objectives import Denoising, ParticleObjective, TrajectoryBalance, WakeSleep
@@ -59,6 +60,7 @@ class Exact:
             log_prior = prior.log_prob(self.texts)
             likelihood = lm(BEGINNING, self.texts[:, None])
             joint = log_prior[:, None] + likelihood.log_prob(lm.encode(self.held_out))
+        self.log_evidence = joint.logsumexp(0)  # (endings,)
         self.log_posterior = joint.log_softmax(0)  # (texts, endings)
         self.log_prior = log_prior
 
@@ -85,6 +87,23 @@ class Exact:
         site["value"] = self.texts
         compute_log_prob(trace)
         return site["log_prob"]
+
+
+def refined(exact: Exact, story: Program, guide: RefinementGuide, options: argparse.Namespace) -> str:
+    """The gap of the guide in one step, refined by annealed importance sampling, on the first eight endings."""
+    rows = []
+    for temperatures in options.temperatures:
+        pyro.set_rng_seed(0)
+        start = time.process_time()
+        run = importance(story, guide.at(steps=1, refine="ais", temperatures=temperatures), 64, progress=False)
+        posteriors = [run(ending) for ending in exact.held_out[:8]]
+        cost = (time.process_time() - start) / 64 / len(posteriors)
+        gaps = exact.log_evidence[: len(posteriors)].numpy() - np.array([float(p.elbo) for p in posteriors])
+        errors = np.array([float(p.elbo_error) for p in posteriors])
+        gap = f"{gaps.mean():.2f} ± {np.sqrt(np.square(errors).sum()) / len(errors):.2f}"
+        ess = np.mean([float(p.ess) for p in posteriors]) / 64
+        rows.append([str(temperatures), gap, f"{ess:.2f}", f"{1000 * cost:.1f}"])
+    return table(["temperatures", "gap of 1 step (nats)", "ESS a sample", "CPU ms a sample"], rows)
 
 
 def train(
@@ -117,6 +136,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--rates", type=float, nargs=2, default=(3e-3, 1e-3), help="learning rates of the two phases")
     parser.add_argument("--held-out", type=int, default=24)
+    parser.add_argument("--temperatures", type=int, nargs="+", default=[], help="of annealed importance sampling")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", help="contenders to run, by the beginning of their names")
     options = parser.parse_args()
@@ -142,7 +162,10 @@ def main() -> None:
         first, second = (data[:1], 1, options.steps, sleep_rate), (data, 8, options.balance_steps, balance_rate)
         both, alone = refinement(), refinement()
         contenders: dict[str, tuple[TextGuide, list]] = {
-            "denoising, then balance": (both, [(denoise, *first), (balance, *second)]),
+            "denoising, then balance" if options.balance_steps else "denoising": (
+                both,
+                [(denoise, *first), (balance, *second)],
+            ),
             "balance on its own samples alone": (alone, [(on_policy, data, 8, total, balance_rate)]),
             "autoregressive: sleep, then balance": (
                 AutoregressiveGuide(story, lm, seed=seed),
@@ -154,7 +177,7 @@ def main() -> None:
                 continue
             pyro.set_rng_seed(seed)
             found = [("", guide, phases)]
-            if guide is both:
+            if guide is both and options.balance_steps:
                 found = [(": after denoising", guide, phases[:1]), ("", guide, phases[1:])]
             spent = 0.0
             for tag, trained, some in found:
@@ -166,6 +189,8 @@ def main() -> None:
                     rows.setdefault(row, []).append(exact.divergences(at))
                     seconds.setdefault(row, []).append(spent)
                     print(row, np.round(rows[row][-1].mean(1), 3), f"{spent:.0f} CPU s", flush=True)
+            if guide is both and options.temperatures:
+                print("\n" + refined(exact, story, both, options) + "\n", flush=True)
     shown = []
     for name, found in rows.items():
         mean = np.stack(found).mean(-1)  # (seeds, 3)

@@ -11,8 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from llmppl.annealing import anneal, anneal_back
-from llmppl.configurations import Configurations, frames_here
 from llmppl.distributions.conditioned import ConditionedText
 from llmppl.distributions.masked import MaskedText
 from llmppl.distributions.process import ProcessText
@@ -21,7 +19,9 @@ from llmppl.guides.base import Prompt, _Proposer
 from llmppl.guides.network import NetworkGuide, check_filled
 from llmppl.language_model import LM
 from llmppl.masked_lm import MaskedLM, refuse_truncation
-from llmppl.mixture import mix, mixture_of
+from llmppl.refinement.annealing import anneal, anneal_back
+from llmppl.refinement.configurations import Configurations, frames_here
+from llmppl.refinement.mixture import mix, mixture_of
 from llmppl.tracing import Program, Site
 from llmppl.unmasking import Plan, check_count
 
@@ -69,11 +69,12 @@ class RefinementGuide(NetworkGuide):
 
     With ``refine`` the samples are improved by the program's own joint, and their weights stay exact:
 
-    - ``"ais"``: annealed importance sampling [1] from the guide to the posterior (:mod:`llmppl.annealing`). At each of
-      ``temperatures`` inverse temperatures all texts are proposed anew by the guide, and then some tokens of one of
-      them, each accepted by Metropolis-Hastings. The weight is one over the sample and its trajectory: exactness
-      ``"extended"``. A temperature costs two looks of the program and about three draws of the guide.
-    - ``"mixture"``: a mixture around ``parents`` draws [2] (:mod:`llmppl.mixture`), exact given them:
+    - ``"ais"``: annealed importance sampling [1] from the guide to the posterior
+      (:mod:`llmppl.refinement.annealing`). At ``temperatures`` inverse temperatures all texts are proposed anew by
+      the guide, and then some tokens of one of them, each accepted by Metropolis-Hastings. The weight is one over the
+      sample and its trajectory: exactness ``"extended"``. A temperature costs two looks of the program, a draw of
+      the guide and two passes of its network.
+    - ``"mixture"``: a mixture around ``parents`` draws [2] (:mod:`llmppl.refinement.mixture`), exact given them:
       ``"conditional"``. It costs a draw, a look of the program and one pass for each parent.
 
     All latent texts of an observation are refined together, and latents of ``others`` stay as they are. Of texts

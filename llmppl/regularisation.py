@@ -135,8 +135,8 @@ class Regularised:
         adapter, lm = getattr(module, "adapter", None), getattr(module, "lm", None)
         if adapter is None or lm is None or not lm.adapters.lora_layers(adapter):
             raise TypeError(
-                f"adapter_dropout={probability} is for guides that write with LoRA layers of their own, and "
-                f"{type(module).__name__} is none. Use a guide such as AutoregressiveGuide, or leave adapter_dropout out."
+                f"adapter_dropout={probability} is dropout on a guide's LoRA layers, and {type(module).__name__} has "
+                "none of its own. Use a guide such as AutoregressiveGuide, or leave adapter_dropout out."
             )
         if not isinstance(objective, ParticleObjective):
             raise TypeError(

@@ -13,9 +13,7 @@ from pyro.infer import Predictive
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
-from llmppl import annealing, importance, mcmc, mixture, smc
-from llmppl.annealing import anneal, anneal_back, schedule
-from llmppl.configurations import Configuration, Configurations
+from llmppl import importance, mcmc, smc
 from llmppl.diagnostics import bounds, calibrate, diagnose, gap_report
 from llmppl.distributions import masked
 from llmppl.distributions.masked import MaskedText
@@ -23,6 +21,9 @@ from llmppl.evaluation import Evaluation
 from llmppl.guides import RefinementGuide
 from llmppl.masked_lm import MaskedLM
 from llmppl.objectives import Denoising, LeaveOneOutELBO, TrajectoryBalance
+from llmppl.refinement import annealing, mixture
+from llmppl.refinement.annealing import anneal, anneal_back, schedule
+from llmppl.refinement.configurations import Configuration, Configurations
 from llmppl.testing import tiny_lm
 from llmppl.training import fit
 

@@ -22,7 +22,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from llmppl.configurations import Configuration, Configurations, Values
+from llmppl.refinement.configurations import Configuration, Configurations, Values
 from llmppl.text import PAD, lengths
 
 MAX_EXPONENT = 2.0

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmppl.annealing import choose_site, draw_masks
-from llmppl.configurations import Configuration, Configurations, Values
+from llmppl.refinement.annealing import choose_site, draw_masks
+from llmppl.refinement.configurations import Configuration, Configurations, Values
 
 DEFENSIVE = 0.25
 """ε, the share of fresh draws of the guide."""
