@@ -60,9 +60,12 @@ class History:
         last = max(len(self.loss) // 5, 1)
         text = (
             f"History({len(self.loss)} steps in {self.seconds[-1]:.0f} s, mean of the last {last}: "
-            f"loss {np.mean(self.loss[-last:]):.2f}, ELBO {np.mean(self.elbo[-last:]):.2f} nats, "
-            f"ESS {np.mean(self.ess[-last:]):.1f}"
+            f"loss {np.mean(self.loss[-last:]):.2f}"
         )
+        known = ~np.isnan(self.elbo[-last:])
+        if known.any():
+            elbo, ess = (np.asarray(column[-last:])[known].mean() for column in (self.elbo, self.ess))
+            text += f", ELBO {elbo:.2f} nats, ESS {ess:.1f}"
         if self.evaluations:
             first, newest = self.evaluations[0], self.evaluations[-1]
             text += f"; held-out gap {first.gap:.2f} at step {first.step}, {newest.gap:.2f} at step {newest.step}"

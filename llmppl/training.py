@@ -190,8 +190,9 @@ def fit(
             stopped = held_out is not None and held_out.exhausted()
             if step % checkpoint_every == 0 or step == steps or stopped:
                 run.save(step)
-            shown = {"loss": f"{history.loss[-1]:.2f}", "ELBO": f"{history.elbo[-1]:.2f}"}
-            shown["ESS"] = f"{history.ess[-1]:.1f}"
+            shown = {"loss": f"{history.loss[-1]:.2f}"}
+            if not math.isnan(history.elbo[-1]):  # simulated pairs have none
+                shown |= {"ELBO": f"{history.elbo[-1]:.2f}", "ESS": f"{history.ess[-1]:.1f}"}
             if history.evaluations:
                 shown["gap"] = f"{history.evaluations[-1].gap:.2f}"
             bar.set_postfix(shown, refresh=False)

@@ -10,8 +10,9 @@ from conftest import Story
 from pyro.infer import TraceGraph_ELBO
 
 from llmppl import Behaviour, fit
-from llmppl.guides import AutoregressiveGuide, GFlowNetGuide, PromptGuide
-from llmppl.objectives import LeaveOneOutELBO, TrajectoryBalance, WakeSleep
+from llmppl.guides import AutoregressiveGuide, GFlowNetGuide, PromptGuide, RefinementGuide
+from llmppl.masked_lm import MaskedLM
+from llmppl.objectives import Denoising, LeaveOneOutELBO, ParticleObjective, TrajectoryBalance, WakeSleep
 
 DATA = [("ab", "cd"), ("cde", "a"), ("d", "eb"), ("aa", "bbb")]
 
@@ -45,6 +46,19 @@ def test_training_lowers_the_gap_on_its_data(story: Story) -> None:
     assert np.mean(history.elbo[-10:]) > np.mean(history.elbo[:10])
     assert "100 steps" in repr(history)
     assert history.plot().get_xlabel() == "step"
+
+
+@pytest.mark.parametrize("objective", [WakeSleep(4, insomnia=0.0), Denoising(4)], ids=["sleep", "denoising"])
+def test_simulated_pairs_report_no_elbo_of_the_data(
+    story: Story, objective: ParticleObjective, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = MaskedLM.from_scratch(story.lm, max_tokens=3, width=8, layers=1, heads=2, seed=0)
+    guide = RefinementGuide(story.program, story.lm, network=network)
+    history = fit(story.program, guide, DATA, objective, steps=3, seed=0)
+    assert np.isfinite(history.loss).all()
+    assert np.isnan(history.elbo).all()
+    assert np.isnan(history.ess).all()
+    assert "ELBO" not in repr(history) + capsys.readouterr().err
 
 
 @pytest.mark.parametrize("objective", [TrajectoryBalance(8), LeaveOneOutELBO(8), WakeSleep(8), TraceGraph_ELBO(8)])

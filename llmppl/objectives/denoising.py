@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmppl.distributions.masked import MaskedText
-from llmppl.objectives.base import ParticleObjective
+from llmppl.objectives.base import ParticleObjective, diagnostics
 from llmppl.objectives.wake_sleep import simulated_pairs
 from llmppl.particles import check_finite, compute_log_prob, sum_site
 from llmppl.tracing import Program, is_latent
@@ -36,7 +36,7 @@ class Denoising(ParticleObjective):
         self.num_masks = num_masks
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        self.diagnostics = {}
+        self.diagnostics = diagnostics(torch.empty(0))  # a simulated pair has no ELBO of the data
         trace, axes, nesting = simulated_pairs(model, guide, args, kwargs, self.num_particles)
         masked = [n for n, site in trace.nodes.items() if is_latent(site) and isinstance(site["fn"], MaskedText)]
         if not masked:

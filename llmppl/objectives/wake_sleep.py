@@ -8,7 +8,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from llmppl.objectives.base import ParticleObjective
+from llmppl.objectives.base import ParticleObjective, diagnostics
 from llmppl.particles import check_finite, common_axes, compute_log_prob, sum_sites
 from llmppl.tracing import Program, Simulated, in_particles, plate_nesting, structure
 
@@ -43,7 +43,7 @@ class WakeSleep(ParticleObjective):
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor | float = 0.0
-        self.diagnostics = {}
+        self.diagnostics = diagnostics(torch.empty(0))  # the wake phase has others
         if self.insomnia > 0:
             loss = loss + self.insomnia * self._wake(model, guide, args, kwargs)
         if self.insomnia < 1:
