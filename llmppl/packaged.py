@@ -51,6 +51,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmppl"
 
 
+def is_converted(name: str) -> bool:
+    """Whether a packaged model's folder is there, whole."""
+    return _intact(cache_folder() / f"{name}-{PACKAGED[name].sha256[:12]}")
+
+
 def packaged_folder(name: str) -> Path:
     """The folder of a packaged model, converted first where it is missing or damaged.
 

@@ -2,7 +2,7 @@
 
 A text value is a ``LongTensor`` of shape ``batch_shape + (T,)``: token ids, then :data:`PAD` after
 the end. ``PAD`` lies outside every vocabulary, so that no tokenizer's own pad or end token can be
-confused with it. This module is the only place that knows the number.
+confused with it. Only :mod:`llmppl.padding` knows the number.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-PAD = -1
+from llmppl.padding import PAD
 
 Piece = str | Sequence[str] | Tensor
 

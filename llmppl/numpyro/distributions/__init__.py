@@ -1,0 +1,1 @@
+"""Distributions over text for NumPyro."""

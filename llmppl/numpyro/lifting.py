@@ -1,0 +1,69 @@
+"""Weights as arguments of compiled functions, although programs and guides hold their language models.
+
+A program closes over its ``lm``. Compiled as it stands, the weights would become constants of the executable: slow to
+compile, and in memory twice. :func:`jit` finds the language models that a function reads and passes their weights in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+if TYPE_CHECKING:
+    from llmppl.numpyro.decoder import Weights
+    from llmppl.numpyro.language_model import LM
+
+_bound: ContextVar[dict[int, Any]] = ContextVar("bound", default={})  # noqa: B039 (never changed in place)
+_read: ContextVar[list[LM] | None] = ContextVar("read", default=None)
+
+
+def weights_of(lm: LM, own: Weights) -> Weights:
+    """The weights that stand for those of a language model here: what is bound, or its own."""
+    read = _read.get()
+    if read is not None and all(lm is not other for other in read):
+        read.append(lm)
+    return _bound.get().get(id(lm), own)
+
+
+@contextmanager
+def bound(lms: tuple[LM, ...], weights: tuple[Weights, ...]) -> Iterator[None]:
+    """Inside this block other weights, tracers say, stand for those of some language models."""
+    token = _bound.set({**_bound.get(), **{id(lm): w for lm, w in zip(lms, weights, strict=True)}})
+    try:
+        yield
+    finally:
+        _bound.reset(token)
+
+
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``jax.jit`` with the weights of every language model that ``function`` reads as arguments.
+
+    Use it for your own compiled functions of programs, e.g. ``llmppl.numpyro.jit(svi.update)``. As with ``jax.jit``,
+    another shape of an argument compiles anew: pad texts to one width (``lm.encode(text, width=...)``).
+    """
+    lms: tuple[LM, ...] | None = None
+
+    def with_weights(weights: tuple[Weights, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert lms is not None
+        with bound(lms, weights):
+            return function(*args, **kwargs)
+
+    compiled = jax.jit(with_weights)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal lms
+        if lms is None:
+            token = _read.set([])
+            try:
+                jax.eval_shape(lambda a, k: function(*a, **k), args, kwargs)
+                lms = tuple(_read.get() or ())
+            finally:
+                _read.reset(token)
+        return compiled(tuple(lm.weights for lm in lms), args, kwargs)
+
+    call._cache_size = compiled._cache_size  # type: ignore[attr-defined]
+    return call

@@ -1,0 +1,121 @@
+"""Reading a text in stretches, each once: contexts that several particles, sites or tokens share.
+
+Stretches keep the batch shape that they have themselves. A prompt that all particles share is read once however many
+particles there are (under ``vmap`` too), and what a later site is told again is not read again inside :func:`sharing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.tree_util import tree_leaves, tree_map
+
+from llmppl.numpyro import decoder
+from llmppl.numpyro.architecture import Architecture
+from llmppl.numpyro.decoder import Past, Weights
+from llmppl.padding import PAD
+
+
+class Reading(NamedTuple):
+    """A stretch of text after it was read.
+
+    :param past: its keys and values.
+    :param states: the network's last states, ``(..., T, D)``.
+    :param last: the state that predicts what follows, ``(..., D)``: at the last token of this stretch or, where it is
+        all padding, of those before.
+    :param tokens: how many so far, this stretch included, ``(...)``.
+    """
+
+    past: Past
+    states: Array
+    last: Array
+    tokens: Array
+
+
+class Reader:
+    """A decoder under one set of weights.
+
+    :param weights: frozen: no gradient flows into them.
+    :param lora: low-rank additions, already scaled, with gradients; or ``None``.
+    """
+
+    def __init__(self, architecture: Architecture, weights: Weights, lora: Weights | None = None) -> None:
+        self.architecture, self.lora = architecture, lora
+        self._given = weights
+        self.weights = tree_map(lax.stop_gradient, weights)
+
+    def stretch(self, tokens: Array, before: Sequence[Reading]) -> Reading:
+        """Read ``(..., T)`` token ids, padding anywhere, after other stretches."""
+        seen = tokens != PAD
+        start = before[-1].tokens if before else jnp.zeros((), jnp.int32)
+        positions = start[..., None] + jnp.maximum(jnp.cumsum(seen, -1) - 1, 0)
+        embedded = decoder.embed(self.weights, self.architecture, tokens, positions)
+        return self.embedded(embedded, positions, seen, before)
+
+    def embedded(self, embedded: Array, positions: Array, seen: Array, before: Sequence[Reading]) -> Reading:
+        """Read embeddings ``(..., T, D)``: tokens of the vocabulary, or virtual ones."""
+        past = [reading.past for reading in before]
+        shape = jnp.broadcast_shapes(embedded.shape[:-2], *(p.seen.shape[:-1] for p in past))
+        # The batch of what was read before widens the states, but not the stretches before.
+        embedded = jnp.broadcast_to(embedded, (*shape, *embedded.shape[-2:]))
+        seen = jnp.broadcast_to(seen, (*shape, seen.shape[-1]))
+        positions = jnp.broadcast_to(positions, seen.shape)
+        states, new = decoder.forward(self.weights, self.architecture, embedded, positions, seen, past, self.lora)
+        length = seen.shape[-1]
+        place = length - 1 - jnp.argmax(seen[..., ::-1], -1)
+        own = jnp.take_along_axis(states, place[..., None, None], -2)[..., 0, :]
+        last = jnp.where(seen.any(-1)[..., None], own, before[-1].last) if before else own
+        start = before[-1].tokens if before else 0
+        return Reading(new, states, last, start + seen.sum(-1).astype(jnp.int32))
+
+    def stretches(self, texts: Sequence[Array]) -> list[Reading]:
+        """Read texts one after the other; inside :func:`sharing`, what was read before is not read again."""
+        memo = _memo.get()
+        readings: list[Reading] = []
+        whole: tuple[Any, ...] = (id(self._given), *(id(leaf) for leaf in tree_leaves(self.lora)))
+        for text in texts:
+            whole = (*whole, _key(text))
+            if memo is not None and whole in memo:
+                readings.append(memo[whole][0])
+                continue
+            readings.append(self.stretch(jnp.asarray(text), readings))
+            if memo is not None:
+                memo[whole] = (readings[-1], text, self._given, self.lora)  # kept, so that no id is used twice
+        return readings
+
+    def logits(self, states: Array) -> Array:
+        return decoder.logits(self.weights, self.architecture, states)
+
+
+_memo: ContextVar[dict[tuple[Any, ...], Any] | None] = ContextVar("memo", default=None)
+
+
+@contextmanager
+def sharing() -> Iterator[None]:
+    """Inside this block every stretch of text is read once, for all sites together.
+
+    Enter it inside the function that is transformed (by ``vmap``, ``grad`` or ``jit``), not around it.
+    """
+    token = _memo.set({})
+    try:
+        yield
+    finally:
+        _memo.reset(token)
+
+
+def shares() -> bool:
+    """Whether readings are kept for other sites."""
+    return _memo.get() is not None
+
+
+def _key(text: Any) -> Any:
+    """Known numbers by value, those of a program being compiled by identity."""
+    if isinstance(text, np.ndarray):
+        return text.shape, text.tobytes()
+    return id(text)

@@ -1,0 +1,216 @@
+"""What may come next: the law of one token given what stands before it, as :mod:`llmppl.stopping` for torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from numpyro.distributions import constraints
+
+from llmppl.numpyro.text import is_concrete, is_right_padded, lengths
+from llmppl.padding import PAD
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(frozen=True, eq=False)
+class TextLaw:
+    """The law of a text as a process over tokens.
+
+    :param vocabulary: number of tokens ``V``.
+    :param max_tokens: most tokens of a text, the stop token included; ``None`` is the unbounded stream.
+    :param min_tokens: fewest tokens of a text, the stop token included.
+    :param stop: which tokens end a text, boolean ``(V,)``, or ``None``: nothing ends it early.
+    :param allowed: which tokens may occur at all, boolean ``(V,)``, or ``None``.
+    :param temperature: divides the logits; a number, or an array that broadcasts with the batch (a latent of the
+        program, say: the log-probability is differentiable in it).
+    """
+
+    vocabulary: int
+    max_tokens: int | None
+    min_tokens: int
+    stop: Array | None
+    allowed: Array | None = None
+    temperature: float | Array = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "min_tokens"):
+            count = getattr(self, name)
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
+                raise TypeError(f"{name} must be a whole number of tokens, got {count!r}. It cannot be a JAX value.")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(
+                f"max_tokens must be at least 1, got {self.max_tokens}. Leave it out for the unbounded stream."
+            )
+        if self.min_tokens < 0:
+            raise ValueError(f"min_tokens must not be negative, got {self.min_tokens}.")
+        if self.max_tokens is not None and self.max_tokens < self.min_tokens:
+            raise ValueError(
+                f"max_tokens={self.max_tokens} is less than min_tokens={self.min_tokens}. "
+                "Raise max_tokens or lower min_tokens."
+            )
+        if self.max_tokens is None and (self.stop is not None or self.min_tokens):
+            raise ValueError(
+                "stop and min_tokens need max_tokens: without it the distribution is the unbounded stream, which never "
+                "ends. Pass max_tokens, or leave the others out."
+            )
+        if isinstance(self.temperature, (int, float)) and not 0 < self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature must be positive and finite, got {self.temperature}. "
+                "The most probable text is a matter of decoding, not of a distribution."
+            )
+        self._check_masks()
+
+    def _check_masks(self) -> None:
+        """Whether some text is possible, where the masks are known numbers."""
+        if not isinstance(self.allowed, (Array, np.ndarray, type(None))) or not isinstance(
+            self.stop, (Array, np.ndarray, type(None))
+        ):
+            return  # a pytree of something else, as JAX makes them
+        if not all(is_concrete(mask) for mask in (self.allowed, self.stop)):
+            return
+        allowed = np.ones(self.vocabulary, bool) if self.allowed is None else np.asarray(self.allowed)
+        if not allowed.any():
+            raise ValueError("allowed= permits no token at all. Allow at least one.")
+        if self.stop is None:
+            return
+        stop = np.asarray(self.stop)
+        if not (allowed & stop).any():
+            raise ValueError(
+                "allowed= excludes every stop token, so no text could end. "
+                "Allow at least one stop token, or leave stop out."
+            )
+        if self.min_tokens > 1 and not (allowed & ~stop).any():
+            raise ValueError(
+                f"min_tokens={self.min_tokens} cannot be reached: every allowed token is a stop token. "
+                "Allow others, or lower min_tokens."
+            )
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        static = self.temperature if isinstance(self.temperature, (int, float)) else None
+        heat = None if static is not None else self.temperature
+        return (self.stop, self.allowed, heat), (self.vocabulary, self.max_tokens, self.min_tokens, static)
+
+    @classmethod
+    def tree_unflatten(cls, aux: tuple[Any, ...], children: tuple[Any, ...]) -> TextLaw:
+        law = object.__new__(cls)
+        stop, allowed, heat = children
+        vocabulary, max_tokens, min_tokens, static = aux
+        fields = {"vocabulary": vocabulary, "max_tokens": max_tokens, "min_tokens": min_tokens, "stop": stop}
+        for name, value in {**fields, "allowed": allowed, "temperature": heat if static is None else static}.items():
+            object.__setattr__(law, name, value)
+        return law
+
+    def ends(self, tokens: Array) -> Array:
+        """Which tokens end a text; padding does not."""
+        if self.stop is None:
+            return jnp.zeros(tokens.shape, dtype=bool)
+        return self.stop[jnp.maximum(tokens, 0)] & (tokens != PAD)
+
+    def log_probs(self, logits: Array, step: Array) -> Array:
+        """The network's logits ``batch_shape + (T, V)`` made log-probabilities of this law, nats, −inf where nothing
+        may stand.
+
+        :param step: how many tokens of the text stand before each, ``(T,)``.
+        """
+        scaled = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        if isinstance(self.temperature, (int, float)):
+            scaled = scaled if self.temperature == 1 else scaled / self.temperature
+        else:
+            scaled = scaled / self.temperature[..., None, None]
+        # Embedding matrices are often padded beyond the tokenizer; those ids are no text.
+        scaled = scaled[..., : self.vocabulary]
+        if self.allowed is not None:
+            scaled = jnp.where(self.allowed, scaled, -jnp.inf)
+        if self.stop is not None and self.min_tokens > 1:
+            early = (step < self.min_tokens - 1)[:, None]
+            scaled = jnp.where(early & self.stop, -jnp.inf, scaled)
+        return jax.nn.log_softmax(scaled, -1)
+
+    @property
+    def free_tokens(self) -> int:
+        """How many tokens may follow one another in a text without ending it."""
+        allowed, stop = self._masks()
+        return int((allowed & ~stop).sum())
+
+    def support_size(self) -> float:
+        """Number of texts of the support; infinite for the stream."""
+        if self.max_tokens is None:
+            return float("inf")
+        allowed, stop = self._masks()
+        stops, free = int((allowed & stop).sum()), int((allowed & ~stop).sum())
+        ended = sum(float(free) ** (n - 1) * stops for n in range(max(self.min_tokens, 1), self.max_tokens + 1))
+        return ended + float(free) ** self.max_tokens
+
+    def _masks(self) -> tuple[np.ndarray, np.ndarray]:
+        allowed = np.ones(self.vocabulary, bool) if self.allowed is None else np.asarray(self.allowed)
+        stop = np.zeros(self.vocabulary, bool) if self.stop is None else np.asarray(self.stop)
+        return allowed, stop
+
+
+class _Text(constraints.Constraint):
+    """Well-formed texts of a law."""
+
+    is_discrete = True
+    event_dim = 1
+
+    def __init__(self, law: TextLaw) -> None:
+        self.law = law
+
+    def __call__(self, value: Array) -> Array:
+        law, pad = self.law, value == PAD
+        length = lengths(value)
+        valid = (((value >= 0) & (value < law.vocabulary)) | pad).all(-1) & is_right_padded(value) & (length > 0)
+        if law.allowed is not None:
+            valid = valid & (law.allowed[jnp.clip(value, 0, law.vocabulary - 1)] | pad).all(-1)
+        if law.max_tokens is None:
+            return valid
+        last = jnp.arange(value.shape[-1]) == length[..., None] - 1
+        stops = law.ends(value)
+        ended = (stops & last).any(-1)
+        valid = valid & ~(stops & ~last).any(-1) & (length <= law.max_tokens)
+        return valid & (length >= law.min_tokens) & (ended | (length == law.max_tokens))
+
+    def feasible_like(self, prototype: Array) -> Array:
+        return jnp.zeros_like(prototype)
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        return (self.law,), (("law",), {})
+
+    def __repr__(self) -> str:
+        law = self.law
+        if law.max_tokens is None:
+            return f"Text(vocabulary={law.vocabulary})"
+        stops = "" if law.stop is None else f", {int(np.asarray(law.stop).sum())} stop tokens"
+        return f"Text(vocabulary={law.vocabulary}, min_tokens={law.min_tokens}, max_tokens={law.max_tokens}{stops})"
+
+
+def enumerate_texts(law: TextLaw, limit: int = 1_000_000) -> np.ndarray:
+    """Every text of a small support, of shape ``(n, max_tokens)``.
+
+    :raises ValueError: unbounded, or more than ``limit`` texts.
+    """
+    size = law.support_size()
+    if law.max_tokens is None or size > limit:
+        raise ValueError(
+            f"the support holds {size:.3g} texts; at most {limit:,} can be enumerated. "
+            "Lower max_tokens, restrict the vocabulary with allowed=, or use importance sampling."
+        )
+    allowed, stop = law._masks()
+    stops, free = np.flatnonzero(allowed & stop), np.flatnonzero(allowed & ~stop)
+    open_texts = np.empty((1, 0), dtype=np.int32)
+    finished = []
+    for n in range(1, law.max_tokens + 1):
+        if n >= max(law.min_tokens, 1):
+            finished.append(_extend(open_texts, stops, law.max_tokens))
+        open_texts = _extend(open_texts, free, n)
+    return np.concatenate([*finished, open_texts])
+
+
+def _extend(texts: np.ndarray, tokens: np.ndarray, width: int) -> np.ndarray:
+    """Every text followed by every token, padded to ``width``."""
+    rows = np.concatenate([np.repeat(texts, len(tokens), 0), np.tile(tokens, len(texts))[:, None]], -1)
+    return np.pad(rows, [(0, 0), (0, width - rows.shape[-1])], constant_values=PAD).astype(np.int32)

@@ -1,0 +1,131 @@
+"""Text as JAX arrays: int32 token ids, then padding; the same values as :mod:`llmppl.text` has for torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from llmppl.padding import PAD
+
+Piece = Any
+"""A string, a list of strings (one a batch row), a :class:`TextArgument` or a text array."""
+
+BUCKET = 16
+"""Strings that are arguments of a compiled program are padded to multiples of so many tokens, lest each length be
+compiled anew."""
+
+
+@jax.tree_util.register_pytree_node_class
+class TextArgument:
+    """A string, or several, as the argument of a compiled program: strings are no JAX values.
+
+    A tokenizer may treat the beginning of a text in a way of its own, so both readings are here; ``lm(...)`` takes the
+    one that the piece's place asks for, and ``lm.encode`` the verbatim one.
+
+    :param first: ``batch_shape + (T,)``, the token ids where the piece begins a text.
+    :param verbatim: the same anywhere else.
+    """
+
+    def __init__(self, first: Array, verbatim: Array) -> None:
+        self.first, self.verbatim = first, verbatim
+
+    def tree_flatten(self) -> tuple[tuple[Array, Array], None]:
+        return (self.first, self.verbatim), None
+
+    @classmethod
+    def tree_unflatten(cls, aux: None, children: tuple[Array, Array]) -> TextArgument:
+        return cls(*children)
+
+    def __str__(self) -> str:
+        raise TypeError(
+            "a program that is compiled gets its strings as token ids, so that they cannot be put together as strings. "
+            "Pass them as pieces of their own: lm(beginning, ' ', ending)."
+        )
+
+    __format__ = __add__ = __radd__ = lambda self, *others: str(self)
+
+    def __repr__(self) -> str:
+        return f"TextArgument(shape={tuple(self.verbatim.shape)})"
+
+
+def lengths(value: Array) -> Array:
+    """Number of tokens of each text, of shape ``value.shape[:-1]``."""
+    return (value != PAD).sum(-1)
+
+
+def is_right_padded(value: Array) -> Array:
+    """Whether no token follows a padding, of shape ``value.shape[:-1]``."""
+    pad = value == PAD
+    return ~(pad[..., :-1] & ~pad[..., 1:]).any(-1)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], width: int | None = None) -> np.ndarray:
+    """Stack token lists into a text array of shape ``(len(rows), width)``."""
+    width = max((len(row) for row in rows), default=0) if width is None else width
+    stacked = np.full((len(rows), width), PAD, dtype=np.int32)
+    for n, row in enumerate(rows):
+        stacked[n, : len(row)] = row
+    return stacked
+
+
+def is_concrete(value: Any) -> bool:
+    """Whether numbers can be looked at: no, while a program is being compiled."""
+    return not isinstance(value, jax.core.Tracer)
+
+
+def check_text(value: object, name: str, vocabulary: int) -> Array:
+    """Return ``value`` if it is a well-formed text array, or say what is wrong with ``name``.
+
+    While a program is being compiled only its shape and type can be checked.
+
+    :raises TypeError: not an integer array.
+    :raises ValueError: ids outside the vocabulary, or padding before a token.
+    """
+    if isinstance(value, str) or (isinstance(value, (list, tuple)) and value and isinstance(value[0], str)):
+        raise TypeError(
+            f"{name} is a string, {value!r}; a text array belongs here. Pass lm.encode(text) instead: traces hold "
+            "arrays only."
+        )
+    if isinstance(value, TextArgument):
+        value = value.verbatim
+    if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+        raise TypeError(f"{name} must be a text array of token ids, got {type(value).__name__}. Pass lm.encode(text).")
+    array: Any = value
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must hold integer token ids, got dtype {array.dtype}. Pass lm.encode(text).")
+    if not array.ndim:
+        raise ValueError(f"{name} must have a token dimension, batch_shape + (T,); got a scalar.")
+    if is_concrete(array) and array.size:
+        known = np.asarray(array)
+        smallest, largest = int(known.min()), int(known.max())
+        if smallest < PAD or largest >= vocabulary:
+            wrong = smallest if smallest < PAD else largest
+            raise ValueError(
+                f"{name} holds the token id {wrong}, outside the vocabulary of {vocabulary} tokens. Ids go from 0 to "
+                f"{vocabulary - 1}; padding is llmppl.padding.PAD = {PAD}."
+            )
+        pad = known == PAD
+        holes = (pad[..., :-1] & ~pad[..., 1:]).any(-1)
+        if holes.any():
+            row = tuple(np.argwhere(holes)[0].tolist())
+            raise ValueError(
+                f"{name} has padding before a token (row {row}). PAD may stand only after the end of a text; to join "
+                "texts pass them as separate pieces: lm(first, second)."
+            )
+    return array if array.dtype == jnp.int32 else array.astype(jnp.int32)
+
+
+def describe(piece: object) -> str:
+    """A piece as an error message names it."""
+    if isinstance(piece, str):
+        return repr(piece if len(piece) <= 40 else piece[:37] + "...")
+    if isinstance(piece, (list, tuple)):
+        return f"a list of {len(piece)} strings"
+    if hasattr(piece, "shape"):
+        return f"a text array of shape {tuple(piece.shape)}"
+    return f"a {type(piece).__name__}"

@@ -1,0 +1,3 @@
+"""The number that stands behind the end of a text, on every backend."""
+
+PAD = -1
