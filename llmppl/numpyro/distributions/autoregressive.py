@@ -63,8 +63,8 @@ class AutoregressiveText(Distribution):
         shapes = [text.shape[:-1] for text in self.context] + [getattr(heat, "shape", ())]
         own = np.broadcast_shapes(*shapes)
         shape = own if batch_shape is None else np.broadcast_shapes(own, batch_shape)
-        # The stream has no length of its own; a trace never asks for more than the number of dimensions.
-        super().__init__(tuple(shape), (law.max_tokens or 0,), validate_args=validate_args)
+        # The stream has no length of its own; NumPyro broadcasts a length of one with any.
+        super().__init__(tuple(shape), (law.max_tokens or 1,), validate_args=validate_args)
 
     @property
     def has_rsample(self) -> bool:

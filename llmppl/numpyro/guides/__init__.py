@@ -1,0 +1,1 @@
+"""Guides for latent text, for NumPyro."""

@@ -1,0 +1,1 @@
+"""Inference for NumPyro programs with latent text; each method returns a Posterior."""

@@ -1,0 +1,1 @@
+"""Objectives for guides over latent text: each an ELBO of NumPyro's."""
