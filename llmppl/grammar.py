@@ -2,7 +2,8 @@
 
 llguidance says which tokens may follow a prefix. A masked law is still a law of its own (it sums to
 one over the texts it can produce), but it is not the model conditioned on the grammar: for that use
-it as a proposal, and let the importance weights tell the difference.
+it as a proposal, and let the importance weights tell the difference. One module serves both backends:
+masks are numpy arrays.
 """
 
 from __future__ import annotations
@@ -10,15 +11,13 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
-
-from llmppl.text import unpad_rows
 
 if TYPE_CHECKING:
+    from llmppl import numpyro
     from llmppl.language_model import LM
 
 CACHED_STATES = 4096
@@ -62,8 +61,11 @@ class Grammar:
 
         return cls(LLMatcher.grammar_from_lark(rules), f"Lark grammar of {len(rules.splitlines())} lines")
 
-    def bind(self, lm: LM) -> BoundGrammar:
-        """The grammar over the tokens of a model."""
+    def bind(self, lm: LM | numpyro.LM) -> BoundGrammar:
+        """The grammar over the tokens of a model.
+
+        :raises ValueError: a tokenizer without an end token; a grammar that cannot be compiled.
+        """
         if id(lm) not in self._bound:
             self._bound[id(lm)] = BoundGrammar(self, lm)
         return self._bound[id(lm)]
@@ -75,22 +77,30 @@ class Grammar:
 class BoundGrammar:
     """A grammar over the tokens of one model, with a bounded cache of parser states."""
 
-    def __init__(self, grammar: Grammar, lm: LM) -> None:
+    def __init__(self, grammar: Grammar, lm: LM | numpyro.LM) -> None:
         from llguidance import LLMatcher
 
         self.grammar, self.lm, self.vocabulary = grammar, lm, lm.vocabulary
+        end = lm.tokenizer.eos_token_id
+        if end is None or end >= lm.vocabulary:
+            raise ValueError(
+                "grammar= ends a text with the end token, and this tokenizer has none. Set tokenizer.eos_token, or "
+                "eos_token in the folder's tokenizer_config.json to one of the vocabulary's tokens."
+            )
+        self.end = int(end)
         tokenizer = lm.codec.grammar_tokenizer
         error = LLMatcher.validate_grammar(grammar.source, tokenizer)
         if error and not error.startswith("WARNING"):
             raise ValueError(f"grammar={grammar!r} cannot be compiled: {error.strip()}")
         self._root = LLMatcher(tokenizer, grammar.source, log_level=0)
         self._states: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self._lock = Lock()
 
-    def permitted(self, prefixes: Sequence[Sequence[int]]) -> Tensor:
+    def permitted(self, prefixes: Sequence[Sequence[int]]) -> np.ndarray:
         """Which tokens may follow each prefix, ``(P, V)``; all of them after an impossible prefix,
-        whose probability is zero already."""
-        masks = np.stack([self._mask(tuple(prefix)) for prefix in prefixes])
-        return torch.from_numpy(masks)
+        whose probability is zero already, and after the end."""
+        with self._lock:  # JAX may ask from several threads
+            return np.stack([self._mask(tuple(prefix)) for prefix in prefixes])
 
     def _state(self, prefix: tuple[int, ...]) -> Any:
         if prefix in self._states:
@@ -109,13 +119,13 @@ class BoundGrammar:
         return state
 
     def _mask(self, prefix: tuple[int, ...]) -> np.ndarray:
-        state = self._state(prefix)
+        state = None if self.end in prefix else self._state(prefix)
         if state is None:
             return np.ones(self.vocabulary, dtype=bool)
         bits = np.frombuffer(state.compute_bitmask(), dtype=np.uint8)
         mask = np.unpackbits(bits, bitorder="little")[: self.vocabulary].astype(bool)
         if not state.is_accepting():
-            mask[self.lm.tokenizer.eos_token_id] = False  # llguidance ends a text that it cannot continue
+            mask[self.end] = False  # llguidance ends a text that it cannot continue
         if not mask.any():
             text = self.lm.codec.decode(list(prefix))
             raise ValueError(
@@ -124,13 +134,16 @@ class BoundGrammar:
             )
         return mask
 
-    def reachable(self, texts: Tensor, max_tokens: int) -> Tensor:
+    def reachable(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
         """Which texts the masked law can produce, ``(n,)``."""
-        rows = unpad_rows(texts.cpu())
-        return torch.tensor(
-            [all(self._mask(tuple(row[:t]))[token] for t, token in enumerate(row)) for row in rows],
-            device=texts.device,
-        )
+        return np.array([all(self._mask(tuple(row[:t]))[token] for t, token in enumerate(row)) for row in texts], bool)
+
+    def __eq__(self, other: object) -> bool:
+        """The same grammar over the tokens of the same model, so that it need not be compiled anew."""
+        return isinstance(other, BoundGrammar) and (self.grammar.source, self.lm) == (other.grammar.source, other.lm)
+
+    def __hash__(self) -> int:
+        return hash((self.grammar.source, id(self.lm)))
 
     def __repr__(self) -> str:
         return repr(self.grammar)

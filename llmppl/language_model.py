@@ -263,11 +263,7 @@ class LM:
                 raise ValueError("stop= is empty. Pass stop token ids or a string, or leave it out.")
             self._check_ids(ids, "stop")
         if grammar is not None:
-            if self.tokenizer.eos_token_id is None:
-                raise ValueError(
-                    "grammar= ends a text with the end token, and this tokenizer has none. Set tokenizer.eos_token."
-                )
-            ids = [*ids, int(self.tokenizer.eos_token_id)]
+            ids = [*ids, grammar.bind(self).end]
         return torch.tensor(sorted(set(ids)), dtype=torch.long, device=self.device)
 
     def _tokens_with(self, text: str) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from llmppl.text import PAD, is_right_padded, lengths
+from llmppl.text import PAD, is_right_padded, lengths, unpad_rows
 
 if TYPE_CHECKING:
     from llmppl.grammar import BoundGrammar
@@ -117,7 +117,8 @@ class TextLaw:
                 scaled = scaled.masked_fill(early[:, None] & closing, -torch.inf)
         if self.grammar is not None:
             assert prefixes is not None
-            scaled = scaled.masked_fill(~self.grammar.permitted(prefixes).to(logits.device), -torch.inf)
+            permitted = torch.from_numpy(self.grammar.permitted(prefixes)).to(logits.device)
+            scaled = scaled.masked_fill(~permitted, -torch.inf)
         return scaled
 
     @property
@@ -195,7 +196,7 @@ def enumerate_texts(law: TextLaw, limit: int = 1_000_000) -> Tensor:
         open_texts = _extend(open_texts, free, n)
     texts = torch.cat([*finished, open_texts])
     if law.grammar is not None:
-        texts = texts[law.grammar.reachable(texts, law.max_tokens)]
+        texts = texts[torch.from_numpy(law.grammar.reachable(unpad_rows(texts))).to(device)]
     return texts
 
 

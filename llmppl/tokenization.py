@@ -56,9 +56,12 @@ class Codec:
     @cached_property
     def grammar_tokenizer(self) -> Any:
         """The vocabulary as llguidance reads it; building it takes about a second."""
-        from llguidance.hf import from_tokenizer
+        from llguidance import LLTokenizer
 
-        return from_tokenizer(self._tokenizer)
+        backend = Tokenizer.from_str(self._tokenizer.backend_tokenizer.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+        return LLTokenizer(backend.to_str(), eos_token=self._tokenizer.eos_token_id)
 
 
 def _verbatim(backend: Tokenizer) -> Tokenizer:

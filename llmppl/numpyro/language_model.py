@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,9 @@ from llmppl.numpyro.text import BUCKET, Piece, TextArgument, check_text, describ
 from llmppl.numpyro.tokenizer import FolderTokenizer
 from llmppl.padding import PAD
 from llmppl.tokenization import Codec
+
+if TYPE_CHECKING:
+    from llmppl.grammar import Grammar
 
 
 class LM:
@@ -89,7 +92,7 @@ class LM:
             raise TypeError(f"text must be a string or a list of strings, got {describe(text)}.")
         if not texts:
             raise ValueError("text is an empty list. Pass at least one string.")
-        rows = [self.codec.encode(t) for t in texts]
+        rows = [self._tokens(t) for t in texts]
         for n, row in enumerate(rows):
             where = "text" if isinstance(text, str) else f"text[{n}]"
             if not row:
@@ -112,9 +115,11 @@ class LM:
     def argument(self, text: str | Sequence[str]) -> TextArgument:
         """A string, or one a row, as an argument of a compiled program, padded to a multiple of
         :data:`~llmppl.numpyro.text.BUCKET` tokens."""
-        texts = [text] if isinstance(text, str) else list(text)
-        first = [self.codec.encode(t, first=True) for t in texts]
-        verbatim = [self.codec.encode(t) for t in texts]
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) for t in texts):
+            raise TypeError(f"text must be a string or a non-empty list of strings, got {describe(text)}.")
+        first = [self._tokens(t, first=True) for t in texts]
+        verbatim = [self._tokens(t) for t in texts]
         longest = max((len(row) for row in (*first, *verbatim)), default=0)
         width = -(-max(longest, 1) // BUCKET) * BUCKET
         arrays = [jnp.asarray(pad_rows(rows, width)) for rows in (first, verbatim)]
@@ -130,6 +135,7 @@ class LM:
         min_tokens: int = 0,
         temperature: float | Array = 1.0,
         allowed: Any = None,
+        grammar: Grammar | None = None,
     ) -> AutoregressiveText:
         """The distribution over the continuation of the joined pieces.
 
@@ -143,11 +149,12 @@ class LM:
         :param min_tokens: fewest tokens, the stop token included.
         :param temperature: divides the logits; part of the law. It may be a latent of the program.
         :param allowed: token ids, or a boolean mask over the vocabulary; part of the law.
+        :param grammar: a :class:`llmppl.Grammar`; the text then also ends where the grammar does. Its masks come from
+            the host, so that each token of a draw leaves the compiled program once.
         :raises TypeError, ValueError: naming the argument and the mend.
         """
-        return AutoregressiveText(
-            self, self.context(*pieces), self.law(max_tokens, stop, min_tokens, temperature, allowed)
-        )
+        law = self.law(max_tokens, stop, min_tokens, temperature, allowed, grammar)
+        return AutoregressiveText(self, self.context(*pieces), law)
 
     def law(
         self,
@@ -156,15 +163,17 @@ class LM:
         min_tokens: int = 0,
         temperature: float | Array = 1.0,
         allowed: Any = None,
+        grammar: Grammar | None = None,
     ) -> TextLaw:
         """What may come next in a text of :meth:`__call__`'s arguments, whatever stands before it."""
         return TextLaw(
             vocabulary=self.vocabulary,
             max_tokens=max_tokens,
             min_tokens=min_tokens,
-            stop=self._stop_tokens(stop),
+            stop=self._stop_tokens(stop, grammar),
             allowed=self._allowed_tokens(allowed),
             temperature=temperature,
+            grammar=None if grammar is None else grammar.bind(self),
         )
 
     def choice(self, *pieces: Piece, options: Sequence[str]) -> Choice:
@@ -200,21 +209,26 @@ class LM:
         self._check_broadcast(texts, pieces)
         if self.codec.start:
             return _merged([np.asarray(self.codec.start, dtype=np.int32), *texts])
-        # Whether a text is empty can be seen of known ones only; of others the shape has to do.
-        if any(text.shape[-1] and not (is_concrete(text) and _empty(text).any()) for text in texts):
-            return _merged(texts)
-        empty = np.ones(np.broadcast_shapes(*(text.shape[:-1] for text in texts)), bool)
-        for text in texts:
-            empty = empty & (_empty(text) if is_concrete(text) else True)
+        known = [text for text in texts if is_concrete(text)]
+        empty = np.ones(np.broadcast_shapes(*(text.shape[:-1] for text in known)), bool)
+        for text in known:
+            empty = empty & _empty(text)
         if not empty.any():
             return _merged(texts)
         if self.codec.bos is None:
+            # Of an argument of a compiled program one cannot tell; a context that then is empty gives NaN.
+            if len(known) < len(texts):
+                return _merged(texts)
             row = "" if not empty.ndim else f" in row {tuple(np.argwhere(empty)[0].tolist())}"
             raise ValueError(
                 f"the context is empty{row}, and this model has no token for the beginning of a text (its tokenizer "
                 "has no bos_token). Give a non-empty first piece."
             )
-        return _merged([np.where(empty, self.codec.bos, PAD)[..., None].astype(np.int32), *texts])
+        nothing: Any = empty
+        for text in texts:
+            nothing = nothing & (_empty(text) if is_concrete(text) else (text == PAD).all(-1))
+        begin = (np if is_concrete(nothing) else jnp).where(nothing, self.codec.bos, PAD)[..., None]
+        return _merged([begin.astype(np.int32), *texts])
 
     def _check_broadcast(self, texts: Sequence[Array], pieces: Sequence[Piece]) -> None:
         for n, text in enumerate(texts):
@@ -240,24 +254,38 @@ class LM:
                 f"piece {number} must be a string, a non-empty list of strings or a text array, got {piece!r}. "
                 "Token ids go in as jnp.array(ids)."
             )
-        value = pad_rows([self.codec.encode(text, first=number == 0) for text in texts])
+        value = pad_rows([self._tokens(text, first=number == 0) for text in texts])
         return value[0] if single else value  # type: ignore[return-value]
 
-    def _stop_tokens(self, stop: Any) -> Array | None:
+    def _tokens(self, text: str, first: bool = False) -> list[int]:
+        """Token ids of a string. JAX reads some other row of the embedding for an id that it has not, so it is looked
+        after here."""
+        ids = self.codec.encode(text, first=first)
+        wrong = next((n for n in ids if n >= self.vocabulary), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{describe(text)} holds the token id {wrong}, for which the model has no embedding: it knows "
+                f"{self.vocabulary} tokens. Load the tokenizer that belongs to the model."
+            )
+        return ids
+
+    def _stop_tokens(self, stop: Any, grammar: Grammar | None) -> np.ndarray | None:
+        mask = None if grammar is None else self._mask([grammar.bind(self).end], "grammar")
         if stop is None:
-            return None
+            return mask
         if isinstance(stop, str):
-            mask = self._tokens_with(stop)
-            if not mask.any():
+            own = self._tokens_with(stop)
+            if not own.any():
                 raise ValueError(
                     f"stop={stop!r} matches no token of this tokenizer. Pass stop token ids, or a string that some "
                     "token contains, e.g. stop='.'"
                 )
-            return jnp.asarray(mask)
-        ids = [stop] if isinstance(stop, int) else [int(n) for n in stop]
-        if not ids:
-            raise ValueError("stop= is empty. Pass stop token ids or a string, or leave it out.")
-        return self._mask(ids, "stop")
+        else:
+            ids = [stop] if isinstance(stop, int) else [int(n) for n in stop]
+            if not ids:
+                raise ValueError("stop= is empty. Pass stop token ids or a string, or leave it out.")
+            own = self._mask(ids, "stop")
+        return own if mask is None else own | mask
 
     def _tokens_with(self, text: str) -> np.ndarray:
         if text not in self._found:
@@ -265,7 +293,7 @@ class LM:
             self._found[text] = np.array([bool(text) and text in token for token in tokens])
         return self._found[text]
 
-    def _allowed_tokens(self, allowed: Any) -> Array | None:
+    def _allowed_tokens(self, allowed: Any) -> Array | np.ndarray | None:
         if allowed is None:
             return None
         known = allowed if isinstance(allowed, Array) else np.asarray(allowed)
@@ -275,12 +303,12 @@ class LM:
                     f"allowed= is a mask of shape {tuple(known.shape)}; it needs one entry for each of the "
                     f"{self.vocabulary} tokens. Token ids work too."
                 )
-            return jnp.asarray(known)
+            return known
         if known.ndim != 1 or not np.issubdtype(known.dtype, np.integer):
             raise TypeError("allowed= must be a list of token ids or a boolean mask over the vocabulary.")
         return self._mask([int(n) for n in known], "allowed")
 
-    def _mask(self, ids: Sequence[int], name: str) -> Array:
+    def _mask(self, ids: Sequence[int], name: str) -> np.ndarray:
         wrong = [n for n in ids if not 0 <= n < self.vocabulary]
         if wrong:
             raise ValueError(
@@ -289,20 +317,21 @@ class LM:
             )
         mask = np.zeros(self.vocabulary, dtype=bool)
         mask[list(ids)] = True
-        return jnp.asarray(mask)
+        return mask
 
     # --- the network -------------------------------------------------------------------------------
 
     def check_length(self, context: int, tokens: int) -> None:
-        """Refuse a text that the network could not read whole. Padding counts: shapes must be static.
+        """Refuse a text that the network could not read whole. In a compiled program padding counts too, for its
+        numbers are not known.
 
         :raises ValueError: with the numbers.
         """
         longest = self.architecture.max_length
         if longest is not None and context + tokens > longest:
             raise ValueError(
-                f"a context of {context} tokens and a text of {tokens} do not fit into the model's {longest} tokens. "
-                "Shorten the prompt or lower max_tokens."
+                f"the prompt of {context} tokens and a text of up to {tokens} tokens do not fit the model's context of "
+                f"{longest} tokens. Shorten the prompt or lower max_tokens."
             )
 
     @property

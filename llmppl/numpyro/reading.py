@@ -70,7 +70,8 @@ class Reader:
         length = seen.shape[-1]
         place = length - 1 - jnp.argmax(seen[..., ::-1], -1)
         own = jnp.take_along_axis(states, place[..., None, None], -2)[..., 0, :]
-        last = jnp.where(seen.any(-1)[..., None], own, before[-1].last) if before else own
+        # Where nothing was read yet nothing can be predicted: NaN, lest a number be taken for a probability.
+        last = jnp.where(seen.any(-1)[..., None], own, before[-1].last if before else jnp.nan)
         start = before[-1].tokens if before else 0
         return Reading(new, states, last, start + seen.sum(-1).astype(jnp.int32))
 

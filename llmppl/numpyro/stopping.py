@@ -11,8 +11,12 @@ import numpy as np
 from jax import Array
 from numpyro.distributions import constraints
 
-from llmppl.numpyro.text import is_concrete, is_right_padded, lengths
+from llmppl.grammar import BoundGrammar
+from llmppl.numpyro.grammar import permitted
+from llmppl.numpyro.text import is_known, is_right_padded, lengths
 from llmppl.padding import PAD
+
+Mask = Array | np.ndarray
 
 
 @jax.tree_util.register_pytree_node_class
@@ -27,14 +31,16 @@ class TextLaw:
     :param allowed: which tokens may occur at all, boolean ``(V,)``, or ``None``.
     :param temperature: divides the logits; a number, or an array that broadcasts with the batch (a latent of the
         program, say: the log-probability is differentiable in it).
+    :param grammar: what continuations a grammar permits, or ``None``. Its end token is one of ``stop``.
     """
 
     vocabulary: int
     max_tokens: int | None
     min_tokens: int
-    stop: Array | None
-    allowed: Array | None = None
+    stop: Mask | None
+    allowed: Mask | None = None
     temperature: float | Array = 1.0
+    grammar: BoundGrammar | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "min_tokens"):
@@ -52,32 +58,36 @@ class TextLaw:
                 f"max_tokens={self.max_tokens} is less than min_tokens={self.min_tokens}. "
                 "Raise max_tokens or lower min_tokens."
             )
-        if self.max_tokens is None and (self.stop is not None or self.min_tokens):
+        if self.max_tokens is None and (self.stop is not None or self.min_tokens or self.grammar is not None):
             raise ValueError(
-                "stop and min_tokens need max_tokens: without it the distribution is the unbounded stream, which never "
-                "ends. Pass max_tokens, or leave the others out."
+                "stop, min_tokens and grammar need max_tokens: without it the distribution is the unbounded stream, "
+                "which never ends. Pass max_tokens, or leave the others out."
             )
-        if isinstance(self.temperature, (int, float)) and not 0 < self.temperature < float("inf"):
+        self._check_temperature()
+        if is_known(self.allowed) and is_known(self.stop):
+            self._check_masks()
+
+    def _check_temperature(self) -> None:
+        heat = self.temperature
+        if not isinstance(heat, (int, float)) and not hasattr(heat, "dtype"):
+            raise TypeError(f"temperature must be a number or an array of numbers, got {heat!r}.")
+        if is_known(heat) and not bool(np.all((np.asarray(heat) > 0) & np.isfinite(np.asarray(heat)))):
             raise ValueError(
-                f"temperature must be positive and finite, got {self.temperature}. "
+                f"temperature must be positive and finite, got {heat}. "
                 "The most probable text is a matter of decoding, not of a distribution."
             )
-        self._check_masks()
 
     def _check_masks(self) -> None:
-        """Whether some text is possible, where the masks are known numbers."""
-        if not isinstance(self.allowed, (Array, np.ndarray, type(None))) or not isinstance(
-            self.stop, (Array, np.ndarray, type(None))
-        ):
-            return  # a pytree of something else, as JAX makes them
-        if not all(is_concrete(mask) for mask in (self.allowed, self.stop)):
-            return
-        allowed = np.ones(self.vocabulary, bool) if self.allowed is None else np.asarray(self.allowed)
+        """Whether some text is possible."""
+        allowed, stop = self._masks()
         if not allowed.any():
             raise ValueError("allowed= permits no token at all. Allow at least one.")
+        if self.grammar is not None and not (allowed & self.grammar.permitted([[]])[0]).any():
+            raise ValueError(
+                f"grammar={self.grammar!r} begins with no token that allowed= permits. Allow what it begins with."
+            )
         if self.stop is None:
             return
-        stop = np.asarray(self.stop)
         if not (allowed & stop).any():
             raise ValueError(
                 "allowed= excludes every stop token, so no text could end. "
@@ -92,15 +102,17 @@ class TextLaw:
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         static = self.temperature if isinstance(self.temperature, (int, float)) else None
         heat = None if static is not None else self.temperature
-        return (self.stop, self.allowed, heat), (self.vocabulary, self.max_tokens, self.min_tokens, static)
+        counts = (self.vocabulary, self.max_tokens, self.min_tokens)
+        return (self.stop, self.allowed, heat), (*counts, static, self.grammar)
 
     @classmethod
     def tree_unflatten(cls, aux: tuple[Any, ...], children: tuple[Any, ...]) -> TextLaw:
         law = object.__new__(cls)
         stop, allowed, heat = children
-        vocabulary, max_tokens, min_tokens, static = aux
+        vocabulary, max_tokens, min_tokens, static, grammar = aux
         fields = {"vocabulary": vocabulary, "max_tokens": max_tokens, "min_tokens": min_tokens, "stop": stop}
-        for name, value in {**fields, "allowed": allowed, "temperature": heat if static is None else static}.items():
+        fields |= {"allowed": allowed, "temperature": heat if static is None else static, "grammar": grammar}
+        for name, value in fields.items():  # unchecked: JAX puts in whatever it pleases
             object.__setattr__(law, name, value)
         return law
 
@@ -108,19 +120,20 @@ class TextLaw:
         """Which tokens end a text; padding does not."""
         if self.stop is None:
             return jnp.zeros(tokens.shape, dtype=bool)
-        return self.stop[jnp.maximum(tokens, 0)] & (tokens != PAD)
+        return jnp.asarray(self.stop)[jnp.clip(tokens, 0, self.vocabulary - 1)] & (tokens != PAD)
 
-    def log_probs(self, logits: Array, step: Array) -> Array:
+    def log_probs(self, logits: Array, step: Array, prefixes: Array | None) -> Array:
         """The network's logits ``batch_shape + (T, V)`` made log-probabilities of this law, nats, −inf where nothing
         may stand.
 
         :param step: how many tokens of the text stand before each, ``(T,)``.
+        :param prefixes: the text so far before each, ``batch_shape + (T, n)``; only a grammar reads them.
         """
         scaled = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         if isinstance(self.temperature, (int, float)):
             scaled = scaled if self.temperature == 1 else scaled / self.temperature
         else:
-            scaled = scaled / self.temperature[..., None, None]
+            scaled = scaled / jnp.asarray(self.temperature)[..., None, None]
         # Embedding matrices are often padded beyond the tokenizer; those ids are no text.
         scaled = scaled[..., : self.vocabulary]
         if self.allowed is not None:
@@ -128,6 +141,11 @@ class TextLaw:
         if self.stop is not None and self.min_tokens > 1:
             early = (step < self.min_tokens - 1)[:, None]
             scaled = jnp.where(early & self.stop, -jnp.inf, scaled)
+        if self.grammar is not None:
+            assert prefixes is not None
+            # What follows an ended text is padding, and nobody's question.
+            ended = self.ends(prefixes).any(-1, keepdims=True)
+            scaled = jnp.where(permitted(self.grammar, jnp.where(ended, self.grammar.end, prefixes)), scaled, -jnp.inf)
         return jax.nn.log_softmax(scaled, -1)
 
     @property
@@ -137,7 +155,7 @@ class TextLaw:
         return int((allowed & ~stop).sum())
 
     def support_size(self) -> float:
-        """Number of texts of the support; infinite for the stream."""
+        """Number of texts of the support (an upper bound under a grammar); infinite for the stream."""
         if self.max_tokens is None:
             return float("inf")
         allowed, stop = self._masks()
@@ -146,6 +164,11 @@ class TextLaw:
         return ended + float(free) ** self.max_tokens
 
     def _masks(self) -> tuple[np.ndarray, np.ndarray]:
+        if not (is_known(self.allowed) and is_known(self.stop)):
+            raise ValueError(
+                "the support can be enumerated only where stop and allowed are known numbers, and here they are "
+                "arguments of a compiled program. Make the distribution inside it, by lm(...)."
+            )
         allowed = np.ones(self.vocabulary, bool) if self.allowed is None else np.asarray(self.allowed)
         stop = np.zeros(self.vocabulary, bool) if self.stop is None else np.asarray(self.stop)
         return allowed, stop
@@ -165,7 +188,7 @@ class _Text(constraints.Constraint):
         length = lengths(value)
         valid = (((value >= 0) & (value < law.vocabulary)) | pad).all(-1) & is_right_padded(value) & (length > 0)
         if law.allowed is not None:
-            valid = valid & (law.allowed[jnp.clip(value, 0, law.vocabulary - 1)] | pad).all(-1)
+            valid = valid & (jnp.asarray(law.allowed)[jnp.clip(value, 0, law.vocabulary - 1)] | pad).all(-1)
         if law.max_tokens is None:
             return valid
         last = jnp.arange(value.shape[-1]) == length[..., None] - 1
@@ -175,7 +198,14 @@ class _Text(constraints.Constraint):
         return valid & (length >= law.min_tokens) & (ended | (length == law.max_tokens))
 
     def feasible_like(self, prototype: Array) -> Array:
-        return jnp.zeros_like(prototype)
+        """Some text of the support: as short as may be."""
+        law = self.law
+        allowed, stop = law._masks() if is_known((law.allowed, law.stop)) else (np.ones(law.vocabulary, bool),) * 2
+        free, stops = np.flatnonzero(allowed & ~stop)[:1], np.flatnonzero(allowed & stop)[:1]
+        count = max(law.min_tokens, 1) if len(stops) else law.max_tokens or 1
+        row = [*(int(free[0]) for _ in range(count - len(stops))), *map(int, stops)]
+        row = [*row, *[PAD] * prototype.shape[-1]][: prototype.shape[-1]]
+        return jnp.broadcast_to(jnp.asarray(row, jnp.asarray(prototype).dtype), jnp.shape(prototype))
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         return (self.law,), (("law",), {})
@@ -184,7 +214,9 @@ class _Text(constraints.Constraint):
         law = self.law
         if law.max_tokens is None:
             return f"Text(vocabulary={law.vocabulary})"
-        stops = "" if law.stop is None else f", {int(np.asarray(law.stop).sum())} stop tokens"
+        stops = (
+            f", {int(np.asarray(law.stop).sum())} stop tokens" if is_known(law.stop) and law.stop is not None else ""
+        )
         return f"Text(vocabulary={law.vocabulary}, min_tokens={law.min_tokens}, max_tokens={law.max_tokens}{stops})"
 
 
@@ -207,7 +239,10 @@ def enumerate_texts(law: TextLaw, limit: int = 1_000_000) -> np.ndarray:
         if n >= max(law.min_tokens, 1):
             finished.append(_extend(open_texts, stops, law.max_tokens))
         open_texts = _extend(open_texts, free, n)
-    return np.concatenate([*finished, open_texts])
+    texts = np.concatenate([*finished, open_texts])
+    if law.grammar is None:
+        return texts
+    return texts[law.grammar.reachable([[int(token) for token in row if token != PAD] for row in texts])]
 
 
 def _extend(texts: np.ndarray, tokens: np.ndarray, width: int) -> np.ndarray:

@@ -20,6 +20,12 @@ BUCKET = 16
 compiled anew."""
 
 
+_NO_STRING = (
+    "a program that is compiled gets its strings as token ids, so that they cannot be put together or changed as "
+    "strings. Pass them as pieces of their own: lm(beginning, ' ', ending)."
+)
+
+
 @jax.tree_util.register_pytree_node_class
 class TextArgument:
     """A string, or several, as the argument of a compiled program: strings are no JAX values.
@@ -42,12 +48,23 @@ class TextArgument:
         return cls(*children)
 
     def __str__(self) -> str:
-        raise TypeError(
-            "a program that is compiled gets its strings as token ids, so that they cannot be put together as strings. "
-            "Pass them as pieces of their own: lm(beginning, ' ', ending)."
-        )
+        raise TypeError(_NO_STRING)
 
-    __format__ = __add__ = __radd__ = lambda self, *others: str(self)
+    __format__ = __add__ = __radd__ = __mod__ = lambda self, *others: str(self)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, str):
+            raise TypeError(
+                f"a program that is compiled gets its strings as token ids, so that they cannot be compared, here with "
+                f"{other!r}. Choose before the program is compiled, or pass a number as an argument of its own."
+            )
+        return self is other
+
+    __hash__ = object.__hash__
+
+    def __getattr__(self, name: str) -> Any:
+        is_method = not name.startswith("_") and hasattr(str, name)
+        raise AttributeError(_NO_STRING if is_method else f"'TextArgument' object has no attribute {name!r}")
 
     def __repr__(self) -> str:
         return f"TextArgument(shape={tuple(self.verbatim.shape)})"
@@ -76,6 +93,14 @@ def pad_rows(rows: Sequence[Sequence[int]], width: int | None = None) -> np.ndar
 def is_concrete(value: Any) -> bool:
     """Whether numbers can be looked at: no, while a program is being compiled."""
     return not isinstance(value, jax.core.Tracer)
+
+
+def is_known(tree: Any) -> bool:
+    """Whether all of a pytree are numbers that can be looked at: no tracers, and none of JAX's placeholders."""
+    return all(
+        isinstance(leaf, (Array, np.ndarray, np.generic, int, float)) and is_concrete(leaf)
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def check_text(value: object, name: str, vocabulary: int) -> Array:
@@ -118,6 +143,26 @@ def check_text(value: object, name: str, vocabulary: int) -> Array:
                 "texts pass them as separate pieces: lm(first, second)."
             )
     return array if array.dtype == jnp.int32 else array.astype(jnp.int32)
+
+
+def check_batch(value: Array, batch_shape: tuple[int, ...]) -> None:
+    """Refuse a value whose rows do not broadcast with a distribution's.
+
+    :raises ValueError: with both shapes.
+    """
+    try:
+        np.broadcast_shapes(value.shape[:-1], batch_shape)
+    except ValueError:
+        raise ValueError(
+            f"value of batch shape {tuple(value.shape[:-1])} does not broadcast with the distribution's batch shape "
+            f"{tuple(batch_shape)}. Give the observed text and the pieces of its context the same number of rows."
+        ) from None
+
+
+def count(texts: Sequence[Array]) -> int:
+    """Most tokens of the joined texts; padding counts where the numbers are not known."""
+    counts = [(np.asarray(t) != PAD).sum(-1) if is_concrete(t) else np.asarray(t.shape[-1]) for t in texts]
+    return int(np.max(sum(counts, np.zeros((), int)), initial=0))
 
 
 def describe(piece: object) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -10,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax, random
 from numpyro.distributions import Distribution, constraints
+from numpyro.util import find_stack_level
 
 from llmppl.numpyro.decoder import Past, Weights
 from llmppl.numpyro.discreteness import refuse_pathwise
 from llmppl.numpyro.reading import Reader, Reading, shares
 from llmppl.numpyro.stopping import TextLaw, _Text, enumerate_texts
-from llmppl.numpyro.text import check_text, is_concrete
+from llmppl.numpyro.text import check_batch, check_text, count, is_concrete, is_known
 from llmppl.padding import PAD
 
 if TYPE_CHECKING:
@@ -32,16 +35,20 @@ class AutoregressiveText(Distribution):
     that the stream begins with the value, and it cannot be sampled.
 
     It is a pytree whose leaves are the weights, the context and the law, so that it can be an argument of compiled
-    functions.
+    functions. Outside of them drawing and scoring compile themselves, once for each shape.
+
+    A value outside the support has log-probability −inf; where validation is on and the numbers are known, a warning
+    says what is wrong with it, as NumPyro does.
 
     :param lm: the language model.
     :param context: text arrays, read one after the other; each has its own batch shape, padding in them is skipped.
-    :param law: stop tokens, lengths, temperature, vocabulary.
+    :param law: stop tokens, lengths, temperature, vocabulary, grammar.
     :param lora: low-rank additions to the weights, as a guide has them, or ``None``: the model itself.
     """
 
     arg_constraints: dict[str, Any] = {}
     reparametrized_params: list[str] = []
+    has_enumerate_support = True
     pytree_data_fields = ("weights", "context", "law", "lora")
     pytree_aux_fields = ("lm",)
 
@@ -53,18 +60,17 @@ class AutoregressiveText(Distribution):
         lora: Weights | None = None,
         batch_shape: tuple[int, ...] | None = None,
         *,
+        weights: Weights | None = None,
         validate_args: bool | None = None,
     ) -> None:
         self.lm, self.law, self.lora = lm, law, lora
         self.context = tuple(context)
-        self.weights = lm.weights
-        lm.check_length(sum(text.shape[-1] for text in self.context), law.max_tokens or 0)
-        heat = law.temperature
-        shapes = [text.shape[:-1] for text in self.context] + [getattr(heat, "shape", ())]
-        own = np.broadcast_shapes(*shapes)
-        shape = own if batch_shape is None else np.broadcast_shapes(own, batch_shape)
+        self.weights = lm.weights if weights is None else weights
+        if law.max_tokens is not None:
+            lm.check_length(count(self.context), law.max_tokens)
+        shape = np.broadcast_shapes(own_batch_shape(self.context, law.temperature), batch_shape or ())
         # The stream has no length of its own; NumPyro broadcasts a length of one with any.
-        super().__init__(tuple(shape), (law.max_tokens or 1,), validate_args=validate_args)
+        super().__init__(shape, (law.max_tokens or 1,), validate_args=validate_args)
 
     @property
     def has_rsample(self) -> bool:
@@ -82,12 +88,21 @@ class AutoregressiveText(Distribution):
         )
 
     def expand(self, batch_shape: Sequence[int]) -> AutoregressiveText:
-        """The context is not repeated: all rows share what is read of it."""
+        """The context is not repeated: all rows share what is read of it.
+
+        :raises ValueError: a shape that the batch shape does not broadcast to.
+        """
         shape = tuple(batch_shape)
         if shape == self.batch_shape:
             return self
         return AutoregressiveText(
-            self.lm, self.context, self.law, self.lora, shape, validate_args=self.__dict__.get("_validate_args")
+            self.lm,
+            self.context,
+            self.law,
+            self.lora,
+            expanded(self.batch_shape, shape),
+            weights=self.weights,
+            validate_args=self.__dict__.get("_validate_args"),
         )
 
     # --- drawing -----------------------------------------------------------------------------------
@@ -102,7 +117,8 @@ class AutoregressiveText(Distribution):
     def sample_with_intermediates(self, key: Array, sample_shape: tuple[int, ...] = ()) -> tuple[Array, list[Any]]:
         """Draw texts, and the log-probability of each token recorded while drawing, nats, of the same shape."""
         refuse_pathwise(self)
-        tokens, scores = self.draw(key, sample_shape)
+        draw = _compiled_draw if is_settled(self, key) else AutoregressiveText.draw
+        tokens, scores = draw(self, key, tuple(sample_shape))
         return tokens, [scores]
 
     def draw(self, key: Array, sample_shape: tuple[int, ...] = (), heat: Array | float = 1.0) -> tuple[Array, Array]:
@@ -129,10 +145,10 @@ class AutoregressiveText(Distribution):
         count = jnp.broadcast_to(before[-1].tokens, shape)
         heat = jnp.asarray(heat)
 
-        def step(carry: tuple[Any, ...], at: tuple[Array, Array]) -> tuple[tuple[Any, ...], tuple[Array, Array]]:
-            cache, state, ended = carry
+        def step(carry: tuple[Any, ...], at: tuple[Array, Array]) -> tuple[tuple[Any, ...], Array]:
+            cache, state, text, ended = carry
             number, own_key = at
-            log_probs = law.log_probs(reader.logits(state)[..., None, :], number[None])[..., 0, :]
+            log_probs = law.log_probs(reader.logits(state)[..., None, :], number[None], text[..., None, :])[..., 0, :]
             token = random.categorical(own_key, log_probs / heat[..., None], axis=-1).astype(jnp.int32)
             score = jnp.take_along_axis(log_probs, token[..., None], -1)[..., 0]
             token, score = jnp.where(ended, PAD, token), jnp.where(ended, 0.0, score)
@@ -143,12 +159,13 @@ class AutoregressiveText(Distribution):
                 lax.dynamic_update_slice_in_dim(cache.values, new.past.values, number, -3),
                 lax.dynamic_update_slice_in_dim(cache.seen, new.past.seen, number, -1),
             )
-            return (cache, new.states[..., 0, :], ended | law.ends(token)), (token, score)
+            text = lax.dynamic_update_slice_in_dim(text, token[..., None], number, -1)
+            return (cache, new.states[..., 0, :], text, ended | law.ends(token)), score
 
-        ended = jnp.zeros(shape, bool)
+        text, ended = jnp.full((*shape, length), PAD, jnp.int32), jnp.zeros(shape, bool)
         keys = random.split(key, length)
-        _, (tokens, scores) = lax.scan(step, (empty, state, ended), (jnp.arange(length), keys))
-        return jnp.moveaxis(tokens, 0, -1), jnp.moveaxis(scores, 0, -1)
+        (_, _, text, _), scores = lax.scan(step, (empty, state, text, ended), (jnp.arange(length), keys))
+        return text, jnp.moveaxis(scores, 0, -1)
 
     # --- scoring -----------------------------------------------------------------------------------
 
@@ -167,15 +184,19 @@ class AutoregressiveText(Distribution):
         :returns: shape ``broadcast(value.shape[:-1], batch_shape) + (T,)``.
         """
         value = check_text(value, "value", self.law.vocabulary)
+        check_batch(value, self.batch_shape)
         if self.law.max_tokens is None:
-            self.lm.check_length(sum(text.shape[-1] for text in self.context), value.shape[-1])
-        elif value.shape[-1] > self.law.max_tokens and not is_concrete(value):
-            raise ValueError(
-                f"the value has room for {value.shape[-1]} tokens, max_tokens is {self.law.max_tokens}: pass "
-                "lm.encode(text, width=max_tokens)."
-            )
+            self.lm.check_length(count(self.context), count((value,)))
         if self._validate_args:
             self._validate_sample(value)
+        score = _compiled_scores if is_settled(self, value) else AutoregressiveText._scores
+        return score(self, value)
+
+    def _scores(self, value: Array) -> Array:
+        inside, width, law = _Text(self.law)(value), value.shape[-1], self.law
+        if law.max_tokens is not None and width > law.max_tokens:
+            # What stands there is padding, or the text is none of the support.
+            value = value[..., : law.max_tokens]
         reader = Reader(self.lm.architecture, self.weights, self.lora)
         before = reader.stretches(self.context)
         length = value.shape[-1]
@@ -189,13 +210,46 @@ class AutoregressiveText(Distribution):
             shape = jnp.broadcast_shapes(first.shape[:-2], rest.shape[:-2])
             first, rest = (jnp.broadcast_to(s, (*shape, *s.shape[-2:])) for s in (first, rest))
             states = jnp.concatenate([first, rest], -2)
-        log_probs = self.law.log_probs(reader.logits(states), jnp.arange(length))
+        prefixes = None
+        if law.grammar is not None:
+            prefixes = jnp.where(jnp.arange(length) < jnp.arange(length)[:, None], value[..., None, :], PAD)
+        log_probs = law.log_probs(reader.logits(states), jnp.arange(length), prefixes)
         shape = jnp.broadcast_shapes(log_probs.shape[:-2], value.shape[:-1], self.batch_shape)
         log_probs = jnp.broadcast_to(log_probs, (*shape, *log_probs.shape[-2:]))
         value = jnp.broadcast_to(value, (*shape, length))
         scores = jnp.take_along_axis(log_probs, jnp.maximum(value, 0)[..., None], -1)[..., 0]
         scores = jnp.where(value == PAD, 0.0, scores)
-        return jnp.where(_Text(self.law)(value)[..., None], scores, -jnp.inf)
+        scores = jnp.pad(scores, [(0, 0)] * len(shape) + [(0, width - length)])
+        return jnp.where(inside[..., None], scores, -jnp.inf)
+
+    def _validate_sample(self, value: Array) -> Array:
+        inside = self.support(value)
+        if is_concrete(inside) and not np.all(inside):
+            warnings.warn(self._why_outside(np.asarray(value), np.asarray(inside)), stacklevel=find_stack_level())
+        return inside
+
+    def _why_outside(self, value: np.ndarray, inside: np.ndarray) -> str:
+        law = self.law
+        row = tuple(np.argwhere(~inside)[0].tolist())
+        text = value[row]
+        tokens = [int(token) for token in text if token != PAD]
+        if not tokens:
+            reason = "it is empty; a text has at least one token"
+        elif law.max_tokens is not None and len(tokens) > law.max_tokens:
+            reason = f"it has {len(tokens)} tokens, more than max_tokens={law.max_tokens}"
+        elif len(tokens) < law.min_tokens:
+            reason = f"it has {len(tokens)} tokens, fewer than min_tokens={law.min_tokens}"
+        elif law.allowed is not None and not np.asarray(law.allowed)[tokens].all():
+            reason = "it holds tokens that allowed= excludes"
+        elif law.stop is not None and np.asarray(law.stop)[tokens[:-1]].any():
+            reason = "a stop token stands before its end"
+        else:
+            reason = f"it neither ends with a stop token nor has max_tokens={law.max_tokens} tokens"
+        return (
+            f"Out-of-support values provided to log prob method. The text {self.lm.decode(text)!r} (row {row}) is "
+            f"outside the support {self.support}: {reason}. Its log-probability is -inf. For an observed text of any "
+            "form leave stop and max_tokens out of lm(...)."
+        )
 
     def enumerate_support(self, expand: bool = True) -> Array:
         """Every text: ``(n,) + batch_shape + (max_tokens,)``, or ones in place of the batch shape.
@@ -210,6 +264,36 @@ class AutoregressiveText(Distribution):
         law = self.law
         parts = [f"batch_shape={self.batch_shape}"]
         parts += ["unbounded stream"] if law.max_tokens is None else [f"max_tokens={law.max_tokens}"]
-        parts += [] if law.stop is None or not is_concrete(law.stop) else [f"{int(law.stop.sum())} stop tokens"]
+        parts += [f"min_tokens={law.min_tokens}"] if law.min_tokens else []
+        for mask, name in ((law.stop, "stop"), (law.allowed, "allowed")):
+            parts += [f"{int(np.asarray(mask).sum())} {name} tokens"] if mask is not None and is_known(mask) else []
+        fixed = isinstance(law.temperature, (int, float))
+        parts += [] if fixed and law.temperature == 1 else [f"temperature={law.temperature if fixed else 'an array'}"]
+        parts += [f"{law.grammar!r}"] if law.grammar is not None else []
         parts += ["with adapter"] if self.lora is not None else []
         return f"AutoregressiveText({', '.join(parts)})"
+
+
+def own_batch_shape(context: Sequence[Array], *others: Any) -> tuple[int, ...]:
+    """What the texts of a context, and numbers that vary with them, broadcast to."""
+    return tuple(np.broadcast_shapes(*(text.shape[:-1] for text in context), *(np.shape(x) for x in others)))
+
+
+def expanded(batch_shape: tuple[int, ...], wanted: Sequence[int]) -> tuple[int, ...]:
+    """``wanted``, if ``batch_shape`` broadcasts to it."""
+    fits = len(batch_shape) <= len(wanted)
+    if not fits or any(n not in (1, m) for n, m in zip(batch_shape[::-1], tuple(wanted)[::-1], strict=False)):
+        raise ValueError(
+            f"a distribution of batch shape {tuple(batch_shape)} cannot be expanded to {tuple(wanted)}. Give the "
+            "pieces of its context, or its plates, the same number of rows."
+        )
+    return tuple(wanted)
+
+
+def is_settled(*trees: Any) -> bool:
+    """Whether nothing is being traced: then a function of these may be compiled by itself."""
+    return not shares() and all(is_concrete(leaf) for leaf in jax.tree.leaves(trees))
+
+
+_compiled_draw = partial(jax.jit, static_argnums=2)(lambda fn, key, shape: fn.draw(key, shape))
+_compiled_scores = jax.jit(lambda fn, value: fn._scores(value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
 from numpyro.distributions import Distribution, constraints
+from numpyro.util import find_stack_level
 
 from llmppl.numpyro.decoder import Weights
 from llmppl.numpyro.discreteness import refuse_pathwise
+from llmppl.numpyro.distributions.autoregressive import expanded, is_settled, own_batch_shape
 from llmppl.numpyro.reading import Reader
-from llmppl.numpyro.text import check_text
+from llmppl.numpyro.text import check_batch, check_text, count, is_concrete, is_known
 from llmppl.padding import PAD
 
 if TYPE_CHECKING:
@@ -34,7 +37,9 @@ class _Option(constraints.Constraint):
         return option_index(value, self.options) >= 0
 
     def feasible_like(self, prototype: Array) -> Array:
-        return jnp.broadcast_to(self.options[0], prototype.shape)
+        missing = jnp.shape(prototype)[-1] - self.options.shape[-1]
+        row = jnp.pad(jnp.asarray(self.options[0]), (0, max(missing, 0)), constant_values=PAD)
+        return jnp.broadcast_to(row[: jnp.shape(prototype)[-1]], jnp.shape(prototype))
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         return (self.options,), (("options",), {})
@@ -49,7 +54,7 @@ def option_index(value: Array, options: Array) -> Array:
 
     def widened(texts: Array) -> Array:
         missing = width - texts.shape[-1]
-        return jnp.pad(texts, [(0, 0)] * (texts.ndim - 1) + [(0, missing)], constant_values=PAD)
+        return jnp.pad(jnp.asarray(texts), [(0, 0)] * (texts.ndim - 1) + [(0, missing)], constant_values=PAD)
 
     equal = (widened(value)[..., None, :] == widened(options)).all(-1)
     return jnp.where(equal.any(-1), equal.argmax(-1), -1)
@@ -60,7 +65,8 @@ class Choice(Distribution):
 
     .. math:: p(o_i) = \frac{P_i}{\sum_j P_j}, \qquad P_i = P(\text{the continuation begins with } o_i)
 
-    Made by :meth:`llmppl.numpyro.LM.choice`. It enumerates.
+    Made by :meth:`llmppl.numpyro.LM.choice`. A value that is none of the options has log-probability −inf; where
+    validation is on and the numbers are known, a warning says so.
 
     :param lm: the language model.
     :param context: text arrays as of :class:`AutoregressiveText`.
@@ -82,14 +88,14 @@ class Choice(Distribution):
         lora: Weights | None = None,
         batch_shape: tuple[int, ...] | None = None,
         *,
+        weights: Weights | None = None,
         validate_args: bool | None = None,
     ) -> None:
         self.lm, self.context, self.options, self.lora = lm, tuple(context), options, lora
-        self.weights = lm.weights
-        lm.check_length(sum(text.shape[-1] for text in self.context), options.shape[-1])
-        own = np.broadcast_shapes(*(text.shape[:-1] for text in self.context))
-        shape = own if batch_shape is None else np.broadcast_shapes(own, batch_shape)
-        super().__init__(tuple(shape), options.shape[-1:], validate_args=validate_args)
+        self.weights = lm.weights if weights is None else weights
+        lm.check_length(count(self.context), options.shape[-1])
+        shape = np.broadcast_shapes(own_batch_shape(self.context), batch_shape or ())
+        super().__init__(shape, options.shape[-1:], validate_args=validate_args)
 
     @property
     def has_rsample(self) -> bool:
@@ -110,30 +116,39 @@ class Choice(Distribution):
         if shape == self.batch_shape:
             return self
         return Choice(
-            self.lm, self.context, self.options, self.lora, shape, validate_args=self.__dict__.get("_validate_args")
+            self.lm,
+            self.context,
+            self.options,
+            self.lora,
+            expanded(self.batch_shape, shape),
+            weights=self.weights,
+            validate_args=self.__dict__.get("_validate_args"),
         )
 
     @property
     def logits(self) -> Array:
         """Normalised log-probabilities of the options, of shape ``batch_shape + (n,)``, nats."""
+        return _compiled_logits(self) if is_settled(self) else self._logits()
+
+    def _logits(self) -> Array:
         reader = Reader(self.lm.architecture, self.weights, self.lora)
         before = reader.stretches(self.context)
-        count, length = self.options.shape
+        number, length = self.options.shape
         rows = before[-1].last.shape[:-1]
         # One more batch dimension, in front: the options.
-        options = self.options.reshape((count,) + (1,) * len(rows) + (length,))
-        first = jnp.broadcast_to(before[-1].last[..., None, :], (count, *rows, 1, before[-1].last.shape[-1]))
+        options = jnp.asarray(self.options).reshape((number,) + (1,) * len(rows) + (length,))
+        first = jnp.broadcast_to(before[-1].last[..., None, :], (number, *rows, 1, before[-1].last.shape[-1]))
         states = first
         if length > 1:
             rest = reader.stretch(options[..., :-1], before).states
-            rest = jnp.broadcast_to(rest, (count, *rows, *rest.shape[-2:]))
+            rest = jnp.broadcast_to(rest, (number, *rows, *rest.shape[-2:]))
             states = jnp.concatenate([first, rest], -2)
         raw = reader.logits(states)[..., : self.lm.vocabulary]
         log_probs = jax.nn.log_softmax(raw.astype(jnp.promote_types(raw.dtype, jnp.float32)), -1)
-        tokens = jnp.broadcast_to(options, (count, *rows, length))
+        tokens = jnp.broadcast_to(options, (number, *rows, length))
         scores = jnp.take_along_axis(log_probs, jnp.maximum(tokens, 0)[..., None], -1)[..., 0]
         weights = jnp.moveaxis(jnp.where(tokens == PAD, 0.0, scores).sum(-1), 0, -1)
-        return jnp.broadcast_to(jax.nn.log_softmax(weights, -1), (*self.batch_shape, count))
+        return jnp.broadcast_to(jax.nn.log_softmax(weights, -1), (*self.batch_shape, number))
 
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
         """Draw options of shape ``sample_shape + batch_shape + (T,)``."""
@@ -152,6 +167,7 @@ class Choice(Distribution):
         """Log-probability in nats, of shape ``broadcast(value.shape[:-1], batch_shape)``; −inf for a text that is none
         of the options."""
         value = check_text(value, "value", self.lm.vocabulary)
+        check_batch(value, self.batch_shape)
         if self._validate_args:
             self._validate_sample(value)
         index, logits = option_index(value, self.options), self.logits
@@ -167,5 +183,23 @@ class Choice(Distribution):
             return options
         return jnp.broadcast_to(options, (len(self.options), *self.batch_shape, options.shape[-1]))
 
+    def _validate_sample(self, value: Array) -> Array:
+        inside = self.support(value)
+        if is_concrete(inside) and not np.all(inside):
+            row = tuple(np.argwhere(~np.asarray(inside))[0].tolist())
+            warnings.warn(
+                "Out-of-support values provided to log prob method. The text "
+                f"{self.lm.decode(np.asarray(value)[row])!r} (row {row}) is none of the options "
+                f"{self.lm.decode(self.options)}. Its log-probability is -inf. Observe one of them, encoded by "
+                "lm.encode.",
+                stacklevel=find_stack_level(),
+            )
+        return inside
+
     def __repr__(self) -> str:
-        return f"Choice(batch_shape={self.batch_shape}, {len(self.options)} options)"
+        options = repr(self.lm.decode(self.options)) if is_known(self.options) else f"{self.options!r}"
+        adapter = ", with adapter" if self.lora is not None else ""
+        return f"Choice(batch_shape={self.batch_shape}, options={options}{adapter})"
+
+
+_compiled_logits = jax.jit(lambda fn: fn._logits())
