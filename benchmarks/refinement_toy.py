@@ -2,6 +2,7 @@
 
     python benchmarks/refinement_toy.py
     python benchmarks/refinement_toy.py --seeds 0 1 2
+    python benchmarks/refinement_toy.py --only denoising --steps 4500 --balance-steps 0
     python benchmarks/refinement_toy.py --only denoising --steps 300 --balance-steps 0 --temperatures 0 2 8 32
 
 A latent text of exactly 4 tokens stands between a fixed beginning and an observed ending of 3 tokens, under the

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmppl.numpyro.language_model import LM
     from llmppl.numpyro.lifting import jit
+
+if any(find_spec(name) is None for name in ("jax", "numpyro")):
+    raise ModuleNotFoundError(
+        "llmppl.numpyro needs jax and numpyro, which are optional. Install them with:  "
+        "pip install 'pyro-llmppl[numpyro]'"
+    )
 
 _PUBLIC = {
     "LM": "llmppl.numpyro.language_model",
