@@ -38,9 +38,20 @@ class Past(NamedTuple):
     seen: Array
 
 
-def embed(weights: Weights, architecture: Architecture, tokens: Array, positions: Array) -> Array:
-    """Embeddings ``(..., T, D)`` of token ids; padding becomes the token 0, which nothing sees."""
-    states = weights["embed"][jnp.maximum(tokens, 0)]
+def embed(
+    weights: Weights, architecture: Architecture, tokens: Array, positions: Array, virtual: Array | None = None
+) -> Array:
+    """Embeddings ``(..., T, D)`` of token ids; padding becomes the token 0, which nothing sees.
+
+    :param virtual: embeddings ``(n, D)`` of virtual tokens, whose ids are those behind the embedding matrix.
+    """
+    first = weights["embed"].shape[0]
+    if virtual is None:
+        states = weights["embed"][jnp.maximum(tokens, 0)]
+    else:
+        known = weights["embed"][jnp.where(tokens < first, jnp.maximum(tokens, 0), 0)]
+        own = virtual[jnp.clip(tokens - first, 0, len(virtual) - 1)].astype(known.dtype)
+        states = jnp.where((tokens >= first)[..., None], own, known)
     if "positions" in weights:
         states = states + weights["positions"][positions]
     return states

@@ -84,6 +84,7 @@ class Particle(NamedTuple):
     :param token_log_p: of each latent text, log-probability of each token under the program, nats.
     :param token_log_q: the same under the guide.
     :param log_likelihood: of each observed site its log-density, of shape ``rows``.
+    :param proposed: of each latent site log q, of shape ``rows``.
     """
 
     log_p: Array
@@ -92,6 +93,7 @@ class Particle(NamedTuple):
     token_log_p: dict[str, Array]
     token_log_q: dict[str, Array]
     log_likelihood: dict[str, Array]
+    proposed: dict[str, Array]
 
 
 class Drawing(Messenger):
@@ -150,16 +152,22 @@ def run_particle(
     key: Array,
     gradients: bool = False,
     drawing: Drawing | None = None,
+    pathwise: bool = False,
 ) -> Particle:
     """Draw a particle and score it, each distinct stretch of text read once.
 
     :param gradients: score the guide by a pass of its own, through which gradients flow; the drawn values get none.
         Otherwise its log-probabilities are those recorded while drawing.
     :param drawing: where latents come from, if not from the guide as it is.
+    :param pathwise: let gradients flow through the values of sites that are reparametrised.
     """
     with sharing():
         guide_trace = draw(guide, params, args, kwargs, key, drawing)
-        values = {name: lax.stop_gradient(site["value"]) for name, site in guide_trace.items() if is_latent(site)}
+        values = {
+            name: site["value"] if pathwise and site["fn"].has_rsample else lax.stop_gradient(site["value"])
+            for name, site in guide_trace.items()
+            if is_latent(site)
+        }
         if gradients or drawing is not None:
             guide_trace = given(guide, params, args, kwargs, values)
         return score_particle(where, given(model, params, args, kwargs, values), guide_trace)
@@ -167,15 +175,22 @@ def run_particle(
 
 def score_particle(where: Layout, model_trace: Trace, guide_trace: Trace) -> Particle:
     """The log-densities of a particle's two runs."""
-    log_p, token_log_p, likelihood = _scored(where, model_trace)
-    log_q, token_log_q, _ = _scored(where, guide_trace)
+    log_p, token_log_p, model_terms = _scored(where, model_trace)
+    log_q, token_log_q, guide_terms = _scored(where, guide_trace)
+    likelihood = {name: term for name, term in model_terms.items() if model_trace[name]["is_observed"]}
+    proposed = {name: term for name, term in guide_terms.items() if is_latent(guide_trace[name])}
     values = {name: site["value"] for name, site in model_trace.items() if is_latent(site)}
-    return Particle(log_p, log_q, values, token_log_p, token_log_q, likelihood)
+    return Particle(log_p, log_q, values, token_log_p, token_log_q, likelihood, proposed)
+
+
+def score_sites(where: Layout, trace: Trace) -> Array:
+    """The log-density of a run, of shape ``rows``."""
+    return _scored(where, trace)[0]
 
 
 def _scored(where: Layout, trace: Trace) -> tuple[Array, dict[str, Array], dict[str, Array]]:
     total: Any = jnp.zeros(where.rows)
-    tokens, likelihood = {}, {}
+    tokens, terms = {}, {}
     for name, site in trace.items():
         if site["type"] != "sample":
             continue
@@ -189,8 +204,6 @@ def _scored(where: Layout, trace: Trace) -> tuple[Array, dict[str, Array], dict[
             log_prob = fn.log_prob(value)
         if site["scale"] is not None:
             log_prob = log_prob * site["scale"]
-        own = where.sum_rows(log_prob)
-        if site["is_observed"]:
-            likelihood[name] = own
-        total = total + own
-    return total, tokens, likelihood
+        terms[name] = where.sum_rows(log_prob)
+        total = total + terms[name]
+    return total, tokens, terms

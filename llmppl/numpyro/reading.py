@@ -21,6 +21,8 @@ from llmppl.numpyro.architecture import Architecture
 from llmppl.numpyro.decoder import Past, Weights
 from llmppl.padding import PAD
 
+VIRTUAL = "virtual_tokens"
+
 
 class Reading(NamedTuple):
     """A stretch of text after it was read.
@@ -42,11 +44,14 @@ class Reader:
     """A decoder under one set of weights.
 
     :param weights: frozen: no gradient flows into them.
-    :param lora: low-rank additions, already scaled, with gradients; or ``None``.
+    :param lora: low-rank additions, already scaled, with gradients; or ``None``. Under :data:`VIRTUAL` it may hold the
+        embeddings ``(n, D)`` of virtual tokens, whose ids are those behind the embedding matrix.
     """
 
     def __init__(self, architecture: Architecture, weights: Weights, lora: Weights | None = None) -> None:
         self.architecture, self.lora = architecture, lora
+        self._layers = None if lora is None else {name: own for name, own in lora.items() if name != VIRTUAL}
+        self._virtual = None if lora is None else lora.get(VIRTUAL)
         self._given = weights
         self.weights = tree_map(lax.stop_gradient, weights)
 
@@ -55,7 +60,7 @@ class Reader:
         seen = tokens != PAD
         start = before[-1].tokens if before else jnp.zeros((), jnp.int32)
         positions = start[..., None] + jnp.maximum(jnp.cumsum(seen, -1) - 1, 0)
-        embedded = decoder.embed(self.weights, self.architecture, tokens, positions)
+        embedded = decoder.embed(self.weights, self.architecture, tokens, positions, self._virtual)
         return self.embedded(embedded, positions, seen, before)
 
     def embedded(self, embedded: Array, positions: Array, seen: Array, before: Sequence[Reading]) -> Reading:
@@ -66,7 +71,7 @@ class Reader:
         embedded = jnp.broadcast_to(embedded, (*shape, *embedded.shape[-2:]))
         seen = jnp.broadcast_to(seen, (*shape, seen.shape[-1]))
         positions = jnp.broadcast_to(positions, seen.shape)
-        states, new = decoder.forward(self.weights, self.architecture, embedded, positions, seen, past, self.lora)
+        states, new = decoder.forward(self.weights, self.architecture, embedded, positions, seen, past, self._layers)
         length = seen.shape[-1]
         place = length - 1 - jnp.argmax(seen[..., ::-1], -1)
         own = jnp.take_along_axis(states, place[..., None, None], -2)[..., 0, :]

@@ -61,10 +61,23 @@ class TextGuide:
                     "Write e.g. lambda beginning, ending: [ending, beginning]."
                 )
         self.model, self.lm, self.prompt, self.others = model, lm, dict(prompt or {}), others
+        self.params: dict[str, Any] = {}
+        """Trained values of parameters that are not the guide's own, those of ``others`` say, by their name."""
 
     def distribution(self, name: str, prior: Text, context: Context) -> Text:
         """The proposal of a site, on a context as :meth:`LM.context` gives it."""
         raise NotImplementedError
+
+    def register(self) -> TextGuide:
+        """The guide with parameters as ``numpyro.param`` gives them: itself where it has none."""
+        return self
+
+    def update(self, params: Mapping[str, Any]) -> None:
+        """Take over trained parameters, e.g. ``svi_result.params``: those of ``others`` too.
+
+        :param params: by name, as ``SVI`` and :func:`~llmppl.numpyro.fit` have them.
+        """
+        self.params = {**self.params, **params}
 
     def __call__(self, *args: Any, observations: Values | None = None, **kwargs: Any) -> dict[str, Any]:
         """Sample every latent site once.
@@ -74,13 +87,13 @@ class TextGuide:
         :returns: the sampled values by site.
         :raises ValueError: the program has no latent text, or a latent that the guide does not know.
         """
+        registered = self.register()
         given: dict[str, Any] = {}
         if self.others is not None:
-            with _Recorder(given):
+            with _Recorder(given), handlers.substitute(data=self.params):
                 self.others(*args, **kwargs)
-        with handlers.block(), handlers.substitute(data=given):
-            sites = structure(self.model, args, kwargs)
-        proposer = _Proposer(self, sites, given, args, kwargs, observations or {})
+        sites = structure(handlers.substitute(self.model, data=given), args, kwargs)
+        proposer = _Proposer(registered, sites, given, args, kwargs, observations or {})
         with proposer:
             self.model(*args, **kwargs)
         return {**given, **proposer.proposed}
