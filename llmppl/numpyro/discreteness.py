@@ -31,3 +31,16 @@ def refuse_pathwise(fn: object) -> None:
                 )
             return
         frame = frame.f_back
+
+
+def refuse_enumeration() -> None:
+    """Raise if NumPyro's parallel enumeration is the caller's caller: it puts 0, 1, ... where a support has texts.
+
+    :raises TypeError: naming the way that works.
+    """
+    if sys._getframe(2).f_globals.get("__name__", "").startswith("numpyro.contrib.funsor"):
+        raise TypeError(
+            "NumPyro enumerates only sites whose values are the numbers 0, 1, ..., and the options of lm.choice are "
+            "texts. Enumerate the option's number: choice = lm.choice(...); number = numpyro.sample(name, "
+            'dist.Categorical(logits=choice.logits), infer={"enumerate": "parallel"}); text = choice.option(number).'
+        )

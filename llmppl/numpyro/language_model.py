@@ -361,10 +361,13 @@ def _merged(texts: Sequence[Any]) -> tuple[Array, ...]:
     for text in texts:
         known = np.asarray(text) if is_concrete(text) else None
         if known is not None:
-            used = np.flatnonzero((known != PAD).reshape(-1, known.shape[-1]).any(0))
+            used = np.flatnonzero((known != PAD).any(tuple(range(known.ndim - 1))))
             known = text = known[..., : used[-1] + 1 if len(used) else 0]
         if not text.shape[-1]:
-            continue
+            if text.ndim == 1:
+                continue
+            # Without tokens, but its rows are those of the batch.
+            known = text = np.full((*text.shape[:-1], 1), PAD, np.int32)
         single = [isinstance(t, np.ndarray) and t.ndim == 1 for t in (known, *merged[-1:])]
         if merged and all(single):
             merged[-1] = np.concatenate([merged[-1], known])

@@ -184,23 +184,31 @@ class _Text(constraints.Constraint):
         self.law = law
 
     def __call__(self, value: Array) -> Array:
-        law, pad = self.law, value == PAD
+        law = self.law
+        # Known numbers need no compiled program.
+        xp: Any = np if is_known((value, law.stop, law.allowed)) else jnp
+        value = xp.asarray(value)
+        pad = value == PAD
         length = lengths(value)
         valid = (((value >= 0) & (value < law.vocabulary)) | pad).all(-1) & is_right_padded(value) & (length > 0)
         if law.allowed is not None:
-            valid = valid & (jnp.asarray(law.allowed)[jnp.clip(value, 0, law.vocabulary - 1)] | pad).all(-1)
+            valid = valid & (xp.asarray(law.allowed)[xp.clip(value, 0, law.vocabulary - 1)] | pad).all(-1)
         if law.max_tokens is None:
             return valid
-        last = jnp.arange(value.shape[-1]) == length[..., None] - 1
-        stops = law.ends(value)
+        last = xp.arange(value.shape[-1]) == length[..., None] - 1
+        stops = xp.zeros(value.shape, bool)
+        if law.stop is not None:
+            stops = xp.asarray(law.stop)[xp.clip(value, 0, law.vocabulary - 1)] & ~pad
         ended = (stops & last).any(-1)
         valid = valid & ~(stops & ~last).any(-1) & (length <= law.max_tokens)
         return valid & (length >= law.min_tokens) & (ended | (length == law.max_tokens))
 
     def feasible_like(self, prototype: Array) -> Array:
-        """Some text of the support: as short as may be."""
+        """A text of the support, as short as may be; where stop and allowed are not known, of zeros."""
         law = self.law
-        allowed, stop = law._masks() if is_known((law.allowed, law.stop)) else (np.ones(law.vocabulary, bool),) * 2
+        if not is_known((law.allowed, law.stop)):
+            return jnp.zeros_like(prototype)
+        allowed, stop = law._masks()
         free, stops = np.flatnonzero(allowed & ~stop)[:1], np.flatnonzero(allowed & stop)[:1]
         count = max(law.min_tokens, 1) if len(stops) else law.max_tokens or 1
         row = [*(int(free[0]) for _ in range(count - len(stops))), *map(int, stops)]

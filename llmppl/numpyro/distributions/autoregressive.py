@@ -48,7 +48,6 @@ class AutoregressiveText(Distribution):
 
     arg_constraints: dict[str, Any] = {}
     reparametrized_params: list[str] = []
-    has_enumerate_support = True
     pytree_data_fields = ("weights", "context", "law", "lora")
     pytree_aux_fields = ("lm",)
 

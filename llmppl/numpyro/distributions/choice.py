@@ -14,7 +14,7 @@ from numpyro.distributions import Distribution, constraints
 from numpyro.util import find_stack_level
 
 from llmppl.numpyro.decoder import Weights
-from llmppl.numpyro.discreteness import refuse_pathwise
+from llmppl.numpyro.discreteness import refuse_enumeration, refuse_pathwise
 from llmppl.numpyro.distributions.autoregressive import expanded, is_settled, own_batch_shape
 from llmppl.numpyro.reading import Reader
 from llmppl.numpyro.text import check_batch, check_text, count, is_concrete, is_known
@@ -67,6 +67,13 @@ class Choice(Distribution):
 
     Made by :meth:`llmppl.numpyro.LM.choice`. A value that is none of the options has log-probability −inf; where
     validation is on and the numbers are known, a warning says so.
+
+    NumPyro enumerates in parallel only sites whose values are the numbers 0, 1, ..., and an option is a text:
+    ``TraceEnum_ELBO`` and ``config_enumerate`` raise on this site. They are exact on the option's number::
+
+        choice = lm.choice(beginning, options=["a mile", "a league"])
+        number = numpyro.sample("plan", dist.Categorical(logits=choice.logits), infer={"enumerate": "parallel"})
+        numpyro.sample("ending", lm(beginning, choice.option(number)), obs=ending)
 
     :param lm: the language model.
     :param context: text arrays as of :class:`AutoregressiveText`.
@@ -150,6 +157,10 @@ class Choice(Distribution):
         weights = jnp.moveaxis(jnp.where(tokens == PAD, 0.0, scores).sum(-1), 0, -1)
         return jnp.broadcast_to(jax.nn.log_softmax(weights, -1), (*self.batch_shape, number))
 
+    def option(self, number: Array) -> Array:
+        """The options of some numbers, ``number.shape + (T,)``."""
+        return jnp.asarray(self.options)[number]
+
     def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
         """Draw options of shape ``sample_shape + batch_shape + (T,)``."""
         refuse_pathwise(self)
@@ -161,7 +172,7 @@ class Choice(Distribution):
         heat = jnp.asarray(heat)
         shape = tuple(sample_shape) + self.batch_shape
         index = random.categorical(key, jnp.broadcast_to(logits, (*shape, logits.shape[-1])) / heat[..., None], axis=-1)
-        return jnp.asarray(self.options)[index], None
+        return self.option(index), None
 
     def log_prob(self, value: Array, intermediates: list[Any] | None = None) -> Array:
         """Log-probability in nats, of shape ``broadcast(value.shape[:-1], batch_shape)``; −inf for a text that is none
@@ -177,7 +188,11 @@ class Choice(Distribution):
         return jnp.where(index >= 0, chosen, -jnp.inf)
 
     def enumerate_support(self, expand: bool = True) -> Array:
-        """The options: ``(n,) + batch_shape + (T,)``, or ones in place of the batch shape."""
+        """The options: ``(n,) + batch_shape + (T,)``, or ones in place of the batch shape.
+
+        :raises TypeError: NumPyro's parallel enumeration asks.
+        """
+        refuse_enumeration()
         options = jnp.asarray(self.options).reshape((len(self.options),) + (1,) * len(self.batch_shape) + (-1,))
         if not expand:
             return options
