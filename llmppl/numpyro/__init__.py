@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmppl.inference.gap import inference_gap
     from llmppl.inference.posterior import Posterior
-    from llmppl.numpyro.bounds import bounds
+    from llmppl.numpyro.inference.bounds import bounds
     from llmppl.numpyro.inference.enumeration import exact_posterior
     from llmppl.numpyro.inference.importance import importance
     from llmppl.numpyro.language_model import LM
@@ -24,7 +24,7 @@ if any(find_spec(name) is None for name in ("jax", "numpyro")):
 _PUBLIC = {
     "LM": "llmppl.numpyro.language_model",
     "Posterior": "llmppl.inference.posterior",
-    "bounds": "llmppl.numpyro.bounds",
+    "bounds": "llmppl.numpyro.inference.bounds",
     "exact_posterior": "llmppl.numpyro.inference.enumeration",
     "importance": "llmppl.numpyro.inference.importance",
     "inference_gap": "llmppl.inference.gap",

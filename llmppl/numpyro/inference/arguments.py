@@ -58,7 +58,9 @@ class Compiled:
 def language_model(guide: Program, *traces: Trace) -> LM | None:
     """The one whose tokens stand for strings: that of the texts, or the guide's; ``None`` where there are several, or
     none, and strings stay constants."""
-    found = {id(s["fn"].lm): s["fn"].lm for trace in traces for s in trace.values() if s["type"] == "sample" and is_text(s)}
+    found = {
+        id(s["fn"].lm): s["fn"].lm for trace in traces for s in trace.values() if s["type"] == "sample" and is_text(s)
+    }
     own = getattr(guide, "lm", None)
     if isinstance(own, LM):
         found[id(own)] = own

@@ -45,8 +45,9 @@ class Gathering(Columns):
         """
         part = {
             "count": count,
-            "samples": {name: self._laid_out(particles.values[name][:count], event, name)
-                        for name, event in self.events.items()},
+            "samples": {
+                name: self._laid_out(particles.values[name][:count], event, name) for name, event in self.events.items()
+            },
             "log_p": _numpy(particles.log_p[:count]),
             "log_q": _numpy(particles.log_q[:count]),
             "token_log_p": {n: self._laid_out(v[:count], 1) for n, v in particles.token_log_p.items()},
