@@ -316,8 +316,8 @@ def test_what_importance_sampling_refuses(twin: Any) -> None:
     unscored.exactness = "none"
     with pytest.raises(ValueError, match="no exact density"):
         importance(twin.program, unscored)
+    unscored.exactness = "conditional"
     with pytest.raises(ValueError, match="needs the guide's density"):
-        unscored.exactness = "conditional"
         bounds(twin.program, unscored)
     with pytest.raises(ValueError, match="'smc' must be 'importance'"):
         bounds(twin.program, twin.guide, method="smc")

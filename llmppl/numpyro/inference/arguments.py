@@ -28,7 +28,7 @@ class Compiled:
 
     def __call__(
         self,
-        keys: Array,
+        keys: Any,
         params: dict[str, Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -42,7 +42,7 @@ class Compiled:
 
         if which not in self.variants:
 
-            def function(keys: Array, params: dict[str, Any], moving: list[Any]) -> Any:
+            def function(keys: Any, params: dict[str, Any], moving: list[Any]) -> Any:
                 own = [f if m is None else m for m, f in zip(moving, fixed, strict=True)]
                 own_args, own_kwargs = jax.tree.unflatten(tree, own)
                 return self.function(keys, params, own_args, own_kwargs)
@@ -77,7 +77,7 @@ def check_key(rng_key: Any) -> None:
         raise TypeError(f"rng_key must be a JAX key, got {type(rng_key).__name__}. {mend}")
     if not jax.dtypes.issubdtype(rng_key.dtype, jax.dtypes.prng_key):
         raise TypeError(
-            f"rng_key is an array of {rng_key.dtype}: a key of the old style, as jax.random.PRNGKey makes it, or no key. "
+            f"rng_key is an array of {rng_key.dtype}: a key of the old style, as jax.random.PRNGKey makes, or none. "
             + mend
         )
     if rng_key.ndim:

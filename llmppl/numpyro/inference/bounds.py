@@ -75,13 +75,15 @@ def bounds(
     def once(
         keys: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Particle, Particle | None, Values]:
-        programs, latents, observations = (model, guide), None, {}
+        programs: tuple[Program, Program] = (model, guide)
+        latents: Values | None = None
+        observations: Values = {}
         draws, simulating = keys[:-1], keys[-1]
         if simulations:
-            latents, observations = simulate(simulating, with_params(params, model)[0], args, kwargs)
+            latents, observations = simulate(simulating, with_params(params, model), args, kwargs)
             programs = observing(model, guide, observations)
-        where = layout(*with_params(params, *programs), args, kwargs)
-        size = block_size(num_samples, structure(with_params(params, model)[0], args, kwargs))
+        where = layout(with_params(params, programs[0]), with_params(params, programs[1]), args, kwargs)
+        size = block_size(num_samples, structure(with_params(params, model), args, kwargs))
         drawn = jax.lax.map(
             lambda key: run_particle(where, *programs, params, args, kwargs, key), draws, batch_size=size
         )
@@ -97,7 +99,7 @@ def bounds(
         check_key(rng_key)
         if vectorize_data:
             check_lists(args)
-        sites, proposed = (structure(program, args, kwargs) for program in with_params(own_params, model, guide))
+        sites, proposed = (structure(with_params(own_params, own), args, kwargs) for own in (model, guide))
         check_unscaled(sites, proposed)
         hidden = [name for name, site in proposed.items() if is_latent(site) and name not in sites]
         if hidden:

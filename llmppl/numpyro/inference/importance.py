@@ -72,7 +72,7 @@ def importance(
     own_params = dict(params or {})
 
     def block(keys: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Particle:
-        where = layout(*with_params(params, model, guide), args, kwargs)
+        where = layout(with_params(params, model), with_params(params, guide), args, kwargs)
         return jax.vmap(lambda key: run_particle(where, model, guide, params, args, kwargs, key))(keys)
 
     compiled = Compiled(block)
@@ -81,10 +81,10 @@ def importance(
         check_key(rng_key)
         if vectorize_data:
             check_lists(args)
-        programs = with_params(own_params, model, guide)
-        sites, proposed = (structure(program, args, kwargs) for program in programs)
+        program, proposer = with_params(own_params, model), with_params(own_params, guide)
+        sites, proposed = (structure(own, args, kwargs) for own in (program, proposer))
         check_unscaled(sites, proposed)
-        gathering = Gathering(layout(*programs, args, kwargs), sites, proposed)
+        gathering = Gathering(layout(program, proposer, args, kwargs), sites, proposed)
         lm = language_model(told, sites, proposed)
         size = block_size(num_samples, sites, target_error is not None)
         error = RunningError()
@@ -95,7 +95,7 @@ def importance(
             while drawn < num_samples:
                 count = min(size, num_samples - drawn)
                 found = compiled(keys(drawn + jnp.arange(size)), own_params, args, kwargs, lm)
-                particles: Particle = jax.tree.map(lambda leaf: np.asarray(leaf)[:count], found)
+                particles: Particle = jax.tree.map(np.asarray, found)
                 if (bad := faulty(particles)) is not None:
                     values = {name: jnp.asarray(value[bad]) for name, value in particles.values.items()}
                     raise blame((model, guide), own_params, args, kwargs, values, drawn + bad)
@@ -131,9 +131,9 @@ def block_size(num_samples: int, sites: Trace, decides: bool = False) -> int:
     return -(-num_samples // blocks)
 
 
-def with_params(params: dict[str, Any], *programs: Program) -> tuple[Program, ...]:
-    """Programs that have these parameters."""
-    return tuple(handlers.substitute(program, data=params) for program in programs)
+def with_params(params: dict[str, Any], program: Program) -> Program:
+    """The program with these values of its parameters."""
+    return handlers.substitute(program, data=params)
 
 
 def check_lists(args: tuple[Any, ...]) -> None:
@@ -146,6 +146,6 @@ def check_lists(args: tuple[Any, ...]) -> None:
     for place, count in enumerate(counts):
         if count is not None and count != known[0]:
             raise ValueError(
-                f"vectorize_data=True needs lists of one length, and argument {place} has {count} entries where another "
-                f"has {known[0]}. Give each argument one entry an observation."
+                f"vectorize_data=True needs lists of one length, and argument {place} has {count} entries where "
+                f"another has {known[0]}. Give each argument one entry an observation."
             )
