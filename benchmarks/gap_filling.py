@@ -29,8 +29,8 @@ from measure import machine, table
 from llmppl import LM, Behaviour, Posterior, fit, importance
 from llmppl.demo import make_guide, prior_guide, shipped_adapter, split, stories
 from llmppl.diagnostics import inference_gap
-from llmppl.diagnostics.gap import best_log_evidence
 from llmppl.guides import PromptGuide, RefinementGuide, TextGuide
+from llmppl.inference.gap import best_log_evidence
 from llmppl.models import ending_first
 from llmppl.objectives import ParticleObjective, TrajectoryBalance, WakeSleep
 from llmppl.text import Piece

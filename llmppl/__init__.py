@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmppl.diagnostics.bounds import bounds
     from llmppl.diagnostics.calibration import calibrate, expected_coverage
-    from llmppl.diagnostics.gap import inference_gap
     from llmppl.diagnostics.gap_report import gap_report
     from llmppl.diagnostics.verdict import diagnose
     from llmppl.evaluation import Evaluation
     from llmppl.grammar import Grammar
     from llmppl.inference.decoding import decode
     from llmppl.inference.enumeration import exact_posterior
+    from llmppl.inference.gap import inference_gap
     from llmppl.inference.importance import importance
     from llmppl.inference.mcmc import mcmc
     from llmppl.inference.posterior import Posterior
@@ -45,7 +45,7 @@ _PUBLIC = {
     "fit": "llmppl.training",
     "gap_report": "llmppl.diagnostics.gap_report",
     "importance": "llmppl.inference.importance",
-    "inference_gap": "llmppl.diagnostics.gap",
+    "inference_gap": "llmppl.inference.gap",
     "mcmc": "llmppl.inference.mcmc",
     "smc": "llmppl.inference.smc",
 }

@@ -56,7 +56,7 @@ def infill(
 
     from llmppl.demo import infill as run
     from llmppl.demo import shipped_adapter
-    from llmppl.diagnostics.gap import inference_gap
+    from llmppl.inference.gap import inference_gap
 
     try:
         proposals = run(beginning, ending, guide or shipped_adapter(), samples, seed, threads)

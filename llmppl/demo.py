@@ -15,8 +15,8 @@ import numpy as np
 import pyro
 import torch
 
-from llmppl.diagnostics.gap import best_log_evidence, inference_gap
 from llmppl.guides import AutoregressiveGuide, PromptGuide, TextGuide
+from llmppl.inference.gap import best_log_evidence, inference_gap
 from llmppl.inference.importance import importance
 from llmppl.inference.posterior import Posterior
 from llmppl.language_model import LM

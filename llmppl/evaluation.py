@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmppl.diagnostics.bounds import Bounds, Estimate, bounds
+from llmppl.diagnostics.bounds import bounds
+from llmppl.inference.brackets import Bounds, Estimate
 from llmppl.inference.importance import importance
 from llmppl.inference.posterior import Posterior
 from llmppl.minibatches import checked, collate

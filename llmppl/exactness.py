@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from llmppl.tracing import Program
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmppl.tracing import Program
 
 
 def exactness_of(guide: Program | None) -> str:

@@ -13,10 +13,10 @@ import numpy as np
 from llmppl.inference.pareto import pareto_tail
 
 if TYPE_CHECKING:
-    from llmppl.diagnostics.bounds import Bounds
     from llmppl.diagnostics.calibration import Calibration
     from llmppl.diagnostics.gap_report import GapReport
     from llmppl.history import History
+    from llmppl.inference.brackets import Bounds
     from llmppl.inference.posterior import Posterior
 
 # Told apart by hue and by lightness, and readable on white and on black.

@@ -18,6 +18,7 @@ from test_objectives import perturbed
 from llmppl import LM, exact_posterior, fit, importance, inference_gap
 from llmppl.guides import AutoregressiveGuide, PromptGuide
 from llmppl.inference import importance as module
+from llmppl.inference import running
 from llmppl.models import infilling
 from llmppl.objectives import TrajectoryBalance
 from llmppl.tracing import in_data_plate, structure
@@ -307,7 +308,7 @@ def test_sampling_stops_at_the_target_error_of_every_row(story: Story) -> None:
     assert posterior.num_samples % 64 == 0
     assert posterior.log_evidence_error.max() <= 0.1
     before = posterior.log_weights[:-64]
-    error = module._RunningError()
+    error = running.RunningError()
     error.add(before[:100])
     error.add(before[100:])
     assert error.largest() > 0.1
@@ -329,9 +330,9 @@ def test_the_bias_of_stopping_early_is_the_one_stated(story: Story) -> None:
     skewness = q @ (weight - 1) ** 3 / deviation**3
     runs, target = 20_000, deviation / math.sqrt(400)
     generator = np.random.default_rng(0)
-    error, total = module._RunningError(), np.zeros(runs)
+    error, total = running.RunningError(), np.zeros(runs)
     found = np.full(runs, np.nan)
-    for count, decides in module._plan(100_000, 64):
+    for count, decides in running.plan(100_000, 64):
         drawn = generator.choice(weight, p=q, size=(count, runs))
         error.add(np.log(drawn))
         total += drawn.sum(0)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from matplotlib.collections import FillBetweenPolyCollection
 
-from llmppl.diagnostics.bounds import Bounds
 from llmppl.evaluation import Evaluated
 from llmppl.history import History
+from llmppl.inference.brackets import Bounds
 from llmppl.inference.posterior import Posterior
 from llmppl.plots import plot_calibration, plot_gaps, plot_history, plot_ladder, plot_tail, plot_weights
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmppl.diagnostics.bounds import Bounds
 from llmppl.diagnostics.calibration import Calibration
+from llmppl.inference.brackets import Bounds
 from llmppl.inference.posterior import Posterior
 
 Array = np.ndarray

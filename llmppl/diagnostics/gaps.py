@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llmppl.diagnostics.bounds import Estimate
+from llmppl.inference.brackets import Estimate
 
 PARTS = ("inference", "approximation", "amortization")
 

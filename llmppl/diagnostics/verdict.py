@@ -16,13 +16,13 @@ import torch
 from tqdm.auto import tqdm
 
 from llmppl.diagnostics import findings as say
-from llmppl.diagnostics.bounds import Bounds
 from llmppl.diagnostics.calibration import Calibration, call_seed
 from llmppl.diagnostics.findings import Exact, Finding
 from llmppl.diagnostics.ranks import ranks_of
 from llmppl.diagnostics.simulated import Array, Pair, Scored, draw_scored, placed, score_given, scored, simulated_pair
 from llmppl.distributions.process import ProcessText
 from llmppl.exactness import check_weights, exactness_of, scores_given
+from llmppl.inference.brackets import Bounds
 from llmppl.inference.enumeration import exact_posterior
 from llmppl.inference.importance import importance
 from llmppl.inference.posterior import Posterior

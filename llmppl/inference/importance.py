@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,11 @@ from tqdm.auto import tqdm
 
 from llmppl.exactness import check_weights
 from llmppl.inference.gathering import Gathering, check_unscaled
-from llmppl.inference.posterior import Array, Posterior
+from llmppl.inference.posterior import Posterior
+from llmppl.inference.running import BLOCK, RunningError, check_target, plan
 from llmppl.particles import Particles, check_finite, run_particles
 from llmppl.randomness import randomness_kept
 from llmppl.tracing import Program, in_data_plate, is_text, structure
-
-BLOCK = 64
-"""Particles that are drawn and scored together, at most."""
 
 BLOCK_BYTES = 256 * 2**20
 """Memory of the tokens of the particles that are drawn and scored together. (The network's own is bounded apart:
@@ -27,9 +25,6 @@ BLOCK_BYTES = 256 * 2**20
 
 TOKEN_BYTES = 512
 """Of one token of a particle while it is drawn and scored, as measured."""
-
-FEWEST = 2 * BLOCK
-"""Samples before an early stop is thought of."""
 
 
 def importance(
@@ -68,7 +63,7 @@ def importance(
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
     if target_error is not None:
-        _check_target(target_error, num_samples)
+        check_target(target_error, num_samples)
     exactness = check_weights(guide)
 
     if vectorize_data:
@@ -80,8 +75,8 @@ def importance(
             torch.no_grad(),
             tqdm(total=num_samples, desc="importance", disable=not progress, delay=5, leave=False) as bar,
         ):
-            error = _RunningError()
-            for count, decides in _plan(num_samples, block_size(model, args, kwargs)):
+            error = RunningError()
+            for count, decides in plan(num_samples, block_size(model, args, kwargs)):
                 _take(gathering, model, guide, args, kwargs, count)
                 bar.update(count)
                 error.add(gathering.parts[-1]["log_p"] - gathering.parts[-1]["log_q"])
@@ -129,51 +124,3 @@ def _take(
     check_finite(particles.guide_trace)
     check_finite(particles.model_trace, allow_zero=True)
     gathering.add(particles)
-
-
-def _plan(num_samples: int, block: int) -> Iterator[tuple[int, bool]]:
-    """How many particles each block has, and whether stopping is decided on behind it. Where it is decided
-    does not depend on the blocks, lest memory change the law of the result."""
-    drawn = 0
-    while drawn < num_samples:
-        count = min(block, BLOCK - drawn % BLOCK, num_samples - drawn)
-        drawn += count
-        yield count, drawn % BLOCK == 0 and drawn >= FEWEST
-
-
-class _RunningError:
-    """Standard error of the log evidence, as :attr:`Posterior.log_evidence_error` has it, from running sums."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.first: Array | float = -math.inf  # log Σ w
-        self.second: Array | float = -math.inf  # log Σ w²
-
-    def add(self, log_weights: Array) -> None:
-        self.count += len(log_weights)
-        self.first = np.logaddexp(self.first, np.logaddexp.reduce(log_weights))
-        self.second = np.logaddexp(self.second, np.logaddexp.reduce(2 * log_weights))
-
-    def of_rows(self) -> Array:
-        """For each observation; infinite while it has no positive weight."""
-        first, second = np.asarray(self.first), np.asarray(self.second)
-        positive = np.isfinite(first)
-        squares = np.exp(np.where(positive, second, 0.0) - 2 * np.where(positive, first, 0.0))
-        error = np.sqrt(np.maximum(squares * self.count - 1, 0) / max(self.count - 1, 1))
-        return np.where(positive & (self.count > 1), error, math.inf)
-
-    def largest(self) -> float:
-        return float(self.of_rows().max())
-
-
-def _check_target(target_error: float, num_samples: int) -> None:
-    if isinstance(target_error, bool) or not 0 < target_error < math.inf:
-        raise ValueError(
-            f"target_error={target_error!r} must be a positive number of nats, e.g. 0.1. Leave it out to draw all "
-            "num_samples."
-        )
-    if num_samples < FEWEST:
-        raise ValueError(
-            f"target_error= is decided on from {FEWEST} samples on, and num_samples={num_samples} is the most that "
-            "are drawn. Raise num_samples, or leave target_error out."
-        )

@@ -7,6 +7,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmppl.inference.gap import inference_gap
+    from llmppl.inference.posterior import Posterior
+    from llmppl.numpyro.inference.bounds import bounds
+    from llmppl.numpyro.inference.enumeration import exact_posterior
+    from llmppl.numpyro.inference.importance import importance
     from llmppl.numpyro.language_model import LM
     from llmppl.numpyro.lifting import jit
 
@@ -18,10 +23,15 @@ if any(find_spec(name) is None for name in ("jax", "numpyro")):
 
 _PUBLIC = {
     "LM": "llmppl.numpyro.language_model",
+    "Posterior": "llmppl.inference.posterior",
+    "bounds": "llmppl.numpyro.inference.bounds",
+    "exact_posterior": "llmppl.numpyro.inference.enumeration",
+    "importance": "llmppl.numpyro.inference.importance",
+    "inference_gap": "llmppl.inference.gap",
     "jit": "llmppl.numpyro.lifting",
 }
 
-__all__ = ["LM", "jit"]
+__all__ = ["LM", "Posterior", "bounds", "exact_posterior", "importance", "inference_gap", "jit"]
 
 
 def __getattr__(name: str) -> Any:

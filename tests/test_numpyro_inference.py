@@ -1,0 +1,337 @@
+"""importance(), exact_posterior() and bounds() for NumPyro programs, against enumeration and against torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import numpyro
+import pyro
+import pytest
+import torch
+from jax import random
+from numpyro import distributions as dist
+from numpyro import handlers
+from numpyro.infer import MCMC, NUTS
+
+from llmppl import LM as TorchLM
+from llmppl import exact_posterior as torch_exact_posterior
+from llmppl.numpyro import LM, bounds, exact_posterior, importance, inference_gap
+from llmppl.numpyro.guides.prompt import PromptGuide
+from llmppl.numpyro.testing import tiny_lm
+from llmppl.testing import tiny_lm as torch_tiny_lm
+
+ARGS = ("ab", "cd")
+
+
+@pytest.fixture(scope="module")
+def double() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def twin(double: None) -> Any:
+    """Story infilling on a model small enough to enumerate, its guide, and what importance sampling makes of both."""
+    lm = tiny_lm(dtype=jnp.float64)
+
+    def program(beginning: str, ending: str) -> None:
+        middle = numpyro.sample("middle", lm(beginning, max_tokens=2, stop="."))
+        numpyro.sample("ending", lm(beginning, middle), obs=lm.encode(ending))
+
+    guide = PromptGuide(program, lm)
+    run = importance(program, guide, 1000, progress=False)
+    return SimpleNamespace(
+        lm=lm,
+        program=program,
+        guide=guide,
+        run=run,
+        posterior=run(random.key(0), *ARGS),
+        exact=exact_posterior(program, *ARGS),
+    )
+
+
+def log_q_of(twin: Any, texts: np.ndarray, args: tuple[str, str] = ARGS) -> np.ndarray:
+    """The guide's law by itself: the model told the ending, then the beginning."""
+    fn = twin.lm(args[1], args[0], max_tokens=2, stop=".")
+    return np.asarray(fn.log_prob(jnp.asarray(texts, jnp.int32)))
+
+
+def test_weights_are_those_of_the_laws_and_their_mean_over_the_support_is_the_evidence(twin: Any) -> None:
+    """Each recorded weight is p/q of its text to 1e-9; then Σ q w = Z over the support is to 1e-9 as well."""
+    posterior, exact = twin.posterior, twin.exact
+    joint = {tuple(text): value for text, value in zip(exact.samples["middle"], exact.log_joint, strict=True)}
+    texts = posterior.samples["middle"]
+    log_p = np.array([joint[tuple(text)] for text in texts])
+    assert posterior.log_joint == pytest.approx(log_p, abs=1e-9)
+    assert posterior.log_weights == pytest.approx(log_p - log_q_of(twin, texts), abs=1e-9)
+    drawn = {tuple(text): weight for text, weight in zip(texts, posterior.log_weights, strict=True)}
+    log_q = log_q_of(twin, exact.samples["middle"])
+    whole = [
+        math.exp(q + drawn.get(tuple(text), value - q))
+        for text, q, value in zip(exact.samples["middle"], log_q, exact.log_joint, strict=True)
+    ]
+    assert len(drawn) > 20
+    assert math.exp(log_q.max()) < 1
+    assert np.exp(log_q).sum() == pytest.approx(1, abs=1e-9)
+    assert sum(whole) == pytest.approx(math.exp(exact.log_evidence), rel=1e-9)
+
+
+def test_the_evidence_is_unbiased_over_seeds(twin: Any) -> None:
+    """Mean of Ẑ/Z over 20 seeds of 1000 samples, within 4 of its exact standard errors (below 2 %)."""
+    log_q = log_q_of(twin, twin.exact.samples["middle"])
+    weight = np.exp(twin.exact.log_joint - log_q - twin.exact.log_evidence)
+    error = math.sqrt(np.exp(log_q) @ (weight - 1) ** 2 / 20_000)
+    assert error < 0.02
+    ratios = [math.exp(twin.run(random.key(n), *ARGS).log_evidence - twin.exact.log_evidence) for n in range(20)]
+    assert np.mean(ratios) == pytest.approx(1, abs=4 * error)
+    # One block of 64 and a later string of the same bucket: compiled once all in all.
+    twin.run(random.key(0), "abc", "d")
+    assert twin.run.compilations() == 1
+
+
+def test_the_posterior_serves_arviz_plots_pages_and_gaps(twin: Any) -> None:
+    posterior = twin.posterior
+    assert posterior.samples["middle"].dtype == np.int64
+    assert posterior.decode("ending") == "cd"
+    assert posterior.decode("middle")[0] == twin.lm.decode(posterior.samples["middle"][0])
+    assert posterior.token_log_q["middle"].sum(-1) == pytest.approx(posterior.log_joint - posterior.log_weights)
+    assert posterior.token_log_p["middle"].sum(-1) + posterior.log_likelihood["ending"] == pytest.approx(
+        posterior.log_joint
+    )
+    assert "importance: log evidence" in repr(posterior)
+    assert "<" in posterior._repr_html_()
+    assert posterior.to_arviz().posterior.sizes["draw"] == 1000
+    posterior.plot()
+    plt.close("all")
+    gap = inference_gap(posterior, twin.exact)
+    texts = twin.exact.samples["middle"]
+    log_q = log_q_of(twin, texts)
+    exact = float(np.exp(log_q) @ (log_q - twin.exact.log_joint) + twin.exact.log_evidence)
+    assert gap.gap == pytest.approx(exact, abs=4 * gap.error)
+    assert gap.error < 0.1
+
+
+def test_rows_have_the_evidence_that_they_have_alone(twin: Any) -> None:
+    """By enumeration to 1e-9, and each sample's weight that of its own row."""
+    args = (["ab", "c"], ["cd", "e"])
+
+    def rows(beginning: Any, ending: Any) -> None:
+        with numpyro.plate("stories", 2):
+            twin.program(beginning, ending)
+
+    together = exact_posterior(rows, *args)
+    alone = [exact_posterior(twin.program, *row) for row in zip(*args, strict=True)]
+    assert together.log_evidence == pytest.approx([float(p.log_evidence) for p in alone], abs=1e-9)
+    posterior = importance(twin.program, twin.guide, 40, vectorize_data=True, progress=False)(random.key(0), *args)
+    assert posterior.batch_shape == (2,)
+    for n, row in enumerate(zip(*args, strict=True)):
+        texts = posterior.samples["middle"][:, n]
+        joint = {tuple(t): v for t, v in zip(alone[n].samples["middle"], alone[n].log_joint, strict=True)}
+        expected = [joint[tuple(text)] for text in texts] - log_q_of(twin, texts, row)
+        assert posterior.log_weights[:, n] == pytest.approx(expected, abs=1e-9)
+
+
+def test_torch_enumerates_the_same_posterior(tmp_path: Path, double: None) -> None:
+    """The same weights in both: log-joints to 1e-9, of a choice and a text."""
+    saved = torch_tiny_lm(vocabulary=6, seed=0, dtype=torch.float64)
+    saved.transformer.save_pretrained(tmp_path)
+    saved.tokenizer.save_pretrained(tmp_path)
+    ours, theirs = LM.from_pretrained(tmp_path, dtype=jnp.float64), TorchLM.from_pretrained(tmp_path)
+    theirs.transformer.double()
+
+    def program(lm: Any, sample: Any) -> Any:
+        def story(beginning: str, ending: str) -> None:
+            mood = sample("mood", lm.choice(beginning, options=["a.", "bc"]))
+            middle = sample("middle", lm(beginning, mood, max_tokens=2, stop="."))
+            sample("ending", lm(mood, middle), obs=lm.encode(ending))
+
+        return story
+
+    found = exact_posterior(program(ours, numpyro.sample), *ARGS)
+    expected = torch_exact_posterior(program(theirs, pyro.sample), *ARGS)
+    assert found.num_samples == expected.num_samples
+    for site in ("mood", "middle"):
+        assert (found.samples[site] == expected.samples[site]).all()
+    assert found.log_joint == pytest.approx(expected.log_joint, abs=1e-9)
+    assert found.token_log_p["middle"] == pytest.approx(expected.token_log_p["middle"], abs=1e-9)
+    assert found.decode("mood") == expected.decode("mood")
+
+
+def test_a_program_that_looks_at_its_values_is_run_for_each(twin: Any) -> None:
+    lm = twin.lm
+
+    def program(ending: str) -> None:
+        if numpyro.sample("short", dist.Bernoulli(0.25)) == 1:
+            middle = numpyro.sample("middle", lm("a", max_tokens=1))
+        else:
+            middle = numpyro.sample("mood", lm.choice("a", options=["b.", "c."]))
+        numpyro.sample("ending", lm("a", middle), obs=lm.encode(ending))
+
+    found = exact_posterior(program, "cd")
+    assert found.num_samples == 6 + 2
+    expected = 0.0
+    for share, law in ((0.25, lm("a", max_tokens=1)), (0.75, lm.choice("a", options=["b.", "c."]))):
+        texts = law.enumerate_support()
+        expected += share * float(jnp.exp(law.log_prob(texts) + lm("a", texts).log_prob(lm.encode("cd"))).sum())
+    assert math.exp(found.log_evidence) == pytest.approx(expected, rel=1e-9)
+    assert (found.samples["mood"][found.samples["short"] == 1] == -1).all()
+
+
+def test_bounds_bracket_the_enumerated_values(twin: Any) -> None:
+    """In expectation, so up to 3 standard errors over 600 simulated endings of one token (0.1 nats each at most)."""
+    lm, total = twin.lm, np.zeros(3)
+    prior = lm("ab", max_tokens=2, stop=".")
+    texts = prior.enumerate_support()
+    for ending in "." + "abcde":
+        joint = np.asarray(prior.log_prob(texts) + lm("ab", texts).log_prob(lm.encode(ending)))
+        log_z = np.logaddexp.reduce(joint)
+        log_q, log_p = log_q_of(twin, texts, ("ab", ending)), joint - log_z
+        total += np.exp(log_z) * np.array([log_z, np.exp(log_q) @ (log_q - log_p), np.exp(log_p) @ (log_p - log_q)])
+    log_z, kl_q_p, kl_p_q = total
+    run = bounds(twin.program, twin.guide, 4, vectorize_data=True)
+    found = run(random.key(0), ["ab"] * 600, ["c"] * 600)
+    for (low, high), truth in zip((found.log_evidence, found.kl_q_p, found.kl_p_q), total, strict=True):
+        assert max(low.error, high.error) < 0.1
+        assert low.value - 3 * low.error < truth < high.value + 3 * high.error
+    assert found.kl_sum.value == pytest.approx(kl_q_p + kl_p_q, abs=3 * found.kl_sum.error)
+    # With four samples the bracket is wide: nothing above holds by accident.
+    assert found.log_evidence[1].value - found.log_evidence[0].value > 6 * found.log_evidence[0].error
+    assert "600 simulated observations" in repr(found)
+
+
+def test_a_hand_written_guide_and_a_continuous_latent_agree_with_nuts(twin: Any) -> None:
+    """Posterior mean of the latent: weighted samples against NUTS against the integral, each within 4 of its errors."""
+    lm = twin.lm
+
+    def program(ending: str) -> None:
+        heat = numpyro.sample("heat", dist.LogNormal(0.0, 0.5))
+        numpyro.sample("ending", lm("ab", temperature=heat), obs=lm.encode(ending))
+
+    def guide(ending: str) -> None:
+        scale = numpyro.param("scale", 0.1)
+        numpyro.sample("heat", dist.LogNormal(0.0, scale))
+
+    run = importance(program, guide, 2048, params={"scale": jnp.asarray(0.7)}, progress=False)
+    posterior = run(random.key(0), "cd")
+    grid = jnp.linspace(-2.5, 2.5, 400)
+    heats = jnp.exp(grid)
+    log_joint = dist.Normal(0.0, 0.5).log_prob(grid) + jax.vmap(
+        lambda heat: lm("ab", temperature=heat).log_prob(lm.encode("cd"))
+    )(heats)
+    density = np.exp(np.asarray(log_joint))
+    mean = float((density * heats).sum() / density.sum())
+    log_z = math.log(float(density.sum() * (grid[1] - grid[0])))
+    assert posterior.log_evidence == pytest.approx(log_z, abs=4 * posterior.log_evidence_error)
+    assert posterior.log_evidence_error < 0.05
+    heat, weights = posterior.samples["heat"], posterior.weights
+    own = float(weights @ heat)
+    assert own == pytest.approx(mean, abs=4 * math.sqrt((weights**2) @ (heat - own) ** 2))
+    mcmc = MCMC(NUTS(program), num_warmup=200, num_samples=400, progress_bar=False)
+    mcmc.run(random.key(1), lm.argument("cd"))
+    chain = np.asarray(mcmc.get_samples()["heat"])
+    size = numpyro.diagnostics.effective_sample_size(chain[None])
+    assert size > 50
+    assert chain.mean() == pytest.approx(mean, abs=4 * chain.std() / math.sqrt(size))
+
+
+def test_a_text_and_a_number_together(twin: Any) -> None:
+    """The guide of the number is given as others=; each weight is p/q to 1e-9."""
+    lm = twin.lm
+
+    def program(ending: str) -> None:
+        heat = numpyro.sample("heat", dist.LogNormal(0.0, 0.5))
+        middle = numpyro.sample("middle", lm("ab", max_tokens=2, temperature=heat))
+        numpyro.sample("ending", lm("ab", middle), obs=lm.encode(ending))
+
+    def others(ending: str) -> None:
+        numpyro.sample("heat", dist.LogNormal(0.1, 0.4))
+
+    posterior = importance(program, PromptGuide(program, lm, others=others), 5, progress=False)(random.key(0), "cd")
+    for n in range(5):
+        heat, text = posterior.samples["heat"][n], jnp.asarray(posterior.samples["middle"][n], jnp.int32)
+        told = lm("cd", "ab", max_tokens=2, temperature=heat)
+        log_q = dist.LogNormal(0.1, 0.4).log_prob(heat) + told.log_prob(text)
+        log_p = dist.LogNormal(0.0, 0.5).log_prob(heat) + lm("ab", max_tokens=2, temperature=heat).log_prob(text)
+        log_p = log_p + lm("ab", text).log_prob(lm.encode("cd"))
+        assert posterior.log_weights[n] == pytest.approx(float(log_p - log_q), abs=1e-9)
+
+
+def numbers(data: Any) -> None:
+    z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+    with numpyro.plate("entries", 3):
+        w = numpyro.sample("w", dist.Normal(z, 1.0))
+        numpyro.sample("x", dist.Normal(w, 1.0), obs=data)
+
+
+def numbers_guide(data: Any) -> None:
+    numpyro.sample("z", dist.Normal(0.0, 1.0))
+    with numpyro.plate("entries", 3):
+        numpyro.sample("w", dist.Normal(data, 1.0))
+
+
+def test_inner_plates_and_early_stopping() -> None:
+    run = importance(numbers, numbers_guide, 4096, target_error=0.08, progress=False)
+    posterior = run(random.key(0), jnp.array([0.2, -0.1, 0.4]))
+    assert posterior.batch_shape == ()
+    assert posterior.samples["w"].shape == (posterior.num_samples, 3)
+    assert posterior.num_samples % 64 == 0
+    assert 128 <= posterior.num_samples < 4096
+    assert posterior.log_evidence_error <= 0.08
+    covariance = np.ones((3, 3)) + 2 * np.eye(3)
+    x = np.array([0.2, -0.1, 0.4])
+    log_z = -0.5 * (x @ np.linalg.solve(covariance, x) + np.linalg.slogdet(2 * np.pi * covariance)[1])
+    assert posterior.log_evidence == pytest.approx(log_z, abs=4 * 0.08)
+
+
+def test_what_importance_sampling_refuses(twin: Any) -> None:
+    run = importance(numbers, numbers_guide, 4, progress=False)
+    data = jnp.zeros(3)
+    with pytest.raises(TypeError, match=r"rng_key must be a JAX key, got str.*jax.random.key\(0\)"):
+        twin.run(*ARGS)
+    with pytest.raises(TypeError, match="old style"):
+        run(random.PRNGKey(0), data)
+    with pytest.raises(ValueError, match="site 'x' has log-probability nan at row"):
+        run(random.key(0), jnp.array([0.0, jnp.nan, 0.0]))
+    with pytest.raises(ValueError, match="site 'z' is scaled"):
+        importance(handlers.scale(numbers, scale=2.0), numbers_guide, 4)(random.key(0), data)
+    with pytest.raises(ValueError, match="none of the 4 samples has positive weight"):
+        importance(excluding, numbers_guide, 4, progress=False)(random.key(0), data)
+    with pytest.raises(ValueError, match="does not sample the model's latent sites"):
+        importance(numbers, lambda data: None, 4)(random.key(0), data)
+    with pytest.raises(ValueError, match="num_samples must be at least 1"):
+        importance(numbers, numbers_guide, 0)
+    with pytest.raises(ValueError, match="target_error=-1 must be a positive number"):
+        importance(numbers, numbers_guide, 200, target_error=-1)
+    with pytest.raises(ValueError, match="one length"):
+        importance(twin.program, twin.guide, 4, vectorize_data=True)(random.key(0), ["ab", "c"], ["cd"])
+    unscored = PromptGuide(twin.program, twin.lm)
+    unscored.exactness = "none"
+    with pytest.raises(ValueError, match="no exact density"):
+        importance(twin.program, unscored)
+    unscored.exactness = "conditional"
+    with pytest.raises(ValueError, match="needs the guide's density"):
+        bounds(twin.program, unscored)
+    with pytest.raises(ValueError, match="'smc' must be 'importance'"):
+        bounds(twin.program, twin.guide, method="smc")
+
+
+def test_what_enumeration_refuses(twin: Any) -> None:
+    with pytest.raises(ValueError, match=r"'z' \(Normal\) cannot be enumerated"):
+        exact_posterior(numbers, jnp.zeros(3))
+    with pytest.raises(ValueError, match="combinations"):
+        exact_posterior(lambda: numpyro.sample("long", twin.lm("a", max_tokens=30)))
+    with pytest.raises(ValueError, match="no latent site"):
+        exact_posterior(lambda: numpyro.sample("seen", dist.Normal(), obs=0.0))
+
+
+def excluding(data: Any) -> None:
+    numbers(data)
+    numpyro.factor("never", -jnp.inf)
