@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmppl.numpyro.language_model import LM
     from llmppl.numpyro.lifting import jit
+    from llmppl.numpyro.training import fit
 
 _PUBLIC = {
     "LM": "llmppl.numpyro.language_model",
+    "fit": "llmppl.numpyro.training",
     "jit": "llmppl.numpyro.lifting",
 }
 
-__all__ = ["LM", "jit"]
+__all__ = ["LM", "fit", "jit"]
 
 
 def __getattr__(name: str) -> Any:
