@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 if TYPE_CHECKING:
     from llmppl.evaluation import Evaluated
@@ -43,6 +42,8 @@ class History:
             getattr(self, name).append(float(values[name]))
 
     def state_dict(self) -> dict[str, Any]:
+        import torch  # the history itself is of numbers, and JAX has it too
+
         columns = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in COLUMNS}
         return {**columns, "evaluations": [asdict(item) for item in self.evaluations]}
 

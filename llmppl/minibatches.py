@@ -7,10 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-
-from llmppl.text import pad_rows, unpad_rows
 
 Data = Sequence[tuple[Any, ...]]
 
@@ -70,6 +66,11 @@ def collate(batch: Data) -> tuple[Any, ...]:
 
     :raises TypeError, ValueError: arguments that cannot be batched; tuples of several lengths.
     """
+    import torch  # the rest of this file serves JAX, too
+    from torch import Tensor
+
+    from llmppl.text import pad_rows, unpad_rows
+
     if len({len(item) for item in batch}) > 1:
         raise ValueError("vectorize_data=True needs tuples of one length. Leave it out for others.")
     columns: list[Any] = []

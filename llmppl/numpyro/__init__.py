@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from llmppl.numpyro.inference.importance import importance
     from llmppl.numpyro.language_model import LM
     from llmppl.numpyro.lifting import jit
+    from llmppl.numpyro.training import fit
 
 if any(find_spec(name) is None for name in ("jax", "numpyro")):
     raise ModuleNotFoundError(
@@ -26,12 +27,13 @@ _PUBLIC = {
     "Posterior": "llmppl.inference.posterior",
     "bounds": "llmppl.numpyro.inference.bounds",
     "exact_posterior": "llmppl.numpyro.inference.enumeration",
+    "fit": "llmppl.numpyro.training",
     "importance": "llmppl.numpyro.inference.importance",
     "inference_gap": "llmppl.inference.gap",
     "jit": "llmppl.numpyro.lifting",
 }
 
-__all__ = ["LM", "Posterior", "bounds", "exact_posterior", "importance", "inference_gap", "jit"]
+__all__ = ["LM", "Posterior", "bounds", "exact_posterior", "fit", "importance", "inference_gap", "jit"]
 
 
 def __getattr__(name: str) -> Any:

@@ -85,6 +85,7 @@ class Particle(NamedTuple):
     :param token_log_q: the same under the guide.
     :param log_likelihood: of each observed site its log-density, of shape ``rows``.
     :param proposed: of each latent site log q, of shape ``rows``.
+    :param terms: of each site of the program its log-density, of shape ``rows``.
     """
 
     log_p: Array
@@ -94,6 +95,7 @@ class Particle(NamedTuple):
     token_log_q: dict[str, Array]
     log_likelihood: dict[str, Array]
     proposed: dict[str, Array]
+    terms: dict[str, Array]
 
 
 class Drawing(Messenger):
@@ -180,7 +182,7 @@ def score_particle(where: Layout, model_trace: Trace, guide_trace: Trace) -> Par
     likelihood = {name: term for name, term in model_terms.items() if model_trace[name]["is_observed"]}
     proposed = {name: term for name, term in guide_terms.items() if is_latent(guide_trace[name])}
     values = {name: site["value"] for name, site in model_trace.items() if is_latent(site)}
-    return Particle(log_p, log_q, values, token_log_p, token_log_q, likelihood, proposed)
+    return Particle(log_p, log_q, values, token_log_p, token_log_q, likelihood, proposed, model_terms)
 
 
 def score_sites(where: Layout, trace: Trace) -> Array:

@@ -34,6 +34,7 @@ class AdapterGuide(SavedGuide):
 
     weights: Weights
     """The current weights."""
+    _additions: Weights | None = None
 
     def __init__(
         self,

@@ -82,7 +82,8 @@ class GFlowNetGuide(AutoregressiveGuide):
         """log Z_θ(x) in nats for the program's arguments, one for each row of the first latent text."""
         proposal = next(iter(text_sites(structure(self, args, kwargs)).values()))["fn"]
         readings = Reader(self.lm.architecture, self.lm.weights).stretches(proposal.context)
-        total, count = 0.0, 0
+        total: Any = 0.0
+        count: Any = 0
         for reading in readings:
             seen = reading.past.seen[..., None]
             total = total + jnp.where(seen, reading.states, 0).sum(-2)

@@ -86,14 +86,14 @@ class SoftPromptGuide(AdapterGuide):
     def _behind_virtual_tokens(self, context: Context) -> Context:
         """A context with the virtual tokens before all but a token that begins a text."""
         codec = self.lm.codec
-        virtual = np.arange(self.num_virtual_tokens, dtype=np.int32) + len(self.lm.weights["embed"])
+        virtual: Any = np.arange(self.num_virtual_tokens, dtype=np.int32) + len(self.lm.weights["embed"])
         first, *rest = context
         if codec.start:
             cut = len(codec.start)
             return (first[..., :cut], virtual, *((first[..., cut:],) if first.shape[-1] > cut else ()), *rest)
         if codec.bos is not None and (is_concrete(first) or first.shape[-1] == 1):
             # The context of no text is one such token, which LM.context() puts there.
-            begins = (first == codec.bos) & (sum(lengths(jnp.asarray(text)) for text in context) == 1)[..., None]
+            begins: Any = (first == codec.bos) & (sum(lengths(jnp.asarray(text)) for text in context) == 1)[..., None]
             if not is_concrete(begins) or bool(begins.any()):
                 return (jnp.where(begins, first, PAD), virtual, jnp.where(begins, PAD, first), *rest)
         return (virtual, *context)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import optax
+import optax  # type: ignore[import-untyped]
 
 LOG_PARTITION = "_log_partition$params"
 """How the name of a guide's log-partition parameters ends."""
