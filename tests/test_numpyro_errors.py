@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import llmppl
@@ -161,8 +161,9 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
     backend = Tokenizer(
         models.BPE({c: n for n, c in enumerate([*characters, "▁a", "ab"])}, merges=[("▁", "a"), ("a", "b")])
     )
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    backend.decoder = decoders.Sequence([decoders.Metaspace(prepend_scheme="first"), decoders.Strip(" ", 0, 0)])
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
     if kind == "begins":
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     special = {} if kind == "none" else {"bos_token": "<s>"}
