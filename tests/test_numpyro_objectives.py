@@ -150,7 +150,7 @@ def test_replayed_values_are_the_particles() -> None:
 
 
 def test_continuous_latents_get_pathwise_gradients() -> None:
-    """z ~ Normal, y ~ Bernoulli(logit z), one observation; the gradient by quadrature, within 4.5 standard errors of the
+    """z ~ Normal, y ~ Bernoulli(logit z), one observation; the gradient by quadrature, within 4.5 errors of the
     mean, which are below 0.02."""
 
     def program() -> None:
