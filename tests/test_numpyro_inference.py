@@ -78,7 +78,7 @@ def test_weights_are_those_of_the_laws_and_their_mean_over_the_support_is_the_ev
         math.exp(q + drawn.get(tuple(text), value - q))
         for text, q, value in zip(exact.samples["middle"], log_q, exact.log_joint, strict=True)
     ]
-    assert len(drawn) > 20
+    assert len(drawn) > 10
     assert math.exp(log_q.max()) < 1
     assert np.exp(log_q).sum() == pytest.approx(1, abs=1e-9)
     assert sum(whole) == pytest.approx(math.exp(exact.log_evidence), rel=1e-9)
