@@ -144,8 +144,7 @@ def test_torch_enumerates_the_same_posterior(tmp_path: Path, double: None) -> No
     saved = torch_tiny_lm(vocabulary=6, seed=0, dtype=torch.float64)
     saved.transformer.save_pretrained(tmp_path)
     saved.tokenizer.save_pretrained(tmp_path)
-    ours, theirs = LM.from_pretrained(tmp_path, dtype=jnp.float64), TorchLM.from_pretrained(tmp_path)
-    theirs.transformer.double()
+    ours, theirs = LM.from_pretrained(tmp_path, dtype=jnp.float64), TorchLM.from_pretrained(tmp_path, torch.float64)
 
     def program(lm: Any, sample: Any) -> Any:
         def story(beginning: str, ending: str) -> None:
