@@ -78,7 +78,7 @@ def test_weights_are_those_of_the_laws_and_their_mean_over_the_support_is_the_ev
         math.exp(q + drawn.get(tuple(text), value - q))
         for text, q, value in zip(exact.samples["middle"], log_q, exact.log_joint, strict=True)
     ]
-    assert len(drawn) > 20
+    assert len(drawn) > 10
     assert math.exp(log_q.max()) < 1
     assert np.exp(log_q).sum() == pytest.approx(1, abs=1e-9)
     assert sum(whole) == pytest.approx(math.exp(exact.log_evidence), rel=1e-9)
@@ -144,8 +144,7 @@ def test_torch_enumerates_the_same_posterior(tmp_path: Path, double: None) -> No
     saved = torch_tiny_lm(vocabulary=6, seed=0, dtype=torch.float64)
     saved.transformer.save_pretrained(tmp_path)
     saved.tokenizer.save_pretrained(tmp_path)
-    ours, theirs = LM.from_pretrained(tmp_path, dtype=jnp.float64), TorchLM.from_pretrained(tmp_path)
-    theirs.transformer.double()
+    ours, theirs = LM.from_pretrained(tmp_path, dtype=jnp.float64), TorchLM.from_pretrained(tmp_path, torch.float64)
 
     def program(lm: Any, sample: Any) -> Any:
         def story(beginning: str, ending: str) -> None:
