@@ -5,11 +5,12 @@
 The same weights, float32, one thread, CPU seconds of one run, contenders in turns, medians. Sixteen texts of 20 tokens
 after a prompt of 40 tokens that they share.
 
-- **scoring**: log p of the texts. Torch eager is one pass of the transformer over the padded batch with the logits of the
-  text's positions; llmppl (torch) and JAX read the prompt once.
-- **sampling**: texts with their log-probabilities. Torch eager is ``generate`` with its cache and the logits of each step.
-- **gradient**: log q of the texts under a LoRA adapter of rank 16 and its gradient, the pass that training repeats. Torch
-  eager is the padded batch through peft's layers and ``backward``.
+- **scoring**: log p of the texts. Torch eager is one pass of the transformer over the padded batch with the logits of
+  the text's positions; llmppl (torch) and JAX read the prompt once.
+- **sampling**: texts with their log-probabilities. Torch eager is ``generate`` with its cache and each
+  step's logits.
+- **gradient**: log q of the texts under a LoRA adapter of rank 16 and its gradient, the pass that training repeats.
+  Torch eager is the padded batch through peft's layers and ``backward``.
 
 Compilation is timed apart, once, in wall-clock seconds; the targets are ratios of CPU seconds to torch eager.
 """
@@ -40,6 +41,7 @@ from llmppl.models import continuation
 from llmppl.numpyro import LM
 from llmppl.numpyro import guides as jax_guides
 from llmppl.numpyro import models as jax_models
+from llmppl.numpyro.lifting import bound
 
 TARGETS = {"scoring": 0.50, "sampling": 0.62, "gradient": 0.48}
 COMPILE = 7.0
@@ -121,22 +123,24 @@ class Jax:
         self.key = jax.random.key(0)
         count = len(texts)
 
-        def log_q(weights: Any, text: Any, values: Any) -> Any:
+        def log_q(weights: Any, frozen: Any, context: Any, values: Any) -> Any:
             guide.weights = weights
             try:
-                return text.with_context(text.context, guide.register()._additions).log_prob(values).sum()
+                with bound((self.lm,), (frozen,)):
+                    text = self.lm(*context, max_tokens=texts.shape[-1])
+                    return text.with_context(text.context, guide.register()._additions).log_prob(values).sum()
             finally:
                 guide.weights = self.weights
 
         self.compiled: dict[str, Callable[..., Any]] = {
             "scoring": jax.jit(lambda text, values: text.log_prob(values)),
             "sampling": jax.jit(lambda text, key: text.draw(key, (count,))),
-            "gradient": jax.jit(lambda weights, text, values: jax.grad(log_q)(weights, text, values)),
+            "gradient": jax.jit(jax.grad(log_q)),
         }
         self.arguments = {
             "scoring": (self.text, self.texts),
             "sampling": (self.text, self.key),
-            "gradient": (self.weights, self.text, self.texts),
+            "gradient": (self.weights, self.lm.weights, self.text.context, self.texts),
         }
 
     def compile(self) -> dict[str, float]:

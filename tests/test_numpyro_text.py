@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 
 from llmppl import Grammar
 from llmppl.numpyro import LM
-from llmppl.numpyro.distributions.autoregressive import AutoregressiveText
+from llmppl.numpyro.distributions.autoregressive import AutoregressiveText, choose
 from llmppl.numpyro.reading import Reader, sharing
 from llmppl.numpyro.stopping import _Text
 from llmppl.numpyro.testing import tiny_lm
@@ -310,3 +310,21 @@ def test_the_string_of_a_compiled_program_is_no_string(lm: LM) -> None:
     assert lm.argument(["ab", "c"]).verbatim.shape == (2, 16)
     with pytest.raises(TypeError, match="non-empty list of strings, got a list of 0"):
         lm.argument([])
+
+
+def test_one_token_of_many_is_drawn_by_its_probability() -> None:
+    """A vocabulary of several blocks, probabilities over four orders of magnitude, and none where it is zero: pooled in
+    cells of at least 50 expected, chi-square at 10⁻⁴, one fixed key."""
+    weights = 10.0 ** np.linspace(-4, 0, 1000)
+    weights[::3] = 0
+    probs = weights / weights.sum()
+    with np.errstate(divide="ignore"):
+        rows = jnp.broadcast_to(jnp.log(jnp.asarray(probs, jnp.float32)), (200_000, 1000))
+    found = np.bincount(np.asarray(jax.jit(choose)(random.key(0), rows)), minlength=1000)
+    assert not found[::3].any()
+    cell = np.floor(np.cumsum(probs) * 200_000 / 50 * (1 - 1e-9)).astype(int)
+    expected, seen = np.bincount(cell, probs * 200_000), np.bincount(cell, found)
+    full = expected > 25
+    expected = np.append(expected[full], expected[~full].sum())
+    seen = np.append(seen[full], seen[~full].sum())
+    assert chisquare(seen[expected > 0], expected[expected > 0]).pvalue > 1e-4

@@ -123,8 +123,11 @@ class TextLaw:
         return jnp.asarray(self.stop)[jnp.clip(tokens, 0, self.vocabulary - 1)] & (tokens != PAD)
 
     def log_probs(self, logits: Array, step: Array, prefixes: Array | None) -> Array:
-        """The network's logits ``batch_shape + (T, V)`` made log-probabilities of this law, nats, −inf where nothing
-        may stand.
+        """The log-probabilities of this law, nats; arguments as of :meth:`scaled`."""
+        return jax.nn.log_softmax(self.scaled(logits, step, prefixes), -1)
+
+    def scaled(self, logits: Array, step: Array, prefixes: Array | None) -> Array:
+        """The network's logits ``batch_shape + (T, V)`` made those of this law: tempered, −inf where nothing may stand.
 
         :param step: how many tokens of the text stand before each, ``(T,)``.
         :param prefixes: the text so far before each, ``batch_shape + (T, n)``; only a grammar reads them.
@@ -146,7 +149,7 @@ class TextLaw:
             # What follows an ended text is padding, and nobody's question.
             ended = self.ends(prefixes).any(-1, keepdims=True)
             scaled = jnp.where(permitted(self.grammar, jnp.where(ended, self.grammar.end, prefixes)), scaled, -jnp.inf)
-        return jax.nn.log_softmax(scaled, -1)
+        return scaled
 
     @property
     def free_tokens(self) -> int:

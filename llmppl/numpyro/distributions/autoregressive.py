@@ -148,7 +148,7 @@ class AutoregressiveText(Distribution):
             cache, state, text, ended = carry
             number, own_key = at
             log_probs = law.log_probs(reader.logits(state)[..., None, :], number[None], text[..., None, :])[..., 0, :]
-            token = random.categorical(own_key, log_probs / heat[..., None], axis=-1).astype(jnp.int32)
+            token = choose(own_key, log_probs / heat[..., None])
             score = jnp.take_along_axis(log_probs, token[..., None], -1)[..., 0]
             token, score = jnp.where(ended, PAD, token), jnp.where(ended, 0.0, score)
             written = Reading(cache, state, state, count + number)
@@ -212,11 +212,13 @@ class AutoregressiveText(Distribution):
         prefixes = None
         if law.grammar is not None:
             prefixes = jnp.where(jnp.arange(length) < jnp.arange(length)[:, None], value[..., None, :], PAD)
-        log_probs = law.log_probs(reader.logits(states), jnp.arange(length), prefixes)
-        shape = jnp.broadcast_shapes(log_probs.shape[:-2], value.shape[:-1], self.batch_shape)
-        log_probs = jnp.broadcast_to(log_probs, (*shape, *log_probs.shape[-2:]))
+        logits = law.scaled(reader.logits(states), jnp.arange(length), prefixes)
+        shape = jnp.broadcast_shapes(logits.shape[:-2], value.shape[:-1], self.batch_shape)
         value = jnp.broadcast_to(value, (*shape, length))
-        scores = jnp.take_along_axis(log_probs, jnp.maximum(value, 0)[..., None], -1)[..., 0]
+        # Only the written tokens' log-probabilities: those of the whole vocabulary are many numbers to write down.
+        total = jax.nn.logsumexp(logits, -1)
+        logits = jnp.broadcast_to(logits, (*shape, *logits.shape[-2:]))
+        scores = jnp.take_along_axis(logits, jnp.maximum(value, 0)[..., None], -1)[..., 0] - total
         scores = jnp.where(value == PAD, 0.0, scores)
         scores = jnp.pad(scores, [(0, 0)] * len(shape) + [(0, width - length)])
         return jnp.where(inside[..., None], scores, -jnp.inf)
@@ -271,6 +273,34 @@ class AutoregressiveText(Distribution):
         parts += [f"{law.grammar!r}"] if law.grammar is not None else []
         parts += ["with adapter"] if self.lora is not None else []
         return f"AutoregressiveText({', '.join(parts)})"
+
+
+def choose(key: Array, log_probs: Array) -> Array:
+    """A token for each row of ``(..., V)``: a block of tokens, then one in it, each by a uniform number and a
+    cumulative sum.
+
+    A random number for each token of the vocabulary took longer than the network's last layer. In single precision a
+    uniform number has 2²³ values: the blocks' probabilities, about √V of them, are met to 10⁻⁷ each, those within a
+    block to 10⁻⁷ of the block's. Tokens of probability zero are not drawn.
+    """
+    probs = jax.nn.softmax(log_probs, -1)
+    vocabulary = probs.shape[-1]
+    width = max(int(vocabulary**0.5), 1)
+    blocks = jnp.pad(probs, [(0, 0)] * (probs.ndim - 1) + [(0, -vocabulary % width)])
+    blocks = blocks.reshape(*probs.shape[:-1], -1, width)
+    first, second = random.split(key)
+    block = _reached(first, blocks.sum(-1))
+    within = _reached(second, jnp.take_along_axis(blocks, block[..., None, None], -2)[..., 0, :])
+    return (block * width + within).astype(jnp.int32)
+
+
+def _reached(key: Array, weights: Array) -> Array:
+    """Which entry of ``(..., n)`` weights a uniform share of their total falls on."""
+    steps = jnp.cumsum(weights, -1)
+    point = random.uniform(key, (*weights.shape[:-1], 1), weights.dtype) * steps[..., -1:]
+    # Rounding must not end on an entry of weight zero behind the last.
+    last = weights.shape[-1] - 1 - jnp.argmax(weights[..., ::-1] > 0, -1)
+    return jnp.minimum((steps <= point).sum(-1), last)
 
 
 def own_batch_shape(context: Sequence[Array], *others: Any) -> tuple[int, ...]:
