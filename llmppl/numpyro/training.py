@@ -101,7 +101,7 @@ def fit(
     example = example if vectorize_data else jax.tree.map(lambda leaf: leaf[0], example)
     params, constrain = _parameters(program, proposal, columns.arguments(example), start_key)
     rates = [_rate(rate, schedule, warmup_steps, steps) for rate in (learning_rate, log_partition_learning_rate)]
-    optim = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer(*rates, weight_decay=weight_decay))
+    optim = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer(rates[0], rates[1], weight_decay))
     state = optim.init(params)
 
     def one(key: Array, params: dict[str, Any], rows: dict[int, Any], heat: Any) -> tuple[Array, dict[str, Array]]:
@@ -122,8 +122,9 @@ def fit(
 
     def update(params: dict[str, Any], state: Any, key: Array, rows: dict[int, Any], heat: Any) -> tuple[Any, ...]:
         (loss, said), gradient = jax.value_and_grad(average, has_aux=True)(params, key, rows, heat)
+        norm = jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(gradient)))
         updates, state = optim.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, loss, said, optax.global_norm(gradient)
+        return optax.apply_updates(params, updates), state, loss, said, norm
 
     compiled = jit(update)
     history, start = History(), time.monotonic()

@@ -93,7 +93,8 @@ class SoftPromptGuide(AdapterGuide):
             return (first[..., :cut], virtual, *((first[..., cut:],) if first.shape[-1] > cut else ()), *rest)
         if codec.bos is not None and (is_concrete(first) or first.shape[-1] == 1):
             # The context of no text is one such token, which LM.context() puts there.
-            begins: Any = (first == codec.bos) & (sum(lengths(jnp.asarray(text)) for text in context) == 1)[..., None]
+            alone: Any = sum(lengths(jnp.asarray(text)) for text in context) == 1
+            begins: Any = (first == codec.bos) & alone[..., None]
             if not is_concrete(begins) or bool(begins.any()):
                 return (jnp.where(begins, first, PAD), virtual, jnp.where(begins, PAD, first), *rest)
         return (virtual, *context)
