@@ -15,7 +15,8 @@ from test_objectives import perturbed
 
 from llmppl import LM, exact_posterior, smc
 from llmppl.guides import AutoregressiveGuide, PromptGuide
-from llmppl.inference.resampling import SCHEMES, effective_size, resample, without_replacement
+from llmppl.inference.resampling import effective_size, resample, without_replacement
+from llmppl.inference.smc_runs import SCHEMES
 from llmppl.testing import tiny_lm
 
 FROM_PRIOR = {"middle": lambda beginning: [beginning]}

@@ -11,12 +11,10 @@ from torch import Tensor
 
 from llmppl.distributions.autoregressive import AutoregressiveText
 from llmppl.inference.resampling import effective_size, resample, without_replacement
+from llmppl.inference.smc_runs import FLOWS_EVERY
 from llmppl.inference.stages import Stages, Values
 from llmppl.inference.writing import Writing
 from llmppl.tracing import is_latent
-
-TARGETS = ("prefixes", "flows")
-FLOWS_EVERY = 4
 
 
 class Population:

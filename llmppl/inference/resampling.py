@@ -11,8 +11,6 @@ import math
 import torch
 from torch import Tensor
 
-SCHEMES = ("systematic", "residual", "multinomial")
-
 
 def resample(log_weights: Tensor, scheme: str, retained: bool = False) -> Tensor:
     """As many indices as there are weights, drawn in proportion to them.

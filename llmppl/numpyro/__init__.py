@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from llmppl.numpyro.inference.bounds import bounds
     from llmppl.numpyro.inference.enumeration import exact_posterior
     from llmppl.numpyro.inference.importance import importance
+    from llmppl.numpyro.inference.smc import smc
     from llmppl.numpyro.language_model import LM
     from llmppl.numpyro.lifting import jit
     from llmppl.numpyro.training import fit
@@ -31,9 +32,10 @@ _PUBLIC = {
     "importance": "llmppl.numpyro.inference.importance",
     "inference_gap": "llmppl.inference.gap",
     "jit": "llmppl.numpyro.lifting",
+    "smc": "llmppl.numpyro.inference.smc",
 }
 
-__all__ = ["LM", "Posterior", "bounds", "exact_posterior", "fit", "importance", "inference_gap", "jit"]
+__all__ = ["LM", "Posterior", "bounds", "exact_posterior", "fit", "importance", "inference_gap", "jit", "smc"]
 
 
 def __getattr__(name: str) -> Any:

@@ -106,9 +106,10 @@ _memo: ContextVar[dict[tuple[Any, ...], Any] | None] = ContextVar("memo", defaul
 def sharing() -> Iterator[None]:
     """Inside this block every stretch of text is read once, for all sites together.
 
-    Enter it inside the function that is transformed (by ``vmap``, ``grad`` or ``jit``), not around it.
+    Enter it inside the function that is transformed (by ``vmap``, ``grad`` or ``jit``), not around it. A block in
+    another, for the body of a loop say, knows what was read before it; what it reads is forgotten at its end.
     """
-    token = _memo.set({})
+    token = _memo.set(dict(_memo.get() or {}))
     try:
         yield
     finally:

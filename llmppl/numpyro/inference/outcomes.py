@@ -1,0 +1,77 @@
+"""What a compiled run of sequential Monte Carlo ends with, as a :class:`~llmppl.inference.posterior.Posterior`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jax import Array
+from numpyro import distributions as dist
+
+from llmppl.inference.posterior import Posterior
+from llmppl.numpyro.distributions.autoregressive import AutoregressiveText
+from llmppl.numpyro.inference.population import Outcome, event_dims
+from llmppl.numpyro.inference.stages import Stages
+from llmppl.numpyro.particles import Layout
+from llmppl.numpyro.tracing import Trace, is_latent, is_text
+
+
+def posterior_of(outcome: Outcome, stages: Stages, sites: Trace, exactness: str) -> Posterior:
+    """The particles of one run.
+
+    :param sites: the program's structure at the run's own arguments.
+    :raises ValueError: NaN.
+    """
+    where = stages.where
+    if any(np.isnan(np.asarray(x)).any() for x in (outcome.log_weight, outcome.log_joint)):
+        raise ValueError(
+            "some log-probability is NaN. Check the model's weights and dtype (float16 overflows), and the factors of "
+            "the program."
+        )
+    texts = {n: site for n, site in sites.items() if site["type"] == "sample" and is_text(site)}
+    numbers = event_dims(stages)
+    masked = [n for n in outcome.values if _masks(stages.proposed[n]["fn"], stages.sites[n]["fn"])]
+    looked = np.asarray(outcome.looked)
+    factors = {n for n, site in sites.items() if site["type"] == "sample" and isinstance(site["fn"], dist.Unit)}
+    return Posterior(
+        samples={n: laid_out(value, where, numbers[n]) for n, value in outcome.values.items()},
+        log_weights=_double(outcome.log_weight),
+        log_joint=_double(outcome.log_joint),
+        method="smc",
+        exactness=exactness,
+        decoders={n: site["fn"].lm.decode for n, site in texts.items()},
+        observed={n: np.asarray(site["value"]).astype(np.int64) for n, site in texts.items() if not is_latent(site)},
+        token_log_p={n: _double(laid_out(value, where, 1)) for n, value in outcome.token_log_p.items()},
+        token_log_q={n: _double(laid_out(value, where, 1)) for n, value in outcome.token_log_q.items()},
+        log_likelihood={n: _double(v) for n, v in outcome.log_likelihood.items() if n not in factors},
+        masked=tuple(masked),
+        ancestors=np.asarray(outcome.ancestor),
+        num_ancestors=len(outcome.log_weight),
+        ess_history=_double(outcome.ess)[looked],
+    )
+
+
+def laid_out(value: Array, where: Layout, event: int) -> np.ndarray[Any, Any]:
+    """Particles' values of a site, ``(K,)``, plates, event, as ``(K,) + rows + inner plates + event``; inner plates of
+    size one fall away."""
+    known = np.asarray(value)
+    known = known.reshape(len(known), *(1,) * (1 + where.nesting - (known.ndim - event)), *known.shape[1:])
+    inner = [dim for dim in range(1, 1 + where.nesting) if dim - 1 - where.nesting not in where.axes]
+    outer = [dim for dim in range(1, 1 + where.nesting) if dim not in inner]
+    behind = list(range(1 + where.nesting, known.ndim))
+    known = known.transpose(0, *outer, *inner, *behind)
+    known = np.broadcast_to(known, (len(known), *where.rows, *known.shape[1 + len(outer) :]))
+    front = 1 + len(outer)
+    return known.squeeze(tuple(n for n in range(front, front + len(inner)) if known.shape[n] == 1)).copy()
+
+
+def _masks(q: Any, p: Any) -> bool:
+    """Whether the guide's law of a text forbids tokens that the program's permits."""
+    if not isinstance(q, AutoregressiveText) or not isinstance(p, AutoregressiveText) or q.law.allowed is None:
+        return False
+    forbidden = ~np.asarray(q.law.allowed)
+    return bool((forbidden if p.law.allowed is None else forbidden & np.asarray(p.law.allowed)).any())
+
+
+def _double(values: Any) -> np.ndarray[Any, Any]:
+    return np.asarray(values, dtype=np.float64)
