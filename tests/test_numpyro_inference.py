@@ -140,7 +140,8 @@ def test_rows_have_the_evidence_that_they_have_alone(twin: Any) -> None:
 
 
 def test_torch_enumerates_the_same_posterior(tmp_path: Path, double: None) -> None:
-    """The same weights in both: log-joints to 1e-9, of a choice and a text."""
+    """The same weights in both: log-joints of a choice and a text to 2e-5, for transformers works in float32 in places
+    (norms, turned positions, attention) whatever the weights' dtype."""
     saved = torch_tiny_lm(vocabulary=6, seed=0, dtype=torch.float64)
     saved.transformer.save_pretrained(tmp_path)
     saved.tokenizer.save_pretrained(tmp_path)
@@ -159,8 +160,8 @@ def test_torch_enumerates_the_same_posterior(tmp_path: Path, double: None) -> No
     assert found.num_samples == expected.num_samples
     for site in ("mood", "middle"):
         assert (found.samples[site] == expected.samples[site]).all()
-    assert found.log_joint == pytest.approx(expected.log_joint, abs=1e-9)
-    assert found.token_log_p["middle"] == pytest.approx(expected.token_log_p["middle"], abs=1e-9)
+    assert found.log_joint == pytest.approx(expected.log_joint, abs=2e-5)
+    assert found.token_log_p["middle"] == pytest.approx(expected.token_log_p["middle"], abs=2e-5)
     assert found.decode("mood") == expected.decode("mood")
 
 
@@ -297,8 +298,8 @@ def test_what_importance_sampling_refuses(twin: Any) -> None:
         twin.run(*ARGS)
     with pytest.raises(TypeError, match="old style"):
         run(random.PRNGKey(0), data)
-    with pytest.raises(ValueError, match="site 'x' has log-probability nan at row"):
-        run(random.key(0), jnp.array([0.0, jnp.nan, 0.0]))
+    with pytest.raises(ValueError, match="site 'odd' has log-probability nan at row"):
+        importance(undefined, numbers_guide, 4, progress=False)(random.key(0), data)
     with pytest.raises(ValueError, match="site 'z' is scaled"):
         importance(handlers.scale(numbers, scale=2.0), numbers_guide, 4)(random.key(0), data)
     with pytest.raises(ValueError, match="none of the 4 samples has positive weight"):
@@ -329,6 +330,11 @@ def test_what_enumeration_refuses(twin: Any) -> None:
         exact_posterior(lambda: numpyro.sample("long", twin.lm("a", max_tokens=30)))
     with pytest.raises(ValueError, match="no latent site"):
         exact_posterior(lambda: numpyro.sample("seen", dist.Normal(), obs=0.0))
+
+
+def undefined(data: Any) -> None:
+    numbers(data)
+    numpyro.factor("odd", jnp.nan)
 
 
 def excluding(data: Any) -> None:
