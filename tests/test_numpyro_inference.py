@@ -86,7 +86,7 @@ def test_weights_are_those_of_the_laws_and_their_mean_over_the_support_is_the_ev
 
 
 def test_the_evidence_is_unbiased_over_seeds(twin: Any) -> None:
-    """Mean of Ẑ/Z over 20 seeds of 1000 samples, within 4 of its exact standard errors (below 2 %); and the draws follow
+    """Mean of Ẑ/Z over 20 seeds of 1000 samples, within 4 of its exact standard errors (below 2 %); the draws follow
     the law that they are weighted by, chi-square above 1e-3, without which the mean could be right by chance."""
     log_q = log_q_of(twin, twin.exact.samples["middle"])
     weight = np.exp(twin.exact.log_joint - log_q - twin.exact.log_evidence)
