@@ -20,6 +20,7 @@ from jax import random
 from numpyro import distributions as dist
 from numpyro import handlers
 from numpyro.infer import MCMC, NUTS
+from scipy import stats
 
 from llmppl import LM as TorchLM
 from llmppl import exact_posterior as torch_exact_posterior
@@ -85,12 +86,20 @@ def test_weights_are_those_of_the_laws_and_their_mean_over_the_support_is_the_ev
 
 
 def test_the_evidence_is_unbiased_over_seeds(twin: Any) -> None:
-    """Mean of Ẑ/Z over 20 seeds of 1000 samples, within 4 of its exact standard errors (below 2 %)."""
+    """Mean of Ẑ/Z over 20 seeds of 1000 samples, within 4 of its exact standard errors (below 2 %); the draws follow
+    the law that they are weighted by, chi-square above 1e-3, without which the mean could be right by chance."""
     log_q = log_q_of(twin, twin.exact.samples["middle"])
     weight = np.exp(twin.exact.log_joint - log_q - twin.exact.log_evidence)
     error = math.sqrt(np.exp(log_q) @ (weight - 1) ** 2 / 20_000)
     assert error < 0.02
-    ratios = [math.exp(twin.run(random.key(n), *ARGS).log_evidence - twin.exact.log_evidence) for n in range(20)]
+    posteriors = [twin.run(random.key(n), *ARGS) for n in range(20)]
+    drawn = np.concatenate([posterior.samples["middle"] for posterior in posteriors])
+    counts = (drawn[:, None] == twin.exact.samples["middle"]).all(-1).sum(0)
+    expected = 20_000 * np.exp(log_q)
+    often = expected >= 5
+    observed, wanted = (np.append(c[often], c[~often].sum() + 1e-9) for c in (counts, expected))
+    assert stats.chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 1e-3
+    ratios = [math.exp(posterior.log_evidence - twin.exact.log_evidence) for posterior in posteriors]
     assert np.mean(ratios) == pytest.approx(1, abs=4 * error)
     # One block of 64 and a later string of the same bucket: compiled once all in all.
     twin.run(random.key(0), "abc", "d")
@@ -140,7 +149,8 @@ def test_rows_have_the_evidence_that_they_have_alone(twin: Any) -> None:
 
 
 def test_torch_enumerates_the_same_posterior(tmp_path: Path, double: None) -> None:
-    """The same weights in both: log-joints to 1e-9, of a choice and a text."""
+    """The same weights in both: log-joints of a choice and a text to 2e-5, for transformers works in float32 in places
+    (norms, turned positions, attention) whatever the weights' dtype."""
     saved = torch_tiny_lm(vocabulary=6, seed=0, dtype=torch.float64)
     saved.transformer.save_pretrained(tmp_path)
     saved.tokenizer.save_pretrained(tmp_path)
@@ -159,8 +169,8 @@ def test_torch_enumerates_the_same_posterior(tmp_path: Path, double: None) -> No
     assert found.num_samples == expected.num_samples
     for site in ("mood", "middle"):
         assert (found.samples[site] == expected.samples[site]).all()
-    assert found.log_joint == pytest.approx(expected.log_joint, abs=1e-9)
-    assert found.token_log_p["middle"] == pytest.approx(expected.token_log_p["middle"], abs=1e-9)
+    assert found.log_joint == pytest.approx(expected.log_joint, abs=2e-5)
+    assert found.token_log_p["middle"] == pytest.approx(expected.token_log_p["middle"], abs=2e-5)
     assert found.decode("mood") == expected.decode("mood")
 
 
@@ -297,8 +307,8 @@ def test_what_importance_sampling_refuses(twin: Any) -> None:
         twin.run(*ARGS)
     with pytest.raises(TypeError, match="old style"):
         run(random.PRNGKey(0), data)
-    with pytest.raises(ValueError, match="site 'x' has log-probability nan at row"):
-        run(random.key(0), jnp.array([0.0, jnp.nan, 0.0]))
+    with pytest.raises(ValueError, match="site 'odd' has log-probability nan at row"):
+        importance(undefined, numbers_guide, 4, progress=False)(random.key(0), data)
     with pytest.raises(ValueError, match="site 'z' is scaled"):
         importance(handlers.scale(numbers, scale=2.0), numbers_guide, 4)(random.key(0), data)
     with pytest.raises(ValueError, match="none of the 4 samples has positive weight"):
@@ -329,6 +339,11 @@ def test_what_enumeration_refuses(twin: Any) -> None:
         exact_posterior(lambda: numpyro.sample("long", twin.lm("a", max_tokens=30)))
     with pytest.raises(ValueError, match="no latent site"):
         exact_posterior(lambda: numpyro.sample("seen", dist.Normal(), obs=0.0))
+
+
+def undefined(data: Any) -> None:
+    numbers(data)
+    numpyro.factor("odd", jnp.nan)
 
 
 def excluding(data: Any) -> None:
