@@ -71,9 +71,10 @@ def test_the_evidence_is_unbiased_and_the_posterior_the_exact_one(
     error = found.std(ddof=1) / np.sqrt(RUNS)
     assert error < 0.06 * evidence
     assert abs(found.mean() - evidence) < 3 * error
-    # Resampling happened, and the genealogy knows it: a run's survivors descend from fewer than all.
+    # Resampling happened, and the genealogy knows it: a run's survivors descend from fewer than all. (Prefixes that the
+    # program proposes itself all weigh the same.)
     survivors = [len(set(row)) for row in posterior.ancestors.reshape(RUNS, -1)]
-    assert np.mean(survivors) < PARTICLES - 0.5
+    assert np.mean(survivors) < PARTICLES - 0.5 if guided else set(survivors) == {PARTICLES}
     # log q and the joint follow the particles: both are those of the text that each particle ends with.
     index = {tuple(text): n for n, text in enumerate(exact.samples["middle"].tolist())}
     places = np.array([index[tuple(text)] for text in posterior.samples["middle"].tolist()])
@@ -87,7 +88,7 @@ def test_the_evidence_is_unbiased_and_the_posterior_the_exact_one(
 
 
 def test_two_latents_with_an_observation_between_and_rows_of_their_own(lm: LM) -> None:
-    """Each row of the data plate resamples by itself: its evidence is that of a call for it alone, exactly enumerated."""
+    """Each row of the data plate resamples by itself: its evidence is that of a call for it alone, enumerated."""
 
     def program(beginning: Any, clue: Any, ending: Any) -> None:
         first = numpyro.sample("first", lm(beginning, max_tokens=2, stop="."))

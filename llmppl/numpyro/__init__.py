@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llmppl.numpyro.inference.smc import smc
     from llmppl.numpyro.language_model import LM
     from llmppl.numpyro.lifting import jit
+    from llmppl.numpyro.torch_likelihood import TorchLikelihood
     from llmppl.numpyro.training import fit
 
 if any(find_spec(name) is None for name in ("jax", "numpyro")):
@@ -26,6 +27,7 @@ if any(find_spec(name) is None for name in ("jax", "numpyro")):
 _PUBLIC = {
     "LM": "llmppl.numpyro.language_model",
     "Posterior": "llmppl.inference.posterior",
+    "TorchLikelihood": "llmppl.numpyro.torch_likelihood",
     "bounds": "llmppl.numpyro.inference.bounds",
     "exact_posterior": "llmppl.numpyro.inference.enumeration",
     "fit": "llmppl.numpyro.training",
@@ -35,7 +37,18 @@ _PUBLIC = {
     "smc": "llmppl.numpyro.inference.smc",
 }
 
-__all__ = ["LM", "Posterior", "bounds", "exact_posterior", "fit", "importance", "inference_gap", "jit", "smc"]
+__all__ = [
+    "LM",
+    "Posterior",
+    "TorchLikelihood",
+    "bounds",
+    "exact_posterior",
+    "fit",
+    "importance",
+    "inference_gap",
+    "jit",
+    "smc",
+]
 
 
 def __getattr__(name: str) -> Any:

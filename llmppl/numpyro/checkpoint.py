@@ -49,7 +49,7 @@ def read_weights(folder: Path, architecture: Architecture, dtype: Any) -> Weight
     """The weights of a folder.
 
     :raises FileNotFoundError: no safetensors.
-    :raises ValueError: a tensor is missing.
+    :raises ValueError: a tensor is missing, or of another size than the configuration says.
     """
     return stacked(_read(folder), architecture, dtype)
 
@@ -62,7 +62,10 @@ def stacked(tensors: Mapping[str, np.ndarray], architecture: Architecture, dtype
 
     def take(key: str) -> np.ndarray:
         if key not in plain:
-            raise ValueError(f"the checkpoint has no tensor {key!r}, which a {architecture.family} model needs.")
+            raise ValueError(
+                f"the checkpoint has no tensor {key!r}, which a {architecture.family} model needs. Save the whole "
+                "causal language model with save_pretrained, not its base model or an adapter."
+            )
         return np.asarray(plain[key])
 
     def over_layers(place: str) -> Any:
@@ -74,8 +77,9 @@ def stacked(tensors: Mapping[str, np.ndarray], architecture: Architecture, dtype
         kernel = over_layers(own + ".weight")
         # Linear layers are kept (outputs, inputs), those of gpt2 the other way round.
         layers[name] = {"w": kernel if gpt2 else kernel.swapaxes(-1, -2)}
-        if own.format(0) + ".bias" in plain:
+        if name in architecture.biases:
             layers[name]["b"] = over_layers(own + ".bias")
+    _check_sizes(layers, architecture)
     if gpt2:
         norms = {"input_norm": "h.{}.ln_1", "post_norm": "h.{}.ln_2"}
     else:
@@ -97,6 +101,20 @@ def stacked(tensors: Mapping[str, np.ndarray], architecture: Architecture, dtype
     if not architecture.tied:
         weights["head"] = array("lm_head.weight")
     return weights
+
+
+def _check_sizes(layers: Weights, architecture: Architecture) -> None:
+    """Whether tensors and configuration are of one model; a wrong number of heads would give wrong numbers silently."""
+    width = architecture.head_dim
+    queries, keys = architecture.heads * width, architecture.kv_heads * width
+    due = {"qkv": 3 * queries, "q": queries, "k": keys, "v": keys}
+    for name, outputs in due.items():
+        if name in layers and layers[name]["w"].shape[-1] != outputs:
+            raise ValueError(
+                f"the tensors of {layer_places(architecture)[name]} have {layers[name]['w'].shape[-1]} outputs, and "
+                f"config.json asks for {outputs} (its heads times head_dim). Put the config.json beside them that "
+                "belongs to them."
+            )
 
 
 def _read(folder: Path) -> dict[str, np.ndarray]:

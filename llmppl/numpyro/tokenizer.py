@@ -23,7 +23,8 @@ class FolderTokenizer:
                 "AutoTokenizer.from_pretrained(name).save_pretrained(folder)."
             )
         self.backend_tokenizer = Tokenizer.from_file(str(path))
-        self._config = _json(folder / "tokenizer_config.json")
+        # Older folders have the special tokens in a file of their own.
+        self._config = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
         self.bos_token_id = self._id("bos_token")
         self.eos_token_id = self._id("eos_token")
 

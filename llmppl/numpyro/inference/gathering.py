@@ -36,7 +36,7 @@ class Gathering(Columns):
                 self.decoders[name] = site["fn"].lm.decode
                 if site["is_observed"]:
                     self.observed[name] = np.asarray(site["value"]).astype(np.int64)
-        self.masked = tuple(name for name in self.events if proposed and _masks(proposed.get(name), sites[name]))
+        self.masked = tuple(name for name in self.events if proposed and masks(proposed.get(name), sites[name]))
 
     def add(self, particles: Particle, count: int) -> dict[str, Any]:
         """Take the numbers of the first ``count`` particles of a block.
@@ -151,10 +151,14 @@ def _is_factor(fn: Any) -> bool:
     return isinstance(fn, dist.Unit)
 
 
-def _masks(proposed: Site | None, site: Site) -> bool:
+def masks(proposed: Site | None, site: Site) -> bool:
     """Whether the guide's law of a text forbids tokens that the program's permits."""
     q, p = None if proposed is None else proposed["fn"], site["fn"]
-    if not isinstance(q, AutoregressiveText) or not isinstance(p, AutoregressiveText) or q.law.allowed is None:
+    if not isinstance(q, AutoregressiveText) or not isinstance(p, AutoregressiveText):
+        return False
+    if q.law.grammar is not None:
+        return p.law.grammar is None
+    if q.law.allowed is None:
         return False
     forbidden = ~np.asarray(q.law.allowed)
     return bool((forbidden if p.law.allowed is None else np.asarray(p.law.allowed) & forbidden).any())

@@ -9,7 +9,7 @@ from jax import Array
 from numpyro import distributions as dist
 
 from llmppl.inference.posterior import Posterior
-from llmppl.numpyro.distributions.autoregressive import AutoregressiveText
+from llmppl.numpyro.inference.gathering import masks
 from llmppl.numpyro.inference.population import Outcome, event_dims
 from llmppl.numpyro.inference.stages import Stages
 from llmppl.numpyro.particles import Layout
@@ -30,7 +30,7 @@ def posterior_of(outcome: Outcome, stages: Stages, sites: Trace, exactness: str)
         )
     texts = {n: site for n, site in sites.items() if site["type"] == "sample" and is_text(site)}
     numbers = event_dims(stages)
-    masked = [n for n in outcome.values if _masks(stages.proposed[n]["fn"], stages.sites[n]["fn"])]
+    masked = [n for n in outcome.values if masks(stages.proposed[n], stages.sites[n])]
     looked = np.asarray(outcome.looked)
     factors = {n for n, site in sites.items() if site["type"] == "sample" and isinstance(site["fn"], dist.Unit)}
     return Posterior(
@@ -63,14 +63,6 @@ def laid_out(value: Array, where: Layout, event: int) -> np.ndarray[Any, Any]:
     known = np.broadcast_to(known, (len(known), *where.rows, *known.shape[1 + len(outer) :]))
     front = 1 + len(outer)
     return known.squeeze(tuple(n for n in range(front, front + len(inner)) if known.shape[n] == 1)).copy()
-
-
-def _masks(q: Any, p: Any) -> bool:
-    """Whether the guide's law of a text forbids tokens that the program's permits."""
-    if not isinstance(q, AutoregressiveText) or not isinstance(p, AutoregressiveText) or q.law.allowed is None:
-        return False
-    forbidden = ~np.asarray(q.law.allowed)
-    return bool((forbidden if p.law.allowed is None else forbidden & np.asarray(p.law.allowed)).any())
 
 
 def _double(values: Any) -> np.ndarray[Any, Any]:

@@ -29,7 +29,7 @@ PARTICLES = "particles"
 class Settings(NamedTuple):
     """How particles compete; as of :func:`llmppl.numpyro.smc`."""
 
-    count: int
+    particles: int
     targets: str | None
     resampling: str
     ess_threshold: float
@@ -114,7 +114,7 @@ def run_population(
             walk = Walk(stages, params, args, kwargs)
             return _Population(settings, walk, event_dims(stages)).run(own_key, common_key)
 
-    outcome = jax.vmap(particle, axis_name=PARTICLES)(random.split(own_key, settings.count))
+    outcome = jax.vmap(particle, axis_name=PARTICLES)(random.split(own_key, settings.particles))
     return outcome._replace(ess=outcome.ess[0], looked=outcome.looked[0])
 
 
@@ -283,7 +283,9 @@ class _Population:
     def _resampled(self, state: _State, group: Array, key: Array, text: _Text | None = None) -> tuple[_State, Any]:
         """Each observation's particles of a group, resampled where their effective sample size is low."""
         settings, rows = self.settings, self.where.rows
-        weights, members = (lax.all_gather(x, PARTICLES).reshape(settings.count, -1) for x in (state.log_weight, group))
+        weights, members = (
+            lax.all_gather(x, PARTICLES).reshape(settings.particles, -1) for x in (state.log_weight, group)
+        )
         index, weights, changed = jax.vmap(
             lambda k, w, m: compete(k, w, m, settings.resampling, settings.ess_threshold), (0, 1, 1), (1, 1, 0)
         )(random.split(key, weights.shape[1]), weights, members)

@@ -59,7 +59,7 @@ class Walk:
 
     def law(self, program: Program, values: Values, name: str) -> AutoregressiveText:
         """The distribution of a text, given what stands before it."""
-        return self.run(program, values)[name]["fn"]  # type: ignore[no-any-return]
+        return self.run(program, values)[name]["fn"]
 
     def score(self, values: Values) -> Particle:
         """Log-density of what stands in the program before its first latent that is not given, observed sites
