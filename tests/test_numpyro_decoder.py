@@ -15,9 +15,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmppl
+from llmppl.demo import shipped_adapter
 from llmppl.guides import AutoregressiveGuide
-from llmppl.models import infilling
-from llmppl.numpyro import LM, TorchLikelihood, decoder
+from llmppl.models import ending_first, infilling
+from llmppl.numpyro import LM, TorchLikelihood, decoder, guides, models
 from llmppl.numpyro.adapters import from_tensors, initial, scaled
 from llmppl.numpyro.architecture import Architecture
 from llmppl.numpyro.checkpoint import read_config, read_weights
@@ -196,7 +197,7 @@ def test_gradients_of_adapters_are_those_of_peft(tiny: tuple[llmppl.LM, LM]) -> 
         return jnp.take_along_axis(log_probs, tokens[1:, None], -1).sum()
 
     value, gradient = jax.jit(jax.value_and_grad(score))(adapter)
-    assert float(value) == pytest.approx(float(total), abs=5e-6)
+    assert float(value) == pytest.approx(total.item(), abs=1e-5)
     due = from_tensors({key: value.numpy() for key, value in expected.items()}, empty, ours.architecture)
     for layer, sides in due.items():
         for side, matrix in sides.items():
@@ -212,6 +213,23 @@ def test_texts_of_smollm2_have_the_log_probabilities_of_torch(smollm2: llmppl.LM
     with torch.no_grad():
         expected = smollm2(context).log_prob(smollm2.encode(texts)).numpy()
     np.testing.assert_allclose(ours(context).log_prob(ours.encode(texts)), expected, rtol=0, atol=1e-3)
+
+    # A guide that was trained in torch, the one that the package ships, has the same log q here.
+    middles, ending = [" He looked under the mat.", " It was gone."], " The door was locked."
+    value = np.asarray(ours.encode(middles, width=16))
+    theirs = AutoregressiveGuide(infilling(smollm2), smollm2, rank=4)
+    theirs.load(shipped_adapter())
+    pieces = ending_first(context, ending)
+    with torch.no_grad():
+        law = smollm2(*pieces, max_tokens=16, stop=".")
+        expected = law.with_context(law.context, theirs.adapter).log_prob(torch.tensor(value).long()).numpy()
+        plain = law.log_prob(torch.tensor(value).long()).numpy()
+    guide = guides.AutoregressiveGuide(models.infilling(ours), ours, rank=4)
+    guide.load(shipped_adapter())
+    text = ours(*pieces, max_tokens=16, stop=".")
+    found = text.with_context(text.context, guide._lora()).log_prob(value)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+    assert abs(expected - plain).max() > 0.1
 
 
 # --- what is refused -----------------------------------------------------------------------------------

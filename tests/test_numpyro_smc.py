@@ -48,9 +48,9 @@ def estimates(posterior: Posterior, runs: int) -> np.ndarray:
 def test_the_evidence_is_unbiased_and_the_posterior_the_exact_one(
     lm: LM, story: Any, exact: Posterior, guided: bool, targets: str, resampling: str
 ) -> None:
-    """E[Ẑ] = Z, and E[Ẑ E_w[1{text}]] = Z p(text|x) for every text, over 1500 runs of six particles that resample at
-    every token: within 4 standard errors (one key; 3 for a single number). The standard error of the mean Ẑ is below
-    6 % of Z, so that resampling without resetting weights, say, is far outside."""
+    """E[Ẑ] = Z, and E[Ẑ E_w[1{text}]] = Z p(text|x) for every text of more than 3 %, over 1500 runs of six particles
+    that resample at every token: within 4 standard errors (one key; 3 for a single number). The standard error of the
+    mean Ẑ is below 6 % of Z, so that resampling without resetting weights, say, is far outside."""
     guide = PromptGuide(story, lm) if guided else None
     run = smc(
         story,
@@ -81,7 +81,7 @@ def test_the_evidence_is_unbiased_and_the_posterior_the_exact_one(
     np.testing.assert_allclose(posterior.log_joint, exact.log_joint[places], atol=1e-4)
     np.testing.assert_allclose(posterior.token_log_p["middle"], exact.token_log_p["middle"][places], atol=1e-4)
     weights = np.exp(posterior.log_weights).reshape(RUNS, -1)
-    for text in np.argsort(-exact.weights)[:8]:
+    for text in np.flatnonzero(exact.weights > 0.03):
         share = (weights * (places.reshape(RUNS, -1) == text)).mean(1)
         wanted = evidence * exact.weights[text]
         assert abs(share.mean() - wanted) < 4 * share.std(ddof=1) / np.sqrt(RUNS) + 1e-6
@@ -98,11 +98,11 @@ def test_two_latents_with_an_observation_between_and_rows_of_their_own(lm: LM) -
 
     rows = [("ab", "c", "de"), ("cd", "a", "bb")]
     exact = [exact_posterior(program, *row).log_evidence for row in rows]
-    run = smc(program, None, PARTICLES, ess_threshold=1.0, num_runs=1000, vectorize_data=True, progress=False)
+    run = smc(program, None, PARTICLES, ess_threshold=1.0, num_runs=2000, vectorize_data=True, progress=False)
     posterior = run(random.key(1), *map(list, zip(*rows, strict=True)))
     assert posterior.batch_shape == (2,)
-    found = estimates(posterior, 1000)
-    error = found.std(0, ddof=1) / np.sqrt(1000)
+    found = estimates(posterior, 2000)
+    error = found.std(0, ddof=1) / np.sqrt(2000)
     assert (error < 0.08 * np.exp(exact)).all()
     assert (abs(found.mean(0) - np.exp(exact)) < 3 * error).all()
     assert posterior.decode("second")[0][0]

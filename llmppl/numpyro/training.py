@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from llmppl.history import History
 from llmppl.minibatches import Data, Minibatches, checked
-from llmppl.numpyro.arguments import Columns
+from llmppl.numpyro.columns import Columns
 from llmppl.numpyro.lifting import jit
 from llmppl.numpyro.objectives.base import ParticleObjective
 from llmppl.numpyro.objectives.optimizers import optimizer

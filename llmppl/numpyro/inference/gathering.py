@@ -62,18 +62,23 @@ class Gathering(Columns):
         return part
 
     def _laid_out(self, values: Array, event: int, name: str = "") -> np.ndarray:
-        """Rows in front, dimensions of inner plates behind, those of size 1 dropped."""
-        nesting, axes, rows = self.where
-        value = np.asarray(values)
-        missing = 1 + nesting - (value.ndim - event)
-        value = value.reshape(value.shape[:1] + (1,) * missing + value.shape[1:])
-        inner = [dim for dim in range(1, 1 + nesting) if dim - 1 - nesting not in axes]
-        outer = [dim for dim in range(1, 1 + nesting) if dim not in inner]
-        value = value.transpose(0, *outer, *inner, *range(1 + nesting, value.ndim))
-        value = np.broadcast_to(value, (len(value), *rows, *value.shape[1 + len(outer) :]))
-        single = tuple(1 + len(outer) + n for n in range(len(inner)) if value.shape[1 + len(outer) + n] == 1)
-        value = value.squeeze(single)
-        return value.astype(np.int64) if name in self.decoders else value.copy()
+        value = laid_out(values, self.where, event)
+        return value.astype(np.int64) if name in self.decoders else value
+
+
+def laid_out(values: Array, where: Layout, event: int) -> np.ndarray:
+    """Particles' values of a site, ``(K,)``, plates, event, as ``(K,) + rows + inner plates + event``; inner plates of
+    size one fall away."""
+    nesting, axes, rows = where
+    value = np.asarray(values)
+    missing = 1 + nesting - (value.ndim - event)
+    value = value.reshape(value.shape[:1] + (1,) * missing + value.shape[1:])
+    inner = [dim for dim in range(1, 1 + nesting) if dim - 1 - nesting not in axes]
+    outer = [dim for dim in range(1, 1 + nesting) if dim not in inner]
+    value = value.transpose(0, *outer, *inner, *range(1 + nesting, value.ndim))
+    value = np.broadcast_to(value, (len(value), *rows, *value.shape[1 + len(outer) :]))
+    single = tuple(1 + len(outer) + n for n in range(len(inner)) if value.shape[1 + len(outer) + n] == 1)
+    return value.squeeze(single).copy()
 
 
 def check_unscaled(*traces: Trace) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from jax import Array
 from numpyro import distributions as dist
 
 from llmppl.inference.posterior import Posterior
-from llmppl.numpyro.inference.gathering import masks
+from llmppl.numpyro.inference.gathering import laid_out, masks
 from llmppl.numpyro.inference.population import Outcome, event_dims
 from llmppl.numpyro.inference.stages import Stages
-from llmppl.numpyro.particles import Layout
 from llmppl.numpyro.tracing import Trace, is_latent, is_text
 
 
@@ -49,20 +47,6 @@ def posterior_of(outcome: Outcome, stages: Stages, sites: Trace, exactness: str)
         num_ancestors=len(outcome.log_weight),
         ess_history=_double(outcome.ess)[looked],
     )
-
-
-def laid_out(value: Array, where: Layout, event: int) -> np.ndarray[Any, Any]:
-    """Particles' values of a site, ``(K,)``, plates, event, as ``(K,) + rows + inner plates + event``; inner plates of
-    size one fall away."""
-    known = np.asarray(value)
-    known = known.reshape(len(known), *(1,) * (1 + where.nesting - (known.ndim - event)), *known.shape[1:])
-    inner = [dim for dim in range(1, 1 + where.nesting) if dim - 1 - where.nesting not in where.axes]
-    outer = [dim for dim in range(1, 1 + where.nesting) if dim not in inner]
-    behind = list(range(1 + where.nesting, known.ndim))
-    known = known.transpose(0, *outer, *inner, *behind)
-    known = np.broadcast_to(known, (len(known), *where.rows, *known.shape[1 + len(outer) :]))
-    front = 1 + len(outer)
-    return known.squeeze(tuple(n for n in range(front, front + len(inner)) if known.shape[n] == 1)).copy()
 
 
 def _double(values: Any) -> np.ndarray[Any, Any]:
