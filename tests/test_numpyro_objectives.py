@@ -241,17 +241,18 @@ def kls(guide: AutoregressiveGuide) -> tuple[float, float]:
     )
 
 
-@pytest.mark.parametrize("objective", [TrajectoryBalance(16), LeaveOneOutELBO(16)], ids=["vargrad", "leave-one-out"])
-def test_trained_guide_is_the_exact_posterior(objective: numpyro.infer.ELBO) -> None:
-    """Within 0.05 nats both ways; untrained it is further away than that by far."""
+def test_trained_guide_is_the_exact_posterior() -> None:
+    """Within 0.05 nats both ways, from more than a nat away. Half of the particles are drawn hotter: on-policy alone a
+    small mode can be missed (KL(p‖q) stayed at 0.12)."""
     guide = AutoregressiveGuide(story, lm, rank=4)
-    assert min(kls(guide)) > 0.15
+    assert min(kls(guide)) > 1
+    objective = TrajectoryBalance(32, behaviour=Behaviour(tempered=0.5, temperatures=(1.5, 3.0)))
     history = fit(
-        story, guide, [("ab", "cd")], objective, steps=800, learning_rate=1e-2, schedule="cosine", progress=False
+        story, guide, [("ab", "cd")], objective, steps=600, learning_rate=3e-3, schedule="cosine", progress=False
     )
     assert max(kls(guide)) < 0.05
-    assert len(history.loss) == 800
-    assert history.ess[-1] > 12
+    assert len(history.loss) == 600
+    assert history.ess[-1] > 12  # of the 16 that are the guide's own
 
 
 def test_fit_names_what_is_wrong() -> None:
