@@ -98,12 +98,12 @@ def test_two_latents_with_an_observation_between_and_rows_of_their_own(lm: LM) -
 
     rows = [("ab", "c", "de"), ("cd", "a", "bb")]
     exact = [exact_posterior(program, *row).log_evidence for row in rows]
-    run = smc(program, None, PARTICLES, ess_threshold=1.0, num_runs=2000, vectorize_data=True, progress=False)
+    run = smc(program, None, 32, ess_threshold=1.0, num_runs=1000, vectorize_data=True, progress=False)
     posterior = run(random.key(1), *map(list, zip(*rows, strict=True)))
     assert posterior.batch_shape == (2,)
-    found = estimates(posterior, 2000)
-    error = found.std(0, ddof=1) / np.sqrt(2000)
-    assert (error < 0.08 * np.exp(exact)).all()
+    found = estimates(posterior, 1000)
+    error = found.std(0, ddof=1) / np.sqrt(1000)
+    assert (error < 0.1 * np.exp(exact)).all()
     assert (abs(found.mean(0) - np.exp(exact)) < 3 * error).all()
     assert posterior.decode("second")[0][0]
 
