@@ -41,7 +41,7 @@ from llmppl.models import continuation
 from llmppl.numpyro import LM
 from llmppl.numpyro import guides as jax_guides
 from llmppl.numpyro import models as jax_models
-from llmppl.numpyro.lifting import bound
+from llmppl.numpyro.lifting import bound, compiler_options
 
 TARGETS = {"scoring": 0.50, "sampling": 0.62, "gradient": 0.48}
 COMPILE = 7.0
@@ -148,7 +148,7 @@ class Jax:
         seconds = {}
         for name, function in self.compiled.items():
             start = time.perf_counter()
-            self.compiled[name] = function.lower(*self.arguments[name]).compile()  # type: ignore[attr-defined]
+            self.compiled[name] = function.lower(*self.arguments[name]).compile(compiler_options())  # type: ignore[attr-defined]
             seconds[name] = time.perf_counter() - start
         return seconds
 

@@ -7,7 +7,10 @@ import os
 # Before torch starts its pools: two threads on two busy cores are slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Compiling takes most of a tiny model's time, and half of it without optimisation.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,7 +15,9 @@ from numpyro.util import find_stack_level
 
 from llmppl.numpyro.decoder import Past, Weights
 from llmppl.numpyro.discreteness import refuse_pathwise
+from llmppl.numpyro.lifting import compiled
 from llmppl.numpyro.reading import Reader, Reading, shares
+from llmppl.numpyro.scoring import token_log_probs
 from llmppl.numpyro.stopping import TextLaw, _Text, enumerate_texts
 from llmppl.numpyro.text import check_batch, check_text, count, is_concrete, is_known
 from llmppl.padding import PAD
@@ -212,13 +213,9 @@ class AutoregressiveText(Distribution):
         prefixes = None
         if law.grammar is not None:
             prefixes = jnp.where(jnp.arange(length) < jnp.arange(length)[:, None], value[..., None, :], PAD)
-        logits = law.scaled(reader.logits(states), jnp.arange(length), prefixes)
-        shape = jnp.broadcast_shapes(logits.shape[:-2], value.shape[:-1], self.batch_shape)
+        shape = jnp.broadcast_shapes(states.shape[:-2], value.shape[:-1], self.batch_shape)
         value = jnp.broadcast_to(value, (*shape, length))
-        # Only the written tokens' log-probabilities: those of the whole vocabulary are many numbers to write down.
-        total = jax.nn.logsumexp(logits, -1)
-        logits = jnp.broadcast_to(logits, (*shape, *logits.shape[-2:]))
-        scores = jnp.take_along_axis(logits, jnp.maximum(value, 0)[..., None], -1)[..., 0] - total
+        scores = token_log_probs(self.lm.architecture, reader.weights, law, states, value, prefixes)
         scores = jnp.where(value == PAD, 0.0, scores)
         scores = jnp.pad(scores, [(0, 0)] * len(shape) + [(0, width - length)])
         return jnp.where(inside[..., None], scores, -jnp.inf)
@@ -324,5 +321,5 @@ def is_settled(*trees: Any) -> bool:
     return not shares() and all(is_concrete(leaf) for leaf in jax.tree.leaves(trees))
 
 
-_compiled_draw = partial(jax.jit, static_argnums=2)(lambda fn, key, shape: fn.draw(key, shape))
-_compiled_scores = jax.jit(lambda fn, value: fn._scores(value))
+_compiled_draw = compiled(lambda fn, key, shape: fn.draw(key, shape), static_argnums=2)
+_compiled_scores = compiled(lambda fn, value: fn._scores(value))

@@ -16,6 +16,7 @@ from numpyro.util import find_stack_level
 from llmppl.numpyro.decoder import Weights
 from llmppl.numpyro.discreteness import refuse_enumeration, refuse_pathwise
 from llmppl.numpyro.distributions.autoregressive import expanded, is_settled, own_batch_shape
+from llmppl.numpyro.lifting import compiled
 from llmppl.numpyro.reading import Reader
 from llmppl.numpyro.text import check_batch, check_text, count, is_concrete, is_known
 from llmppl.padding import PAD
@@ -217,4 +218,4 @@ class Choice(Distribution):
         return f"Choice(batch_shape={self.batch_shape}, options={options}{adapter})"
 
 
-_compiled_logits = jax.jit(lambda fn: fn._logits())
+_compiled_logits = compiled(lambda fn: fn._logits())
