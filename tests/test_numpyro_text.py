@@ -14,6 +14,8 @@ from scipy.stats import chisquare
 
 from llmppl import Grammar
 from llmppl.numpyro import LM
+from llmppl.numpyro.adapters import initial
+from llmppl.numpyro.checkpoint import layer_places
 from llmppl.numpyro.distributions.autoregressive import AutoregressiveText, choose
 from llmppl.numpyro.reading import Reader, sharing
 from llmppl.numpyro.stopping import _Text
@@ -328,3 +330,47 @@ def test_one_token_of_many_is_drawn_by_its_probability() -> None:
     expected = np.append(expected[full], expected[~full].sum())
     seen = np.append(seen[full], seen[~full].sum())
     assert chisquare(seen[expected > 0], expected[expected > 0]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("law", ["everything", "grammar and mask"])
+def test_the_gradient_in_closed_form_is_that_of_the_log_probabilities(lm: LM, law: str) -> None:
+    """A score's gradient by the network's states has a rule of its own; the reference is the law's log-softmax."""
+    text = lm(CONTEXTS, **LAWS[law])
+    values = text.sample(random.key(0), (5,))
+    adapter = initial(lm.weights, list(layer_places(lm.architecture)), 2, random.key(1), jnp.float32)
+    adapter = jax.tree.map(lambda x: x + 0.1 * random.normal(random.key(x.size), x.shape), adapter)
+    weighing = jnp.arange(1.0, 16.0).reshape(5, 3)  # a row's gradient must not stand for another's
+
+    def ours(lora: Any) -> Array:
+        return (weighing * text.with_context(text.context, lora).log_prob(values)).sum()
+
+    def reference(lora: Any) -> Array:
+        reader = Reader(lm.architecture, lm.weights, lora)
+        *_, before, rest = reader.stretches([*text.context, values])
+        first = jnp.broadcast_to(before.last, (5, *before.last.shape))[..., None, :]
+        states = jnp.concatenate([first, rest.states[..., :-1, :]], -2)
+        places = jnp.arange(WIDTH)
+        prefixes = jnp.where(places < places[:, None], values[..., None, :], PAD)
+        log_probs = text.law.log_probs(reader.logits(states), places, prefixes)
+        scores = jnp.take_along_axis(log_probs, jnp.maximum(values, 0)[..., None], -1)[..., 0]
+        return (weighing * jnp.where(values == PAD, 0.0, scores).sum(-1)).sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(ours))(adapter)
+    due_value, due = jax.jit(jax.value_and_grad(reference))(adapter)
+    assert float(value) == pytest.approx(float(due_value), rel=1e-5)
+    for found, expected in zip(jax.tree.leaves(gradient), jax.tree.leaves(due), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * float(jnp.abs(expected).max()))
+    tangent = jax.tree.map(jnp.ones_like, adapter)
+    along = jax.jit(lambda lora: jax.jvp(ours, (lora,), (tangent,))[1])(adapter)
+    assert float(along) == pytest.approx(float(sum(g.sum() for g in jax.tree.leaves(due))), rel=1e-3)
+
+
+def test_a_temperature_that_is_learned_has_its_gradient(lm: LM) -> None:
+    value = lm.encode("ab.")
+
+    def log_prob(heat: Any) -> Array:
+        return lm("cd", max_tokens=4, stop=".", temperature=heat).log_prob(value)
+
+    width = 1e-2
+    slope = (log_prob(jnp.asarray(0.8 + width)) - log_prob(jnp.asarray(0.8 - width))) / (2 * width)
+    assert float(jax.grad(log_prob)(0.8)) == pytest.approx(float(slope), rel=1e-3)
