@@ -333,8 +333,8 @@ def test_one_token_of_many_is_drawn_by_its_probability() -> None:
 
 
 @pytest.mark.parametrize("law", ["everything", "grammar and mask"])
-def test_the_gradient_in_closed_form_is_that_of_the_log_probabilities(lm: LM, law: str) -> None:
-    """A score's gradient by the network's states has a rule of its own; the reference is the law's log-softmax."""
+def test_the_gradient_of_a_text_is_that_of_its_law(lm: LM, law: str) -> None:
+    """Scores are put together from logits and their normaliser; the reference is the law's log-softmax."""
     text = lm(CONTEXTS, **LAWS[law])
     values = text.sample(random.key(0), (5,))
     adapter = initial(lm.weights, list(layer_places(lm.architecture)), 2, random.key(1), jnp.float32)
@@ -374,3 +374,17 @@ def test_a_temperature_that_is_learned_has_its_gradient(lm: LM) -> None:
     width = 1e-2
     slope = (log_prob(jnp.asarray(0.8 + width)) - log_prob(jnp.asarray(0.8 - width))) / (2 * width)
     assert float(jax.grad(log_prob)(0.8)) == pytest.approx(float(slope), rel=1e-3)
+
+
+def test_scores_and_draws_are_the_same_inside_another_compiled_function(lm: LM) -> None:
+    """With known numbers they compile themselves, which XLA's options forbid inside another compiled function."""
+    text, key = lm("cd", max_tokens=4, stop="."), random.key(2)
+    value = lm.encode("ab.")
+
+    @jax.jit
+    def inside(offset: Array) -> tuple[Array, Array]:
+        return offset + text.log_prob(value), text.sample(key)
+
+    score, drawn = inside(jnp.zeros(()))
+    assert float(score) == pytest.approx(float(text.log_prob(value)), rel=1e-5)
+    np.testing.assert_array_equal(drawn, text.sample(key))

@@ -17,7 +17,6 @@ from llmppl.numpyro.decoder import Past, Weights
 from llmppl.numpyro.discreteness import refuse_pathwise
 from llmppl.numpyro.lifting import compiled
 from llmppl.numpyro.reading import Reader, Reading, shares
-from llmppl.numpyro.scoring import token_log_probs
 from llmppl.numpyro.stopping import TextLaw, _Text, enumerate_texts
 from llmppl.numpyro.text import check_batch, check_text, count, is_concrete, is_known
 from llmppl.padding import PAD
@@ -213,9 +212,13 @@ class AutoregressiveText(Distribution):
         prefixes = None
         if law.grammar is not None:
             prefixes = jnp.where(jnp.arange(length) < jnp.arange(length)[:, None], value[..., None, :], PAD)
-        shape = jnp.broadcast_shapes(states.shape[:-2], value.shape[:-1], self.batch_shape)
+        logits = law.scaled(reader.logits(states), jnp.arange(length), prefixes)
+        shape = jnp.broadcast_shapes(logits.shape[:-2], value.shape[:-1], self.batch_shape)
         value = jnp.broadcast_to(value, (*shape, length))
-        scores = token_log_probs(self.lm.architecture, reader.weights, law, states, value, prefixes)
+        # Only the written tokens' log-probabilities: those of the whole vocabulary are many numbers to write down.
+        total = jax.nn.logsumexp(logits, -1)
+        logits = jnp.broadcast_to(logits, (*shape, *logits.shape[-2:]))
+        scores = jnp.take_along_axis(logits, jnp.maximum(value, 0)[..., None], -1)[..., 0] - total
         scores = jnp.where(value == PAD, 0.0, scores)
         scores = jnp.pad(scores, [(0, 0)] * len(shape) + [(0, width - length)])
         return jnp.where(inside[..., None], scores, -jnp.inf)
