@@ -51,7 +51,7 @@ def _column(number: int, column: tuple[Any, ...], lm: Any) -> tuple[Any, bool]:
         return lm.argument(list(column)), True
     if all(isinstance(item, TextArgument) for item in column):
         firsts, verbatims = ([getattr(item, name) for item in column] for name in ("first", "verbatim"))
-        return TextArgument(_padded(firsts), _padded(verbatims)), True
+        return TextArgument(_padded(firsts), _padded(verbatims), all(item.filled for item in column)), True
     if all(hasattr(item, "dtype") and hasattr(item, "shape") for item in column):
         texts = all(jnp.issubdtype(item.dtype, jnp.integer) and item.ndim == 1 for item in column)
         if not texts and len({item.shape for item in column}) > 1:

@@ -123,7 +123,8 @@ class LM:
         longest = max((len(row) for row in (*first, *verbatim)), default=0)
         width = -(-max(longest, 1) // BUCKET) * BUCKET
         arrays = [jnp.asarray(pad_rows(rows, width)) for rows in (first, verbatim)]
-        return TextArgument(*(a[0] if isinstance(text, str) else a for a in arrays))
+        own, anywhere = (a[0] if isinstance(text, str) else a for a in arrays)
+        return TextArgument(own, anywhere, filled=all(map(len, (*first, *verbatim))))
 
     # --- distributions -----------------------------------------------------------------------------
 
@@ -213,7 +214,7 @@ class LM:
         empty = np.ones(np.broadcast_shapes(*(text.shape[:-1] for text in known)), bool)
         for text in known:
             empty = empty & _empty(text)
-        if not empty.any():
+        if not empty.any() or any(isinstance(piece, TextArgument) and piece.filled for piece in pieces):
             return _merged(texts)
         if self.codec.bos is None:
             # Of an argument of a compiled program one cannot tell; a context that then is empty gives NaN.

@@ -54,6 +54,7 @@ class Reader:
         self._virtual = None if lora is None else lora.get(VIRTUAL)
         self._given = weights
         self.weights = tree_map(lax.stop_gradient, weights)
+        self._own: Memo = {}
 
     def stretch(self, tokens: Array, before: Sequence[Reading]) -> Reading:
         """Read ``(..., T)`` token ids, padding anywhere, after other stretches."""
@@ -81,25 +82,27 @@ class Reader:
         return Reading(new, states, last, start + seen.sum(-1).astype(jnp.int32))
 
     def stretches(self, texts: Sequence[Array]) -> list[Reading]:
-        """Read texts one after the other; inside :func:`sharing`, what was read before is not read again."""
-        memo = _memo.get()
+        """Read texts one after the other; what this reader read before, and inside :func:`sharing` what any did, is
+        not read again: XLA does not see that two loops over the layers are the same."""
+        shared = _memo.get()
+        memo = self._own if shared is None else shared
         readings: list[Reading] = []
         whole: tuple[Any, ...] = (id(self._given), *(id(leaf) for leaf in tree_leaves(self.lora)))
-        for text in texts:
-            whole = (*whole, _key(text))
-            if memo is not None and whole in memo:
-                readings.append(memo[whole][0])
-                continue
-            readings.append(self.stretch(jnp.asarray(text), readings))
-            if memo is not None:
-                memo[whole] = (readings[-1], text, self._given, self.lora)  # kept, so that no id is used twice
+        for own in _joined(texts):
+            whole = (*whole, *map(_key, own))
+            if whole not in memo:
+                stretch = jnp.asarray(own[0]) if len(own) == 1 else jnp.concatenate(own, -1)
+                # What the key names is kept, so that no id is used twice.
+                memo[whole] = (self.stretch(stretch, readings), own, self._given, self.lora)
+            readings.append(memo[whole][0])
         return readings
 
     def logits(self, states: Array) -> Array:
         return decoder.logits(self.weights, self.architecture, states)
 
 
-_memo: ContextVar[dict[tuple[Any, ...], Any] | None] = ContextVar("memo", default=None)
+Memo = dict[tuple[Any, ...], Any]
+_memo: ContextVar[Memo | None] = ContextVar("memo", default=None)
 
 
 @contextmanager
@@ -119,6 +122,14 @@ def sharing() -> Iterator[None]:
 def shares() -> bool:
     """Whether readings are kept for other sites."""
     return _memo.get() is not None
+
+
+def _joined(texts: Sequence[Array]) -> list[Sequence[Array]]:
+    """The texts as they are read: a token that begins a text, or the padding in its place, with what follows it, as a
+    loop over the layers of its own takes as long to compile as that over a long text."""
+    if len(texts) > 1 and texts[0].shape[-1] == 1 and texts[0].shape[:-1] == texts[1].shape[:-1]:
+        return [texts[:2], *([text] for text in texts[2:])]
+    return [[text] for text in texts]
 
 
 def _key(text: Any) -> Any:

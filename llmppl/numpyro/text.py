@@ -35,17 +35,19 @@ class TextArgument:
 
     :param first: ``batch_shape + (T,)``, the token ids where the piece begins a text.
     :param verbatim: the same anywhere else.
+    :param filled: whether every row has tokens, which a compiled program cannot see: a context with such a piece needs
+        no token for the beginning of a text.
     """
 
-    def __init__(self, first: Array, verbatim: Array) -> None:
-        self.first, self.verbatim = first, verbatim
+    def __init__(self, first: Array, verbatim: Array, filled: bool = False) -> None:
+        self.first, self.verbatim, self.filled = first, verbatim, filled
 
-    def tree_flatten(self) -> tuple[tuple[Array, Array], None]:
-        return (self.first, self.verbatim), None
+    def tree_flatten(self) -> tuple[tuple[Array, Array], bool]:
+        return (self.first, self.verbatim), self.filled
 
     @classmethod
-    def tree_unflatten(cls, aux: None, children: tuple[Array, Array]) -> TextArgument:
-        return cls(*children)
+    def tree_unflatten(cls, filled: bool, children: tuple[Array, Array]) -> TextArgument:
+        return cls(*children, filled)
 
     def __str__(self) -> str:
         raise TypeError(_NO_STRING)

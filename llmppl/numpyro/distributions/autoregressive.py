@@ -204,8 +204,9 @@ class AutoregressiveText(Distribution):
             states = first
         else:
             # The last token is read only where another site may be told it.
-            texts = (*self.context, value if shares() else value[..., :-1])
-            rest = reader.stretches(texts)[-1].states[..., : length - 1, :]
+            read = value if shares() else value[..., :-1]
+            # What stands before it may have been read with it, in one stretch.
+            rest = reader.stretches((*self.context, read))[-1].states[..., -read.shape[-1] :, :][..., : length - 1, :]
             shape = jnp.broadcast_shapes(first.shape[:-2], rest.shape[:-2])
             first, rest = (jnp.broadcast_to(s, (*shape, *s.shape[-2:])) for s in (first, rest))
             states = jnp.concatenate([first, rest], -2)
