@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from llmppl.numpyro.architecture import Architecture
 
@@ -23,6 +24,11 @@ Pair = tuple[Array, Array]
 
 MASKED = -1e30
 """Added to the attention scores of what may not be seen: finite, so that a row that sees nothing has no NaN."""
+
+
+PRODUCT = "product"
+"""Name of what is kept of a layer for its gradient, the products with its weights. The rest is soon worked out again,
+and takes more than twice the memory."""
 
 
 class Past(NamedTuple):
@@ -87,6 +93,8 @@ def forward(
         block = _gpt2_layer if architecture.family == "gpt2" else _llama_layer
         return block(architecture, layer_weights, layer_lora, hidden, turn, masks, layer_past)
 
+    kept = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+    layer = jax.checkpoint(layer, prevent_cse=False, policy=kept)
     caches = [(p.keys, p.values) for p in past]
     states, (keys, values) = lax.scan(layer, states, (weights["layers"], lora or {}, caches))
     return _norm(architecture, weights["norm"], states), Past(keys, values, seen)
@@ -150,7 +158,7 @@ def _linear(weights: Weights, lora: Weights, name: str, inputs: Array) -> Array:
         outputs = outputs + own["b"]
     if name in lora:
         outputs = outputs + (inputs @ lora[name]["A"]) @ lora[name]["B"]
-    return outputs
+    return checkpoint_name(outputs, PRODUCT)
 
 
 def _heads(states: Array, heads: int) -> Array:
