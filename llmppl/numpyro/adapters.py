@@ -44,7 +44,7 @@ def initial(weights: Weights, names: Sequence[str], rank: int, key: Array, dtype
     """A new adapter, which changes nothing: ``A`` uniform as ``peft`` draws it (Kaiming, a = √5), ``B`` zero."""
     adapter: Weights = {}
     for name, own in zip(names, random.split(key, len(names)), strict=True):
-        layers, inputs, outputs = weights["layers"][name]["w"].shape
+        layers, outputs, inputs = weights["layers"][name]["w"].shape
         bound = inputs**-0.5
         adapter[name] = {
             "A": random.uniform(own, (layers, inputs, rank), dtype, -bound, bound),

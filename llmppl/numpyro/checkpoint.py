@@ -76,7 +76,7 @@ def stacked(tensors: Mapping[str, np.ndarray], architecture: Architecture, dtype
         own = place.removeprefix(trunk)
         kernel = over_layers(own + ".weight")
         # Linear layers are kept (outputs, inputs), those of gpt2 the other way round.
-        layers[name] = {"w": kernel if gpt2 else kernel.swapaxes(-1, -2)}
+        layers[name] = {"w": kernel.swapaxes(-1, -2) if gpt2 else kernel}
         if name in architecture.biases:
             layers[name]["b"] = over_layers(own + ".bias")
     _check_sizes(layers, architecture)
@@ -109,9 +109,9 @@ def _check_sizes(layers: Weights, architecture: Architecture) -> None:
     queries, keys = architecture.heads * width, architecture.kv_heads * width
     due = {"qkv": 3 * queries, "q": queries, "k": keys, "v": keys}
     for name, outputs in due.items():
-        if name in layers and layers[name]["w"].shape[-1] != outputs:
+        if name in layers and layers[name]["w"].shape[-2] != outputs:
             raise ValueError(
-                f"the tensors of {layer_places(architecture)[name]} have {layers[name]['w'].shape[-1]} outputs, and "
+                f"the tensors of {layer_places(architecture)[name]} have {layers[name]['w'].shape[-2]} outputs, and "
                 f"config.json asks for {outputs} (its heads times head_dim). Put the config.json beside them that "
                 "belongs to them."
             )

@@ -96,13 +96,20 @@ def forward(
     kept = jax.checkpoint_policies.save_only_these_names(PRODUCT)
     layer = jax.checkpoint(layer, prevent_cse=False, policy=kept)
     caches = [(p.keys, p.values) for p in past]
-    states, (keys, values) = lax.scan(layer, states, (weights["layers"], lora or {}, caches))
+    # As the gradient of one that is (D, r) comes, all activations would be transposed.
+    lora = {n: {"A": own["A"].swapaxes(-1, -2), "B": own["B"]} for n, own in (lora or {}).items()}
+    states, (keys, values) = lax.scan(layer, states, (weights["layers"], lora, caches))
     return _norm(architecture, weights["norm"], states), Past(keys, values, seen)
 
 
 def logits(weights: Weights, architecture: Architecture, states: Array) -> Array:
-    """Logits ``(..., V)`` of states ``(..., D)``."""
-    return states @ weights["head" if "head" in weights else "embed"].T
+    """Logits ``(..., T, V)`` of states ``(..., T, D)``."""
+    return _product(head(weights), states)
+
+
+def head(weights: Weights) -> Array:
+    """What states are multiplied with for logits, ``(V, D)``."""
+    return weights["head" if "head" in weights else "embed"]
 
 
 def _llama_layer(
@@ -153,12 +160,22 @@ def _gpt2_layer(
 
 def _linear(weights: Weights, lora: Weights, name: str, inputs: Array) -> Array:
     own = weights[name]
-    outputs = inputs @ own["w"]
+    outputs = _product(own["w"], inputs)
     if "b" in own:
         outputs = outputs + own["b"]
     if name in lora:
-        outputs = outputs + (inputs @ lora[name]["A"]) @ lora[name]["B"]
+        outputs = outputs + (inputs @ lora[name]["A"].T) @ lora[name]["B"]
     return checkpoint_name(outputs, PRODUCT)
+
+
+def _product(weights: Array, inputs: Array) -> Array:
+    """Weights ``(outputs, D)`` times inputs ``(..., T, D)``."""
+    if inputs.shape[-2:-1] != (1,) or jax.default_backend() != "cpu":
+        return inputs @ weights.T
+    # On a CPU the right factor is rearranged in memory first, which takes longer than multiplying it by the few rows of
+    # a single token; XLA has to be kept from exchanging the two.
+    found = lax.dot_general(weights, inputs, (((1,), (inputs.ndim - 1,)), ((), ())))
+    return jnp.moveaxis(lax.optimization_barrier(found), 0, -1)
 
 
 def _heads(states: Array, heads: int) -> Array:
@@ -168,20 +185,39 @@ def _heads(states: Array, heads: int) -> Array:
 def _attend(queries: Array, caches: Sequence[tuple[Array, Array]], masks: Sequence[Array]) -> Array:
     """Attention of ``(..., T, heads, width)`` over several stretches of keys, whose batches broadcast."""
     kv_heads, width = caches[0][0].shape[-2:]
-    grouped = queries.reshape(*queries.shape[:-2], kv_heads, -1, width)
+    grouped = jnp.moveaxis(queries.reshape(*queries.shape[:-2], kv_heads, -1, width), -3, -4)  # (..., kv, T, g, width)
     scores = []
     for (keys, _), mask in zip(caches, masks, strict=True):
-        score = jnp.einsum("...tkgd,...skd->...kgts", grouped, keys) * width**-0.5
-        scores.append(score + jnp.where(mask, 0.0, MASKED).astype(score.dtype)[..., None, None, :, :])
+        score = _products(grouped, keys, -1) * width**-0.5
+        scores.append(score + jnp.where(mask, 0.0, MASKED).astype(score.dtype)[..., None, :, None, :])
     batch = jnp.broadcast_shapes(*(s.shape[:-1] for s in scores))
     joined = jnp.concatenate([jnp.broadcast_to(s, (*batch, s.shape[-1])) for s in scores], -1)
     shares = jax.nn.softmax(joined, -1)
     total, start = jnp.zeros((), queries.dtype), 0
     for (_, values), score in zip(caches, scores, strict=True):
         share = shares[..., start : start + score.shape[-1]]
-        total = total + jnp.einsum("...kgts,...skd->...tkgd", share, values)
+        total = total + _products(share, values, -3)
         start += score.shape[-1]
+    total = jnp.moveaxis(total, -4, -3)
     return total.reshape(*total.shape[:-3], -1)
+
+
+def _products(rows: Array, cache: Array, axis: int) -> Array:
+    """Rows ``(..., kv, T, g, n)`` times keys or values ``(..., S, kv, width)`` along an axis of these; where the batch
+    of the latter has size one it is not repeated.
+
+    As one product with the rows on the left: einsum puts them on the right, and transposes every number of them.
+    """
+    batch = rows.ndim - 4
+    missing = batch - (cache.ndim - 3)
+    shared = [n for n in range(missing, batch) if cache.shape[n - missing] == rows.shape[n]]
+    left, right = (*shared, batch), (*(n - missing for n in shared), cache.ndim - 2)
+    single = [n for n in range(cache.ndim - 3) if n not in right]
+    cache = cache.squeeze(single)
+    right = tuple(n - sum(m < n for m in single) for n in right)
+    found = lax.dot_general(rows, cache, (((rows.ndim - 1,), (cache.ndim + axis,)), (left, right)))
+    # The batch that both have comes first, then the heads.
+    return jnp.moveaxis(found, range(len(left)), left)
 
 
 def _rotation(architecture: Architecture, positions: Array, dtype: Any) -> tuple[Array, Array] | None:

@@ -64,8 +64,8 @@ class Writer:
 
         :param tokens: the text so far, ``batch_shape + (max_tokens,)``; only a grammar reads it.
         """
-        logits = self.reader.logits(stream.state)
-        return stream.law.log_probs(logits[..., None, :], number[None], tokens[..., None, :])[..., 0, :]
+        logits = self.reader.logits(stream.state[..., None, :])
+        return stream.law.log_probs(logits, number[None], tokens[..., None, :])[..., 0, :]
 
     def read(self, stream: Stream, token: Array, number: Array) -> Stream:
         """Read a token ``batch_shape``, the one after ``number`` others."""
