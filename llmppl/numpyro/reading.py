@@ -97,6 +97,11 @@ class Reader:
             readings.append(memo[whole][0])
         return readings
 
+    @property
+    def head(self) -> Array:
+        """What states are multiplied with for logits, ``(V, D)``."""
+        return decoder.head(self.weights)
+
     def logits(self, states: Array) -> Array:
         return decoder.logits(self.weights, self.architecture, states)
 

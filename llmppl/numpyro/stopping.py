@@ -123,33 +123,44 @@ class TextLaw:
         return jnp.asarray(self.stop)[jnp.clip(tokens, 0, self.vocabulary - 1)] & (tokens != PAD)
 
     def log_probs(self, logits: Array, step: Array, prefixes: Array | None) -> Array:
-        """The log-probabilities of this law, nats; arguments as of :meth:`scaled`."""
-        return jax.nn.log_softmax(self.scaled(logits, step, prefixes), -1)
-
-    def scaled(self, logits: Array, step: Array, prefixes: Array | None) -> Array:
-        """The network's logits ``batch_shape + (T, V)`` made those of this law: tempered, −inf where nothing may stand.
+        """The log-probabilities of this law, nats, from the network's logits ``batch_shape + (T, V)``.
 
         :param step: how many tokens of the text stand before each, ``(T,)``.
         :param prefixes: the text so far before each, ``batch_shape + (T, n)``; only a grammar reads them.
         """
-        scaled = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        if isinstance(self.temperature, (int, float)):
-            scaled = scaled if self.temperature == 1 else scaled / self.temperature
-        else:
-            scaled = scaled / jnp.asarray(self.temperature)[..., None, None]
         # Embedding matrices are often padded beyond the tokenizer; those ids are no text.
-        scaled = scaled[..., : self.vocabulary]
-        if self.allowed is not None:
-            scaled = jnp.where(self.allowed, scaled, -jnp.inf)
-        if self.stop is not None and self.min_tokens > 1:
-            early = (step < self.min_tokens - 1)[:, None]
-            scaled = jnp.where(early & self.stop, -jnp.inf, scaled)
+        scaled = self.tempered(logits)[..., : self.vocabulary]
+        scaled = scaled.astype(jnp.promote_types(scaled.dtype, jnp.float32))
+        possible = self.possible(step)
+        if possible is not None:
+            scaled = jnp.where(possible, scaled, -jnp.inf)
         if self.grammar is not None:
             assert prefixes is not None
             # What follows an ended text is padding, and nobody's question.
             ended = self.ends(prefixes).any(-1, keepdims=True)
             scaled = jnp.where(permitted(self.grammar, jnp.where(ended, self.grammar.end, prefixes)), scaled, -jnp.inf)
-        return scaled
+        return jax.nn.log_softmax(scaled, -1)
+
+    def tempered(self, values: Array) -> Array:
+        """Logits, or the states that they are linear in, ``batch_shape + (T, n)``, divided by the temperature."""
+        heat = self.temperature
+        if isinstance(heat, (int, float)) and heat == 1:
+            return values
+        wide = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+        return wide / (heat if isinstance(heat, (int, float)) else jnp.asarray(heat)[..., None, None])
+
+    def possible(self, step: Array) -> Array | None:
+        """Which tokens may follow so many others, whatever a grammar says of it: boolean ``(V,)`` or ``(T, V)``, or
+        ``None``: all.
+
+        :param step: how many, ``(T,)``.
+        """
+        allowed = None if self.allowed is None else jnp.asarray(self.allowed)
+        if self.stop is None or self.min_tokens <= 1:
+            return allowed
+        early = (step < self.min_tokens - 1)[:, None]
+        late = ~(early & jnp.asarray(self.stop))
+        return late if allowed is None else late & allowed
 
     @property
     def free_tokens(self) -> int:

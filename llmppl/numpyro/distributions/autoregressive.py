@@ -17,6 +17,7 @@ from llmppl.numpyro.decoder import Past, Weights
 from llmppl.numpyro.discreteness import refuse_pathwise
 from llmppl.numpyro.lifting import compiled
 from llmppl.numpyro.reading import Reader, Reading, shares
+from llmppl.numpyro.scoring import token_scores
 from llmppl.numpyro.stopping import TextLaw, _Text, enumerate_texts
 from llmppl.numpyro.text import check_batch, check_text, count, is_concrete, is_known
 from llmppl.padding import PAD
@@ -147,7 +148,8 @@ class AutoregressiveText(Distribution):
         def step(carry: tuple[Any, ...], at: tuple[Array, Array]) -> tuple[tuple[Any, ...], Array]:
             cache, state, text, ended = carry
             number, own_key = at
-            log_probs = law.log_probs(reader.logits(state)[..., None, :], number[None], text[..., None, :])[..., 0, :]
+            logits = reader.logits(state[..., None, :])
+            log_probs = law.log_probs(logits, number[None], text[..., None, :])[..., 0, :]
             token = choose(own_key, log_probs / heat[..., None])
             score = jnp.take_along_axis(log_probs, token[..., None], -1)[..., 0]
             token, score = jnp.where(ended, PAD, token), jnp.where(ended, 0.0, score)
@@ -210,19 +212,22 @@ class AutoregressiveText(Distribution):
             shape = jnp.broadcast_shapes(first.shape[:-2], rest.shape[:-2])
             first, rest = (jnp.broadcast_to(s, (*shape, *s.shape[-2:])) for s in (first, rest))
             states = jnp.concatenate([first, rest], -2)
-        prefixes = None
-        if law.grammar is not None:
-            prefixes = jnp.where(jnp.arange(length) < jnp.arange(length)[:, None], value[..., None, :], PAD)
-        logits = law.scaled(reader.logits(states), jnp.arange(length), prefixes)
-        shape = jnp.broadcast_shapes(logits.shape[:-2], value.shape[:-1], self.batch_shape)
-        value = jnp.broadcast_to(value, (*shape, length))
-        # Only the written tokens' log-probabilities: those of the whole vocabulary are many numbers to write down.
-        total = jax.nn.logsumexp(logits, -1)
-        logits = jnp.broadcast_to(logits, (*shape, *logits.shape[-2:]))
-        scores = jnp.take_along_axis(logits, jnp.maximum(value, 0)[..., None], -1)[..., 0] - total
+        scores = self._token_scores(reader, states, value)
+        shape = jnp.broadcast_shapes(scores.shape[:-1], self.batch_shape)
+        scores, value = (jnp.broadcast_to(x, (*shape, length)) for x in (scores, value))
         scores = jnp.where(value == PAD, 0.0, scores)
         scores = jnp.pad(scores, [(0, 0)] * len(shape) + [(0, width - length)])
         return jnp.where(inside[..., None], scores, -jnp.inf)
+
+    def _token_scores(self, reader: Reader, states: Array, value: Array) -> Array:
+        """Log-probability of each token of a text of the support, ``(..., T)``, nats."""
+        law, steps = self.law, jnp.arange(value.shape[-1])
+        if law.grammar is None:
+            return token_scores(reader.head, law.vocabulary, law.tempered(states), value, law.possible(steps))
+        # A grammar's masks are as large as the logits.
+        prefixes = jnp.where(steps < steps[:, None], value[..., None, :], PAD)
+        log_probs = law.log_probs(reader.logits(states), steps, prefixes)
+        return jnp.take_along_axis(log_probs, jnp.maximum(value, 0)[..., None], -1)[..., 0]
 
     def _validate_sample(self, value: Array) -> Array:
         inside = self.support(value)

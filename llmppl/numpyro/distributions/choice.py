@@ -18,6 +18,7 @@ from llmppl.numpyro.discreteness import refuse_enumeration, refuse_pathwise
 from llmppl.numpyro.distributions.autoregressive import expanded, is_settled, own_batch_shape
 from llmppl.numpyro.lifting import compiled
 from llmppl.numpyro.reading import Reader
+from llmppl.numpyro.scoring import token_scores
 from llmppl.numpyro.text import check_batch, check_text, count, is_concrete, is_known
 from llmppl.padding import PAD
 
@@ -151,10 +152,8 @@ class Choice(Distribution):
             rest = reader.stretch(options[..., :-1], before).states
             rest = jnp.broadcast_to(rest, (number, *rows, *rest.shape[-2:]))
             states = jnp.concatenate([first, rest], -2)
-        raw = reader.logits(states)[..., : self.lm.vocabulary]
-        log_probs = jax.nn.log_softmax(raw.astype(jnp.promote_types(raw.dtype, jnp.float32)), -1)
         tokens = jnp.broadcast_to(options, (number, *rows, length))
-        scores = jnp.take_along_axis(log_probs, jnp.maximum(tokens, 0)[..., None], -1)[..., 0]
+        scores = token_scores(reader.head, self.lm.vocabulary, states, tokens)
         weights = jnp.moveaxis(jnp.where(tokens == PAD, 0.0, scores).sum(-1), 0, -1)
         return jnp.broadcast_to(jax.nn.log_softmax(weights, -1), (*self.batch_shape, number))
 
