@@ -2,8 +2,9 @@
 
     taskset -c 0 python benchmarks/jax_against_torch.py
 
-The same weights, float32, one thread, CPU seconds of one run, contenders in turns, medians. Sixteen texts of 20 tokens
-after a prompt of 40 tokens that they share.
+The same weights, float32, one thread, CPU seconds of one run, contenders in turns, medians; in each turn a contender
+runs twice and the second is measured, as in a loop of such steps. Sixteen texts of 20 tokens after a prompt of 40
+tokens that they share.
 
 - **scoring**: log p of the texts. Torch eager is one pass of the transformer over the padded batch with the logits of
   the text's positions; llmppl (torch) and JAX read the prompt once.
@@ -162,6 +163,9 @@ def main() -> None:
     arguments.add_argument("--prompt", type=int, default=40, help="tokens")
     arguments.add_argument("--texts", type=int, default=16)
     arguments.add_argument("--tokens", type=int, default=20)
+    arguments.add_argument(
+        "--cold", action="store_true", help="measure each run right after another contender's, not after its own"
+    )
     options = arguments.parse_args()
     torch.set_num_threads(1)
     generator = np.random.default_rng(0)
@@ -190,7 +194,7 @@ def main() -> None:
             "llmppl on JAX": lambda name=name: ours.run(name),
         }
         cpu_seconds(contenders, 1)  # warms up
-        seconds = cpu_seconds(contenders, options.repeats)
+        seconds = cpu_seconds(contenders, options.repeats, warm=not options.cold)
         ratios = [seconds["llmppl on JAX"] / seconds[other] for other in ("torch eager", "llmppl on torch")]
         rows.append([name, *(f"{s:.2f}" for s in seconds.values()), f"{ratios[0]:.2f}", f"{target:.2f}"])
         rows[-1] += [f"{ratios[1]:.2f}", f"{compiling[name]:.1f}"]

@@ -12,12 +12,18 @@ from pathlib import Path
 import torch
 
 
-def cpu_seconds(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def cpu_seconds(contenders: Mapping[str, Callable[[], object]], repeats: int, warm: bool = False) -> dict[str, float]:
     """Median CPU seconds of each contender, which ran once before. They take turns, so that a slow minute
-    hits all alike."""
+    hits all alike.
+
+    :param warm: in each turn run it once unmeasured, as in a loop of nothing else: whoever allocates its memory anew
+        in every run otherwise pays for what the contender before it gave back to the system.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, run in contenders.items():
+            if warm:
+                run()
             start = time.process_time()
             run()
             times[name].append(time.process_time() - start)

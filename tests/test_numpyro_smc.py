@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,20 @@ import numpyro
 import pytest
 from jax import random
 
-from llmppl.numpyro import LM, Posterior, exact_posterior, smc
+from llmppl.numpyro import LM, Posterior, exact_posterior, lifting, smc
 from llmppl.numpyro.guides import PromptGuide
 from llmppl.numpyro.testing import tiny_lm
 
 PARTICLES, RUNS = 6, 1500
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimised() -> Iterator[None]:
+    """Compiled code that runs a thousand times is worth the time that XLA takes to make it fast."""
+    with pytest.MonkeyPatch.context() as patch:
+        own = {**lifting.compiler_options(), "xla_backend_optimization_level": 1}
+        patch.setattr(lifting, "compiler_options", lambda: own)
+        yield
 
 
 @pytest.fixture(scope="module")

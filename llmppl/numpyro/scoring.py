@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+Sums = tuple[Array, Array, Any]
+
 BLOCK = 4096
 """Tokens of the vocabulary that are looked at together."""
 
@@ -39,7 +41,8 @@ def log_normaliser(vocabulary: int, states: Array, head: Array, possible: Any) -
 @log_normaliser.defjvp
 def _along(vocabulary: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     """Its gradient by a state is the mean row of the head, found in the same pass."""
-    total, mean = _over_blocks(vocabulary, *primals, True)
+    states, head, possible = primals
+    total, mean = _over_blocks(vocabulary, states, head, possible, True)
     return total, (mean * tangents[0].astype(mean.dtype)).sum(-1)
 
 
@@ -51,7 +54,7 @@ def _over_blocks(vocabulary: int, states: Array, head: Array, possible: Any, ave
     """
     wide = jnp.promote_types(states.dtype, jnp.float32)
 
-    def block(sums: tuple[Array, Array, Any], start: Any, width: int) -> tuple[tuple[Array, Array, Any], None]:
+    def block(sums: Sums, start: Any, width: int) -> tuple[Sums, None]:
         largest, total, mean = sums
         rows = lax.dynamic_slice_in_dim(head, start, width)
         logits = jnp.matmul(states, rows.T, preferred_element_type=wide)
