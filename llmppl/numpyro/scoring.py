@@ -82,4 +82,4 @@ def _over_blocks(vocabulary: int, states: Array, head: Array, possible: Any, ave
     if rest:
         sums, _ = block(sums, blocks * BLOCK, rest)
     largest, total, mean = sums
-    return largest + jnp.log(total), mean / total[..., None] if averages else None
+    return largest + jnp.log(total), None if mean is None else mean / total[..., None]

@@ -55,7 +55,7 @@ class Compiled:
         return sum(variant._cache_size() for variant in self.variants.values())  # type: ignore[attr-defined]
 
 
-def language_model(guide: Program, *traces: Trace) -> LM | None:
+def language_model(guide: Program | None, *traces: Trace) -> LM | None:
     """The one whose tokens stand for strings: that of the texts, or the guide's; ``None`` where there are several, or
     none, and strings stay constants."""
     found = {

@@ -43,7 +43,7 @@ def importance(
     the same samples.
 
     A block of particles is compiled once, for all blocks and for later calls of the returned function with arguments of
-    the same shapes. Strings are padded to a multiple of 8 tokens for that; numbers that are no arrays are constants.
+    the same shapes. Strings are padded to a multiple of 16 tokens for that; numbers that are no arrays are constants.
     Blocks have at most 64 particles, fewer under the bound :data:`BLOCK_BYTES`.
 
     With ``target_error`` the number of samples is chosen by the samples themselves, and then :math:`\hat Z`

@@ -11,16 +11,16 @@ from llmppl.inference.posterior import Posterior
 from llmppl.numpyro.inference.gathering import laid_out, masks
 from llmppl.numpyro.inference.population import Outcome, event_dims
 from llmppl.numpyro.inference.stages import Stages
-from llmppl.numpyro.tracing import Trace, is_latent, is_text
+from llmppl.numpyro.tracing import is_latent, is_text
 
 
-def posterior_of(outcome: Outcome, stages: Stages, sites: Trace, exactness: str) -> Posterior:
+def posterior_of(outcome: Outcome, stages: Stages, exactness: str) -> Posterior:
     """The particles of one run.
 
-    :param sites: the program's structure at the run's own arguments.
+    :param stages: made from the run's own arguments.
     :raises ValueError: NaN.
     """
-    where = stages.where
+    where, sites = stages.where, stages.sites
     if any(np.isnan(np.asarray(x)).any() for x in (outcome.log_weight, outcome.log_joint)):
         raise ValueError(
             "some log-probability is NaN. Check the model's weights and dtype (float16 overflows), and the factors of "

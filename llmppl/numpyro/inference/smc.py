@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jax import Array, random
@@ -12,13 +12,12 @@ from tqdm.auto import tqdm
 from llmppl.exactness import check_weights
 from llmppl.inference.posterior import Posterior
 from llmppl.inference.smc_runs import check_settings, pooled
-from llmppl.numpyro.inference.arguments import check_key
+from llmppl.numpyro.inference.arguments import Compiled, check_key, language_model
+from llmppl.numpyro.inference.importance import check_lists
 from llmppl.numpyro.inference.outcomes import posterior_of
-from llmppl.numpyro.inference.population import Settings, run_population
-from llmppl.numpyro.inference.split import Split, with_texts
+from llmppl.numpyro.inference.population import Outcome, Settings, run_population
 from llmppl.numpyro.inference.stages import Stages
-from llmppl.numpyro.lifting import jit
-from llmppl.numpyro.tracing import Program, in_data_plate, structure
+from llmppl.numpyro.tracing import Program, in_data_plate
 
 
 def smc(
@@ -57,8 +56,8 @@ def smc(
     its neighbours, a token each at a time.
 
     The whole run is one compiled program: the first call compiles it, a later one with arguments of the same shapes
-    does not. Strings are padded to a multiple of 16 tokens for that; other whole numbers, truth values and objects are
-    taken as they are, so that another value compiles anew.
+    does not. Strings are padded to a multiple of 16 tokens for that; numbers that are no arrays, truth values and
+    objects are constants, so that another value compiles anew.
 
     :param guide: the proposal; ``None`` proposes from the program's own distributions.
     :param num_samples: ``K`` particles for each observation. Their keys and values, and logits, are held in memory at
@@ -92,24 +91,27 @@ def smc(
             "compiled code. Use llmppl.smc of the torch side, or 'systematic'."
         )
     exactness = check_weights(guide)
+    told = guide
     if vectorize_data:
         model, guide = in_data_plate(model), None if guide is None else in_data_plate(guide)
     settings = Settings(num_samples, targets, resampling or "systematic", ess_threshold, check_every)
-    compiled: dict[Any, _Compiled] = {}
+
+    def population(key: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
+        return run_population(settings, Stages(model, guide, args, kwargs), params, args, kwargs, key)
+
+    compiled = Compiled(population)
 
     def run(rng_key: Array, *args: Any, **kwargs: Any) -> Posterior:
         check_key(rng_key)
-        split = Split(with_texts(model, args, kwargs))
-        if split.key not in compiled:
-            compiled[split.key] = _compiled(settings, model, guide, split)
-        stages, call = compiled[split.key]
-        args, kwargs = split.joined(split.numbers)
-        sites = structure(model, args, kwargs)
+        if vectorize_data:
+            check_lists(args)
+        stages = Stages(model, guide, args, kwargs)
+        lm = language_model(told, stages.sites, stages.proposed)
         parts = []
         for key in tqdm(
             random.split(rng_key, num_runs), desc="smc", unit="run", disable=not progress, delay=5, leave=False
         ):
-            parts.append(posterior_of(call(key, params or {}, split.numbers), stages, sites, exactness))
+            parts.append(posterior_of(compiled(key, params or {}, args, kwargs, lm), stages, exactness))
         posterior = pooled(parts)
         if np.isneginf(posterior.log_evidence).any():
             raise ValueError(
@@ -118,20 +120,5 @@ def smc(
             )
         return posterior
 
+    run.compilations = compiled.count  # type: ignore[attr-defined]
     return run
-
-
-class _Compiled(NamedTuple):
-    stages: Stages
-    call: Callable[..., Any]
-
-
-def _compiled(settings: Settings, model: Program, guide: Program | None, split: Split) -> _Compiled:
-    args, kwargs = split.joined(split.numbers)
-    stages = Stages(model, guide, args, kwargs)
-
-    def population(key: Array, params: dict[str, Any], numbers: list[Any]) -> Any:
-        args, kwargs = split.joined(numbers)
-        return run_population(settings, stages, params, args, kwargs, key)
-
-    return _Compiled(stages, jit(population))
