@@ -287,7 +287,7 @@ def test_texts_of_one_width_are_compiled_once(lm: LM, tables: Any) -> None:
         n, row = int((texts == tokens).all(-1).argmax()), CONTEXTS.index(beginning)
         expected = sum(steps[n, row, t, token] for t, token in enumerate(lm.encode(ending)))
         np.testing.assert_allclose(found, expected, atol=1e-4)
-    assert score._cache_size() == 1
+    assert score.compilations() == 1
     with pytest.raises(TypeError, match="Pass them as pieces of their own"):
         jit(lambda beginning: lm(f"Once {beginning}").log_prob(lm.encode("a")))(lm.argument("ab"))
 

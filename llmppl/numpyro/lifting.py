@@ -45,8 +45,16 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     """``jax.jit``, with the compiler set for these programs where it is not part of another compiled function.
 
     :param options: of ``jax.jit``.
+    :returns: the function; its ``compilations()`` tells how often it was compiled.
     """
-    inner = jax.jit(function, **options)
+    traced = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal traced
+        traced += 1
+        return function(*args, **kwargs)
+
+    inner = jax.jit(counted, **options)
     outer: Callable[..., Any] | None = None
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -54,10 +62,10 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
         if isinstance(jnp.zeros(()), jax.core.Tracer):
             return inner(*args, **kwargs)
         if outer is None:
-            outer = jax.jit(function, compiler_options=compiler_options(), **options)
+            outer = jax.jit(counted, compiler_options=compiler_options(), **options)
         return outer(*args, **kwargs)
 
-    call._cache_size = lambda: sum(f._cache_size() for f in (inner, outer) if f is not None)  # type: ignore[attr-defined]
+    call.compilations = lambda: traced  # type: ignore[attr-defined]
     return call
 
 
@@ -101,5 +109,5 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
                 _read.reset(token)
         return program(tuple(lm.weights for lm in lms), args, kwargs)
 
-    call._cache_size = program._cache_size  # type: ignore[attr-defined]
+    call.compilations = program.compilations  # type: ignore[attr-defined]
     return call

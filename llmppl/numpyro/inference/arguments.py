@@ -52,7 +52,7 @@ class Compiled:
 
     def count(self) -> int:
         """How often it was compiled."""
-        return sum(variant._cache_size() for variant in self.variants.values())  # type: ignore[attr-defined]
+        return sum(variant.compilations() for variant in self.variants.values())  # type: ignore[attr-defined]
 
 
 def language_model(guide: Program | None, *traces: Trace) -> LM | None:
