@@ -188,7 +188,7 @@ def _attend(queries: Array, caches: Sequence[tuple[Array, Array]], masks: Sequen
     grouped = jnp.moveaxis(queries.reshape(*queries.shape[:-2], kv_heads, -1, width), -3, -4)  # (..., kv, T, g, width)
     scores = []
     for (keys, _), mask in zip(caches, masks, strict=True):
-        score = _products(grouped, keys, -1) * width**-0.5
+        score = _by_head(grouped, keys, -1) * width**-0.5
         scores.append(score + jnp.where(mask, 0.0, MASKED).astype(score.dtype)[..., None, :, None, :])
     batch = jnp.broadcast_shapes(*(s.shape[:-1] for s in scores))
     joined = jnp.concatenate([jnp.broadcast_to(s, (*batch, s.shape[-1])) for s in scores], -1)
@@ -196,13 +196,13 @@ def _attend(queries: Array, caches: Sequence[tuple[Array, Array]], masks: Sequen
     total, start = jnp.zeros((), queries.dtype), 0
     for (_, values), score in zip(caches, scores, strict=True):
         share = shares[..., start : start + score.shape[-1]]
-        total = total + _products(share, values, -3)
+        total = total + _by_head(share, values, -3)
         start += score.shape[-1]
     total = jnp.moveaxis(total, -4, -3)
     return total.reshape(*total.shape[:-3], -1)
 
 
-def _products(rows: Array, cache: Array, axis: int) -> Array:
+def _by_head(rows: Array, cache: Array, axis: int) -> Array:
     """Rows ``(..., kv, T, g, n)`` times keys or values ``(..., S, kv, width)`` along an axis of these; where the batch
     of the latter has size one it is not repeated.
 
