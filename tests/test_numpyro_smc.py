@@ -123,6 +123,8 @@ def test_a_key_gives_one_result_and_bad_numbers_are_refused(lm: LM, story: Any) 
     first, again = (run(random.key(3), "ab", "cd").samples["middle"] for _ in range(2))
     assert (first == again).all()
     assert (run(random.key(4), "ab", "cd").samples["middle"] != first).any()
+    run(random.key(3), "abc", "e")  # strings of other lengths, in the same buckets
+    assert run.compilations() == 1
     with pytest.raises(TypeError, match="rng_key must be a JAX key"):
         run("ab", "cd")
     for arguments, message in (

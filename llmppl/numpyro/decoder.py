@@ -96,7 +96,7 @@ def forward(
     kept = jax.checkpoint_policies.save_only_these_names(PRODUCT)
     layer = jax.checkpoint(layer, prevent_cse=False, policy=kept)
     caches = [(p.keys, p.values) for p in past]
-    # As the gradient of one that is (D, r) comes, all activations would be transposed.
+    # A as (r, D) here: for the gradient of one that is (D, r) XLA transposes all inputs of the layer.
     lora = {n: {"A": own["A"].swapaxes(-1, -2), "B": own["B"]} for n, own in (lora or {}).items()}
     states, (keys, values) = lax.scan(layer, states, (weights["layers"], lora, caches))
     return _norm(architecture, weights["norm"], states), Past(keys, values, seen)
