@@ -44,10 +44,11 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmppl import LM, demo, importance
+from llmppl import LM, importance
+from llmppl.demo import infilling as demo
+from llmppl.files.packaged_model import packaged_folder
 from llmppl.guides import PromptGuide, TextGuide
 from llmppl.models import ending_first, infilling
-from llmppl.packaged import packaged_folder
 from llmppl.text import PAD
 
 Array = NDArray[np.float64]
@@ -58,7 +59,7 @@ Guides = dict[str, TextGuide]
 MAX_TOKENS = 16
 SHORT_STORY: Story = ("Anna was thirsty.", " She drank it all.")
 SHIPPED_STEPS = 110
-"""Training steps of the shipped adapter; see llmppl/demo_adapter/README.md."""
+"""Training steps of the shipped adapter; see llmppl/demo/adapters/README.md."""
 PROMPTS: dict[str, Callable[[str, str], list[Any]]] = {
     "prior": lambda beginning, ending: [beginning],
     "prompt guide": ending_first,

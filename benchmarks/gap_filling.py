@@ -27,14 +27,14 @@ import torch
 from measure import machine, table
 
 from llmppl import LM, Behaviour, Posterior, fit, importance
-from llmppl.demo import make_guide, prior_guide, shipped_adapter, split, stories
+from llmppl.demo.infilling import make_guide, prior_guide, shipped_adapter, split, stories
 from llmppl.diagnostics import inference_gap
 from llmppl.guides import PromptGuide, RefinementGuide, TextGuide
-from llmppl.inference.gap import best_log_evidence
 from llmppl.models import ending_first
+from llmppl.network.text_tensors import Piece
 from llmppl.objectives import ParticleObjective, TrajectoryBalance, WakeSleep
-from llmppl.text import Piece
-from llmppl.tracing import Program
+from llmppl.posterior.inference_gap import best_log_evidence
+from llmppl.programs.structure import Program
 
 MIN_TOKENS, MAX_TOKENS = 6, 10
 # The steps in which a simulated middle is scored, in turn: four most often, since that is what is asked of the guide.

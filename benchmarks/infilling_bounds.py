@@ -42,8 +42,8 @@ from llmppl.objectives import (
     TrajectoryBalance,
     WakeSleep,
 )
-from llmppl.randomness import randomness_kept
-from llmppl.tracing import Program
+from llmppl.programs.random_states import randomness_kept
+from llmppl.programs.structure import Program
 
 PROMPT = "Once upon a time, there was a"
 PUBLISHED = {

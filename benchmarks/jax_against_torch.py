@@ -42,7 +42,7 @@ from llmppl.models import continuation
 from llmppl.numpyro import LM
 from llmppl.numpyro import guides as jax_guides
 from llmppl.numpyro import models as jax_models
-from llmppl.numpyro.lifting import bound, compiler_options
+from llmppl.numpyro.network.lifting import bound, compiler_options
 
 TARGETS = {"scoring": 0.50, "sampling": 0.62, "gradient": 0.48}
 COMPILE = 7.0

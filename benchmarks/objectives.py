@@ -25,7 +25,8 @@ import torch
 from measure import machine, table
 from torch import Tensor
 
-from llmppl import LM, Behaviour, demo, exact_posterior, fit, importance
+from llmppl import LM, Behaviour, exact_posterior, fit, importance
+from llmppl.demo import infilling as demo
 from llmppl.guides import GFlowNetGuide
 from llmppl.models import ending_first, infilling
 from llmppl.objectives import (
@@ -75,7 +76,7 @@ def _twin_run(objective: ParticleObjective, seed: int, steps: int) -> tuple[floa
         story, guide, [("ab", "cd")], objective, steps, learning_rate=2e-3, log_partition_learning_rate=0.3,
         schedule="cosine", seed=seed, progress=False,
     )  # fmt: skip
-    posterior = exact_posterior(story, "ab", "cd")
+    posterior = exact_posterior(story)("ab", "cd")
     texts = torch.as_tensor(posterior.samples["middle"])
     log_p = torch.as_tensor(posterior.log_weights).log_softmax(0)
     with torch.no_grad():

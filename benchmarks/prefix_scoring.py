@@ -17,9 +17,9 @@ import torch
 from measure import cpu_seconds, machine, table
 
 from llmppl import LM
-from llmppl.scoring import Request, score
-from llmppl.stopping import TextLaw
-from llmppl.trie import Trie
+from llmppl.network.scoring import Request, score
+from llmppl.network.text_law import TextLaw
+from llmppl.text.trie import Trie
 
 SHAPES = [  # prompt, text, suffix, batch
     (30, 20, 12, 8),

@@ -18,7 +18,7 @@ from measure import cpu_seconds, machine, table
 from pyro import poutine
 
 from llmppl import LM
-from llmppl.particles import compute_log_prob
+from llmppl.programs.particles import compute_log_prob
 
 BEGINNING, TEXT = 20, 20  # tokens
 

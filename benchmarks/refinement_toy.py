@@ -28,9 +28,9 @@ from llmppl import LM, Behaviour, fit, importance
 from llmppl.guides import AutoregressiveGuide, RefinementGuide, TextGuide
 from llmppl.masked_lm import MaskedLM
 from llmppl.objectives import Denoising, ParticleObjective, TrajectoryBalance, WakeSleep
-from llmppl.particles import compute_log_prob
+from llmppl.programs.particles import compute_log_prob
+from llmppl.programs.structure import Program
 from llmppl.testing import tiny_lm
-from llmppl.tracing import Program
 
 BEGINNING, TOKENS, OBSERVED = "ab", 4, 3
 

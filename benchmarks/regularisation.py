@@ -27,11 +27,12 @@ import pyro
 import torch
 from measure import machine, table
 
-from llmppl import LM, Regularisation, demo, fit, importance
+from llmppl import LM, Regularisation, fit, importance
+from llmppl.demo import infilling as demo
 from llmppl.guides import AutoregressiveGuide
 from llmppl.models import ending_first, infilling
 from llmppl.objectives import TrajectoryBalance
-from llmppl.randomness import randomness_kept
+from llmppl.programs.random_states import randomness_kept
 from llmppl.testing import tiny_lm
 
 BEGINNING = "ab"

@@ -22,7 +22,8 @@ import pyro
 import torch
 from measure import machine, table
 
-from llmppl import LM, demo, importance, smc
+from llmppl import LM, importance, smc
+from llmppl.demo import infilling as demo
 from llmppl.models import infilling
 
 Run = Callable[[int], Any]

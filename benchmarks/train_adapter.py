@@ -18,14 +18,15 @@ from pathlib import Path
 
 import torch
 
-from llmppl import LM, Behaviour, Evaluation, ReplayBuffer, demo, fit
+from llmppl import LM, Behaviour, Evaluation, ReplayBuffer, fit
+from llmppl.demo import infilling as demo
 from llmppl.models import infilling
 from llmppl.objectives import TrajectoryBalance
 
 
 def seeded(story: object, lm: LM, data: list[tuple[str, str]]) -> ReplayBuffer:
     """The sentences that were left out, and the endings themselves."""
-    lines = resources.files("llmppl").joinpath("stories.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = resources.files("llmppl.demo").joinpath("stories.jsonl").read_text(encoding="utf-8").splitlines()
     fourth = [" " + json.loads(line)["sentences"][3] for line in lines]
     buffer = ReplayBuffer(capacity=32, priority="log_weight")
     for (beginning, ending), sentence in zip(data, fourth, strict=False):

@@ -1,12 +1,12 @@
 """Ready guides for programs with latent text."""
 
 from llmppl.guides.autoregressive import AutoregressiveGuide, PromptGuide
-from llmppl.guides.base import TextGuide
 from llmppl.guides.direct import DirectGuide
 from llmppl.guides.gflownet import GFlowNetGuide
 from llmppl.guides.refinement import RefinementGuide
 from llmppl.guides.semi_amortized import InstanceGuide, SemiAmortizedGuide
 from llmppl.guides.soft_prompt import SoftPromptGuide
+from llmppl.guides.text_guide import TextGuide
 
 __all__ = [
     "AutoregressiveGuide",

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llmppl.distributions.autoregressive import AutoregressiveText
-from llmppl.distributions.conditioned import ConditionedText
-from llmppl.guides.adapted import AdapterGuide
-from llmppl.guides.base import Prompt, TextGuide, program_name
+from llmppl.distributions.autoregressive_text import AutoregressiveText
+from llmppl.distributions.conditioned_text import ConditionedText
+from llmppl.guides.adapter_guide import AdapterGuide
+from llmppl.guides.text_guide import Prompt, TextGuide, program_name
 from llmppl.language_model import LM
-from llmppl.tracing import Program
+from llmppl.programs.structure import Program
 
 
 class PromptGuide(TextGuide):

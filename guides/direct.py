@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmppl.distributions.conditioned import ConditionedText
-from llmppl.distributions.factorised import FactorisedText
-from llmppl.guides.network import NetworkGuide, check_filled
-from llmppl.scoring import check_length
+from llmppl.distributions.conditioned_text import ConditionedText
+from llmppl.distributions.factorised_text import FactorisedText
+from llmppl.guides.masked_guide import NetworkGuide, check_filled
+from llmppl.network.scoring import check_length
 
 
 class DirectGuide(NetworkGuide):

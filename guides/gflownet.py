@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from llmppl.guides.autoregressive import AutoregressiveGuide
-from llmppl.guides.base import Prompt, register_module
+from llmppl.guides.text_guide import Prompt, register_module
 from llmppl.language_model import LM
-from llmppl.text import pad_rows, unpad_rows
-from llmppl.tracing import Program, structure, text_sites
+from llmppl.network.text_tensors import pad_rows, unpad_rows
+from llmppl.programs.structure import Program, structure, text_sites
 
 
 class GFlowNetGuide(AutoregressiveGuide):

@@ -11,19 +11,19 @@ from typing import Any
 
 from torch import Tensor
 
-from llmppl.distributions.conditioned import ConditionedText
-from llmppl.distributions.masked import MaskedText
-from llmppl.distributions.process import ProcessText
-from llmppl.distributions.refined import RefinedText, Refinement
-from llmppl.guides.base import Prompt, _Proposer
-from llmppl.guides.network import NetworkGuide, check_filled
+from llmppl.distributions.conditioned_text import ConditionedText
+from llmppl.distributions.masked_text import MaskedText
+from llmppl.distributions.process_text import ProcessText
+from llmppl.distributions.refined_text import RefinedText, Refinement
+from llmppl.guides.masked_guide import NetworkGuide, check_filled
+from llmppl.guides.text_guide import Prompt, _Proposer
 from llmppl.language_model import LM
 from llmppl.masked_lm import MaskedLM, refuse_truncation
+from llmppl.network.unmasking import Plan, check_count
+from llmppl.programs.structure import Program, Site
 from llmppl.refinement.annealing import anneal, anneal_back
 from llmppl.refinement.configurations import Configurations, frames_here
 from llmppl.refinement.mixture import mix, mixture_of
-from llmppl.tracing import Program, Site
-from llmppl.unmasking import Plan, check_count
 
 REFINEMENTS = {"ais": "extended", "mixture": "conditional"}
 """What refined samples have an exact density given or beside."""
@@ -78,10 +78,10 @@ class RefinementGuide(NetworkGuide):
       ``"conditional"``. It costs a draw, a look of the program and one pass for each parent.
 
     All latent texts of an observation are refined together, and latents of ``others`` stay as they are. Of texts
-    that the guide did not draw, as :func:`~llmppl.diagnostics.bounds` has them, the trajectory is drawn backwards.
+    that the guide did not draw, as :func:`~llmppl.inference.bounds` has them, the trajectory is drawn backwards.
     Nothing is trained through a refinement: train with ``refine=None``, then ``guide.at(refine="ais")``.
 
-    :param steps, tokens_per_step, order, num_orders: of a :class:`~llmppl.unmasking.Plan`; two tokens a step by
+    :param steps, tokens_per_step, order, num_orders: of a :class:`~llmppl.network.unmasking.Plan`; two tokens a step by
         default.
     :param refine, temperatures, parents: of a :class:`Refine`; no refinement by default.
     Other parameters as in :class:`NetworkGuide`. ``top_k`` and ``top_p`` are refused.

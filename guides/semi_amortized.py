@@ -11,17 +11,20 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmppl.distributions.conditioned import ConditionedText
-from llmppl.distributions.factorised import FactorisedText
-from llmppl.distributions.process import ProcessText
-from llmppl.guides.base import Prompt, TextGuide, register_module
+from llmppl.distributions.conditioned_text import ConditionedText
+from llmppl.distributions.factorised_text import FactorisedText
+from llmppl.distributions.process_text import ProcessText
 from llmppl.guides.direct import DirectGuide
+from llmppl.guides.text_guide import Prompt, TextGuide, register_module
 from llmppl.language_model import LM
 from llmppl.masked_lm import MaskedLM
-from llmppl.relaxation import Sensitivity, sensitivity
-from llmppl.replay import key
-from llmppl.tracing import Observed, Program, in_data_plate, is_dry, plate_nesting, structure
-from llmppl.unmasking import check_count
+from llmppl.network.unmasking import check_count
+from llmppl.objectives.variational import LeaveOneOutELBO
+from llmppl.programs.observation_keys import key
+from llmppl.programs.observations import Observed
+from llmppl.programs.plates import in_data_plate
+from llmppl.programs.relaxation import Sensitivity, sensitivity
+from llmppl.programs.structure import Program, is_dry, plate_nesting, structure
 
 CELLS = 2**23
 """Entries of the update network's hidden layer that exist at one time."""
@@ -36,7 +39,7 @@ class SemiAmortizedGuide(DirectGuide):
               \lambda_{k+1} = \lambda_k + f_\psi(\lambda_k, \nabla_k), \qquad z \sim q_{\lambda_K}
 
     where :math:`\nabla_k` is the gradient of the program's :math:`\log p(x, z)` with respect to the one-hot code
-    of each latent token (:func:`~llmppl.relaxation.sensitivity`), averaged over ``num_draws`` texts of
+    of each latent token (:func:`~llmppl.programs.relaxation.sensitivity`), averaged over ``num_draws`` texts of
     :math:`q_{\lambda_k}`, and :math:`f_\psi` a small network that acts on every place and token alike, whatever the
     vocabulary. Untrained it changes nothing, and the guide is its :class:`DirectGuide`.
 
@@ -167,8 +170,6 @@ class SemiAmortizedGuide(DirectGuide):
         :param vectorize_data: ``args`` are lists, one entry an observation, as in :func:`~llmppl.importance`.
         :returns: a guide for this ``x`` alone, with the same ``vectorize_data``.
         """
-        from llmppl.objectives import LeaveOneOutELBO
-
         if steps < 0 or not learning_rate > 0:
             raise ValueError(f"steps={steps} must not be negative, and learning_rate={learning_rate} must be positive.")
         program: Program = in_data_plate(self.model) if vectorize_data else self.model
@@ -345,6 +346,6 @@ def _with_dims(texts: Tensor, nesting: int) -> Tensor:
 
 def _not_in_a_dry_run(contexts: Tensor) -> Tensor:
     raise RuntimeError(
-        "this proposal comes from a run that asks no network (llmppl.tracing.structure), and its logits need one. "
+        "this proposal comes from a run that asks no network (programs.structure), and its logits need one. "
         "Trace the guide itself."
     )

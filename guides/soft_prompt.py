@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmppl.distributions.conditioned import ConditionedText
-from llmppl.guides.adapted import AdapterGuide
-from llmppl.guides.base import Prompt
+from llmppl.distributions.conditioned_text import ConditionedText
+from llmppl.guides.adapter_guide import AdapterGuide
+from llmppl.guides.text_guide import Prompt
 from llmppl.language_model import LM
-from llmppl.text import PAD, lengths
-from llmppl.tracing import Program
+from llmppl.network.text_tensors import lengths
+from llmppl.programs.structure import Program
+from llmppl.text import PAD
+from llmppl.text.prompts import check_virtual_tokens, initial_ids
 
 
 class SoftPromptGuide(AdapterGuide):
@@ -52,9 +55,11 @@ class SoftPromptGuide(AdapterGuide):
         seed: int | None = None,
     ) -> None:
         super().__init__(model, lm, prompt, others)
-        _check_count(num_virtual_tokens, lm.max_length)
+        check_virtual_tokens(num_virtual_tokens, lm.max_length)
         self.num_virtual_tokens = num_virtual_tokens
-        self._initial_ids = None if initial_text is None else _encode(initial_text, lm)
+        self._initial_ids = (
+            None if initial_text is None else initial_ids(initial_text, partial(lm.spelling.ids, first=True))
+        )
         self._adapt(adapter, seed, self._add)
 
     def _add(self, name: str) -> None:
@@ -112,28 +117,3 @@ class SoftPromptGuide(AdapterGuide):
 
     def _adaptation(self) -> str:
         return f"{self.num_virtual_tokens} virtual tokens"
-
-
-def _check_count(number: int, longest: int | None) -> None:
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise TypeError(f"num_virtual_tokens must be a whole number of tokens, got {number!r}.")
-    if number < 1:
-        raise ValueError(
-            f"num_virtual_tokens must be at least 1, got {number}. PromptGuide is the guide without virtual tokens."
-        )
-    if longest is not None and number > longest - 2:
-        raise ValueError(
-            f"num_virtual_tokens={number} leaves no room in the model's context of {longest} tokens for a prompt and "
-            "a text. Use fewer; 5 to 100 are usual."
-        )
-
-
-def _encode(initial_text: str, lm: LM) -> list[int]:
-    if not isinstance(initial_text, str):
-        raise TypeError(f"initial_text must be a string, got {type(initial_text).__name__}.")
-    tokens = lm.codec.encode(initial_text, first=True)
-    if not tokens:
-        raise ValueError(
-            f"initial_text={initial_text!r} has no tokens to start from. Pass a non-empty text, or leave it out."
-        )
-    return tokens

@@ -6,46 +6,47 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmppl.diagnostics.bounds import bounds
     from llmppl.diagnostics.calibration import calibrate, expected_coverage
     from llmppl.diagnostics.gap_report import gap_report
     from llmppl.diagnostics.verdict import diagnose
-    from llmppl.evaluation import Evaluation
-    from llmppl.grammar import Grammar
+    from llmppl.inference.bounds import bounds
     from llmppl.inference.decoding import decode
     from llmppl.inference.enumeration import exact_posterior
-    from llmppl.inference.gap import inference_gap
     from llmppl.inference.importance import importance
     from llmppl.inference.mcmc import mcmc
-    from llmppl.inference.posterior import Posterior
     from llmppl.inference.smc import smc
     from llmppl.language_model import LM
     from llmppl.masked_lm import MaskedLM
-    from llmppl.regularisation import Regularisation
-    from llmppl.replay import Behaviour, ReplayBuffer
-    from llmppl.training import fit
+    from llmppl.objectives.behaviour import Behaviour
+    from llmppl.objectives.replay_buffer import ReplayBuffer
+    from llmppl.posterior.inference_gap import inference_gap
+    from llmppl.posterior.posterior import Posterior
+    from llmppl.text.grammar import Grammar
+    from llmppl.training.evaluation import Evaluation
+    from llmppl.training.fit import fit
+    from llmppl.training.regularisation import Regularisation
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Behaviour": "llmppl.replay",
-    "Evaluation": "llmppl.evaluation",
-    "Grammar": "llmppl.grammar",
+    "Behaviour": "llmppl.objectives.behaviour",
+    "Evaluation": "llmppl.training.evaluation",
+    "Grammar": "llmppl.text.grammar",
     "LM": "llmppl.language_model",
     "MaskedLM": "llmppl.masked_lm",
-    "Posterior": "llmppl.inference.posterior",
-    "Regularisation": "llmppl.regularisation",
-    "ReplayBuffer": "llmppl.replay",
-    "bounds": "llmppl.diagnostics.bounds",
+    "Posterior": "llmppl.posterior.posterior",
+    "Regularisation": "llmppl.training.regularisation",
+    "ReplayBuffer": "llmppl.objectives.replay_buffer",
+    "bounds": "llmppl.inference.bounds",
     "calibrate": "llmppl.diagnostics.calibration",
     "diagnose": "llmppl.diagnostics.verdict",
     "decode": "llmppl.inference.decoding",
     "exact_posterior": "llmppl.inference.enumeration",
     "expected_coverage": "llmppl.diagnostics.calibration",
-    "fit": "llmppl.training",
+    "fit": "llmppl.training.fit",
     "gap_report": "llmppl.diagnostics.gap_report",
     "importance": "llmppl.inference.importance",
-    "inference_gap": "llmppl.inference.gap",
+    "inference_gap": "llmppl.posterior.inference_gap",
     "mcmc": "llmppl.inference.mcmc",
     "smc": "llmppl.inference.smc",
 }

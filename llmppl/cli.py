@@ -32,7 +32,7 @@ def demo(
     threads: Threads = CORES,
 ) -> None:
     """Train a guide that infills missing sentences, and report how far it is from the posterior."""
-    from llmppl.demo import run
+    from llmppl.demo.infilling import run
 
     run(steps, samples, held_out, seed, save, threads)
 
@@ -54,9 +54,9 @@ def infill(
         if not text.strip():
             raise typer.BadParameter("it is empty; give some text.", param_hint=name)
 
-    from llmppl.demo import infill as run
-    from llmppl.demo import shipped_adapter
-    from llmppl.inference.gap import inference_gap
+    from llmppl.demo.infilling import infill as run
+    from llmppl.demo.infilling import shipped_adapter
+    from llmppl.posterior.inference_gap import inference_gap
 
     try:
         proposals = run(beginning, ending, guide or shipped_adapter(), samples, seed, threads)
@@ -96,8 +96,8 @@ def report(
     threads: Threads = CORES,
 ) -> None:
     """Write one HTML page that says how far a saved guide is from the posterior."""
-    from llmppl.demo import shipped_adapter
-    from llmppl.report import report as run
+    from llmppl.demo.infilling import shipped_adapter
+    from llmppl.demo.report import report as run
 
     try:
         diagnosis = run(adapter or shipped_adapter(), data, out, samples, simulations, seed, threads)

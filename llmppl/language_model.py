@@ -9,23 +9,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyro
 import torch
 from torch import Tensor
 
-from llmppl.adapters import Adapters
-from llmppl.distributions.autoregressive import AutoregressiveText
+from llmppl.distributions.autoregressive_text import AutoregressiveText
 from llmppl.distributions.choice import Choice
-from llmppl.network import Network
-from llmppl.sampler import Sampler
-from llmppl.scoring import Request, score
-from llmppl.stopping import TextLaw
-from llmppl.text import PAD, Piece, check_text, describe, join, pad_rows
-from llmppl.tokenization import Codec
+from llmppl.network.adapters import Adapters
+from llmppl.network.low_precision import Sampler
+from llmppl.network.scoring import Request, score
+from llmppl.network.text_law import TextLaw
+from llmppl.network.text_tensors import Piece, check_text, join, pad_rows
+from llmppl.network.transformer import Network
+from llmppl.text import PAD
+from llmppl.text.spelling import Spelling, empty_context
+from llmppl.text.tokenization import Codec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmppl.grammar import Grammar
+    from llmppl.text.grammar import Grammar
 
 
 class LM:
@@ -43,6 +46,9 @@ class LM:
         middle = pyro.sample("middle", lm("Tom lost his key.", max_tokens=16, stop="."))
     """
 
+    primitives = pyro
+    """The framework whose ``sample`` and ``factor`` a ready program takes."""
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.transformer = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -50,7 +56,7 @@ class LM:
         self.vocabulary = min(self.codec.vocabulary, model.get_input_embeddings().weight.shape[0])
         self.adapters = Adapters(self.transformer)
         self.network = Network(self.transformer)
-        self._found: dict[str, list[int]] = {}
+        self.spelling = Spelling(self.codec, self.vocabulary)
         self._samplers: dict[tuple[str | None, torch.dtype], Sampler] = {}
 
     @classmethod
@@ -70,7 +76,7 @@ class LM:
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from llmppl.packaged import PACKAGED, packaged_folder, quiet_loading
+        from llmppl.files.packaged_model import PACKAGED, packaged_folder, quiet_loading
 
         name = os.fspath(name_or_folder)
         if name in PACKAGED and not Path(name).is_dir():
@@ -95,20 +101,7 @@ class LM:
         :raises TypeError: not a string or list of strings.
         :raises ValueError: a text without tokens: nothing could be observed.
         """
-        texts = [text] if isinstance(text, str) else text
-        if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) for t in texts):
-            raise TypeError(f"text must be a string or a list of strings, got {describe(text)}.")
-        if not texts:
-            raise ValueError("text is an empty list. Pass at least one string.")
-        rows = [self.codec.encode(t) for t in texts]
-        for n, row in enumerate(rows):
-            if not row:
-                where = "text" if isinstance(text, str) else f"text[{n}]"
-                raise ValueError(
-                    f"{where}={texts[n]!r} has no tokens, and an observed text needs at least one. "
-                    "Pass a non-empty string, or leave the site out."
-                )
-        value = pad_rows(rows, device=self.device)
+        value = pad_rows(self.spelling.rows(text), device=self.device)
         return value[0] if isinstance(text, str) else value
 
     def decode(self, value: Any) -> Any:
@@ -176,22 +169,8 @@ class LM:
 
         :raises ValueError: fewer than two options, equal ones, or one the prefix of another.
         """
-        if isinstance(options, (str, Tensor)):
-            raise TypeError(f"options must be a list of strings, got {describe(options)}.")
-        options = list(options)
-        if len(options) < 2:
-            raise ValueError(f"options={options!r}: a choice needs at least two options.")
-        encoded = self.encode(options)
-        rows = [tuple(t for t in row if t != PAD) for row in encoded.tolist()]
-        for i, first in enumerate(rows):
-            for j, second in enumerate(rows):
-                if i != j and second[: len(first)] == first:
-                    raise ValueError(
-                        f"option {options[i]!r} is a prefix of option {options[j]!r}. An option's weight "
-                        "is the probability that the text begins with it, so the first would also count "
-                        "the second. End every option alike, e.g. with a full stop."
-                    )
-        return Choice(self, self.context(*pieces), encoded)
+        rows = self.spelling.options(options)
+        return Choice(self, self.context(*pieces), pad_rows(rows, device=self.device))
 
     def context(self, *pieces: Piece) -> Tensor:
         """The joined pieces as a context: a text tensor with padding anywhere, behind whatever the
@@ -209,11 +188,7 @@ class LM:
         if not bool(empty.any()):
             return joined
         if self.codec.bos is None:
-            row = "" if not empty.dim() else f" in row {tuple(empty.nonzero()[0].tolist())}"
-            raise ValueError(
-                f"the context is empty{row}, and this model has no token for the beginning of a text "
-                "(its tokenizer has no bos_token). Give a non-empty first piece."
-            )
+            raise empty_context(tuple(empty.nonzero()[0].tolist()) if empty.dim() else ())
         bos = torch.where(empty, self.codec.bos, PAD)
         return torch.cat([bos[..., None], joined], -1)
 
@@ -236,67 +211,26 @@ class LM:
     def _piece(self, piece: Piece, number: int) -> Tensor:
         if isinstance(piece, Tensor):
             return check_text(piece, f"piece {number}", self.vocabulary).to(self.device)
-        single = isinstance(piece, str)
-        texts: Any = [piece] if single else piece
-        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) for t in texts):
-            raise TypeError(
-                f"piece {number} must be a string, a non-empty list of strings or a text tensor, "
-                f"got {piece!r}. Token ids go in as torch.tensor(ids)."
-            )
-        rows = [self.codec.encode(text, first=number == 0) for text in texts]
-        value = pad_rows(rows, device=self.device)
-        return value[0] if single else value
+        value = pad_rows(self.spelling.piece(piece, number, "tensor", "torch.tensor(ids)"), device=self.device)
+        return value[0] if isinstance(piece, str) else value
 
     def _stop_tokens(self, stop: Any, grammar: Grammar | None) -> Tensor:
-        if isinstance(stop, str):
-            ids = self._tokens_with(stop)
-            if not ids:
-                raise ValueError(
-                    f"stop={stop!r} matches no token of this tokenizer. Pass stop token ids, or a "
-                    "string that some token contains, e.g. stop='.'"
-                )
-        elif stop is None:
-            ids = []
-        else:
-            ids = [stop] if isinstance(stop, int) else [int(n) for n in stop]
-            if not ids:
-                raise ValueError("stop= is empty. Pass stop token ids or a string, or leave it out.")
-            self._check_ids(ids, "stop")
+        ids = self.spelling.stops(stop)
         if grammar is not None:
             ids = [*ids, grammar.bind(self).end]
         return torch.tensor(sorted(set(ids)), dtype=torch.long, device=self.device)
-
-    def _tokens_with(self, text: str) -> list[int]:
-        if text not in self._found:
-            tokens = self.codec.token_texts[: self.vocabulary]
-            self._found[text] = [n for n, token in enumerate(tokens) if text and text in token]
-        return self._found[text]
 
     def _allowed_tokens(self, allowed: Tensor | Sequence[int] | None) -> Tensor | None:
         if allowed is None:
             return None
         mask = torch.as_tensor(allowed, device=self.device)
-        if mask.dtype == torch.bool:
-            if mask.shape != (self.vocabulary,):
-                raise ValueError(
-                    f"allowed= is a mask of shape {tuple(mask.shape)}; it needs one entry for each of "
-                    f"the {self.vocabulary} tokens. Token ids work too."
-                )
+        boolean = mask.dtype == torch.bool
+        self.spelling.check_allowed(tuple(mask.shape), boolean, not mask.is_floating_point())
+        if boolean:
             return mask
-        if mask.dim() != 1 or mask.is_floating_point():
-            raise TypeError("allowed= must be a list of token ids or a boolean mask over the vocabulary.")
-        self._check_ids(mask.tolist(), "allowed")
         chosen = torch.zeros(self.vocabulary, dtype=torch.bool, device=self.device)
-        chosen[mask] = True
+        chosen[self.spelling.known(mask.tolist(), "allowed")] = True
         return chosen
-
-    def _check_ids(self, ids: Sequence[int], name: str) -> None:
-        wrong = [n for n in ids if not 0 <= n < self.vocabulary]
-        if wrong:
-            raise ValueError(
-                f"{name}= holds the token id {wrong[0]}, outside the vocabulary of {self.vocabulary} "
-                f"tokens. Ids go from 0 to {self.vocabulary - 1}."
-            )
 
     # --- the network ---------------------------------------------------------------------------
 
@@ -318,7 +252,7 @@ class LM:
 
     def score(self, requests: Sequence[Request], adapter: str | None = None) -> list[Tensor]:
         """Log-probability of each token of each request's texts, ``(N, width)``, in nats; see
-        :func:`llmppl.scoring.score`. With gradients where the adapter trains."""
+        :func:`llmppl.network.scoring.score`. With gradients where the adapter trains."""
         with self.using(adapter), torch.set_grad_enabled(torch.is_grad_enabled() and self.trains(adapter)):
             return score(self.network, requests)
 

@@ -6,50 +6,24 @@ import itertools
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from llmppl.bidirectional import mean_embedding, probe_bidirectional
+from llmppl.distributions.masked_text import MaskedText
 from llmppl.language_model import LM
-from llmppl.network import KeysAndValues, Network, attend
-from llmppl.stopping import TextLaw
-from llmppl.text import PAD, Piece, left_aligned, lengths
-from llmppl.unmasking import Plan, check_count
+from llmppl.network.bidirectional import mean_embedding, probe_bidirectional
+from llmppl.network.text_law import TextLaw
+from llmppl.network.text_tensors import Piece, left_aligned, lengths
+from llmppl.network.transformer import KeysAndValues, Network, attend
+from llmppl.network.unmasking import Plan, Reading, check_count
+from llmppl.text import PAD
 
 if TYPE_CHECKING:
     from types import EllipsisType
 
-    from llmppl.distributions.masked import MaskedText
-
 _numbers = itertools.count()
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What the network has read of the contexts: keys and values, once for each distinct one.
-
-    :param row: which of the distinct contexts each of ``N`` rows has, ``(N,)``.
-    :param last: the token before the gap, ``(D,)``, and its position; it is read with the canvas.
-    :param valid: which keys are there, ``(D, P)``.
-    :param keys: of every layer, keys and values ``(D, heads, P, width)``.
-    """
-
-    row: Tensor
-    last: Tensor
-    start: Tensor
-    valid: Tensor
-    keys: KeysAndValues
-
-    def of(self, rows: Tensor) -> Reading:
-        """The same for some rows, a row named as often as wanted."""
-        return Reading(self.row[rows], self.last, self.start, self.valid, self.keys)
-
-    def of_distinct(self, contexts: Tensor) -> Reading:
-        """One row for each of some distinct contexts."""
-        return Reading(contexts, self.last, self.start, self.valid, self.keys)
 
 
 class MaskedLM(nn.Module):
@@ -118,7 +92,7 @@ class MaskedLM(nn.Module):
             if seed is not None:
                 torch.manual_seed(seed)
             lm.adapters.add(name, rank, scale, target_modules)
-        marks = lm.adapters.add_virtual_tokens(name, mean_embedding(lm).repeat(2, 1))
+        marks = lm.adapters.add_virtual_tokens(name, mean_embedding(lm.transformer, lm.vocabulary).repeat(2, 1))
         model = cls(lm, lm.transformer, marks, name, max_tokens)
         model.alpha = scale
         model.weights.update({k.replace(".", "/"): p for k, p in lm.adapters.parameters(name).items()})
@@ -175,7 +149,7 @@ class MaskedLM(nn.Module):
             fresh = type(self.transformer)(self.transformer.config).state_dict()
         else:
             self.lm.adapters.reset(self.adapter)
-            fresh = {"virtual_tokens": mean_embedding(self.lm).repeat(2, 1)}
+            fresh = {"virtual_tokens": mean_embedding(self.lm.transformer, self.lm.vocabulary).repeat(2, 1)}
         with torch.no_grad():
             for key, parameter in self.weights.items():
                 if key.replace("/", ".") in fresh:
@@ -217,14 +191,12 @@ class MaskedLM(nn.Module):
         """The distribution over the text in the gap.
 
         :param pieces: as of :class:`~llmppl.LM`; ``...`` stands where the gap is, at the end by default.
-        :param steps, tokens_per_step, order, num_orders: of a :class:`~llmppl.unmasking.Plan`.
+        :param steps, tokens_per_step, order, num_orders: of a :class:`~llmppl.network.unmasking.Plan`.
 
         Other parameters as of :class:`~llmppl.LM`.
 
         :raises TypeError, ValueError: naming the argument and the mend.
         """
-        from llmppl.distributions.masked import MaskedText
-
         refuse_truncation(unknown)
         plan = Plan(order, steps, tokens_per_step, num_orders)
         left, right = self.lm.both_sides(*pieces)

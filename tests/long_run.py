@@ -21,9 +21,9 @@ from pyro.infer import ELBO
 
 from llmppl import LM, Evaluation, fit
 from llmppl.guides import GFlowNetGuide
-from llmppl.history import History
 from llmppl.objectives import TrajectoryBalance
 from llmppl.testing import tiny_lm
+from llmppl.training.history import History
 
 DATA = [("ab", "cd"), ("cde", "a"), ("d", "eb"), ("aa", "bbb"), ("ce", "d")]
 HELD_OUT = [("bb", "ca"), ("e", "dd")]

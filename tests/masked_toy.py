@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmppl.distributions.masked import MaskedText
+from llmppl.distributions.masked_text import MaskedText
 from llmppl.masked_lm import MaskedLM
+from llmppl.network.text_tensors import lengths
+from llmppl.network.unmasking import Plan
 from llmppl.testing import tiny_lm
-from llmppl.text import PAD, lengths
-from llmppl.unmasking import Plan
+from llmppl.text import PAD
 
 L, V = 3, 5
 PLANS: dict[str, dict[str, Any]] = {

@@ -20,8 +20,7 @@ import pytest
 
 matplotlib.use("Agg")
 
-from llmppl.arviz import chain_ess, chain_rhat
-from llmppl.inference.posterior import Posterior
+from llmppl.posterior.posterior import Posterior
 
 # arviz 0.23's own calls.
 pytestmark = pytest.mark.filterwarnings("ignore::matplotlib.MatplotlibDeprecationWarning")
@@ -155,9 +154,9 @@ def test_chains_of_mcmc_stay_chains() -> None:
     # ArviZ's numbers of the joint are the posterior's own, and those of converged chains.
     assert float(arviz.rhat(data)["log_joint"]) == pytest.approx(float(posterior.rhat))
     assert float(arviz.ess(data)["log_joint"]) == pytest.approx(float(posterior.ess))
-    assert float(chain_rhat(posterior)) < 1.02
+    assert float(posterior.rhat) < 1.02
     # Independent draws: the estimate of 1000 scatters by a tenth.
-    assert 800 < float(chain_ess(posterior)) < 1200
+    assert 800 < float(posterior.ess) < 1200
 
 
 def test_chains_that_disagree_are_seen() -> None:
@@ -165,7 +164,7 @@ def test_chains_that_disagree_are_seen() -> None:
     stuck = np.where(np.arange(400) < 200, np.argmax(LOG_JOINT), np.argmin(LOG_JOINT))
     index = np.where(np.arange(400) % 4 == 0, (posterior.samples["rate"] * 40).round().astype(int), stuck)
     apart = at(index, method="mcmc", log_weights=np.zeros(400), num_chains=2)
-    assert float(chain_rhat(apart)) > 1.5
+    assert float(apart.rhat) > 1.5
     assert float(arviz.rhat(apart.to_arviz())["log_joint"]) > 1.5
 
 
@@ -312,7 +311,7 @@ def test_what_cannot_be_converted_is_said() -> None:
 
 def test_the_converter_imports_no_torch_and_no_pyro() -> None:
     code = (
-        "import sys, numpy; from llmppl.inference.posterior import Posterior; "
+        "import sys, numpy; from llmppl.posterior.posterior import Posterior; "
         "p = Posterior({'z': numpy.zeros((9, 2), int)}, numpy.zeros(9), numpy.zeros(9), decoders={'z': str}); "
         "p.to_arviz(); repr(p), p._repr_html_(); print([m for m in ('torch', 'pyro', 'jax') if m in sys.modules])"
     )

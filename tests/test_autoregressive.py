@@ -9,7 +9,8 @@ from scipy.stats import chisquare
 
 from llmppl import LM, Grammar
 from llmppl.distributions import AutoregressiveText
-from llmppl.text import PAD, lengths
+from llmppl.network.text_tensors import lengths
+from llmppl.text import PAD
 
 # (name, arguments of lm(...)): every way to restrict a law that a table row can name.
 LAWS = {
@@ -197,7 +198,7 @@ def test_seeds_reproduce(lm: LM) -> None:
 
 
 def test_many_rows_are_drawn_in_blocks(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmppl.sampling.rows_at_once", lambda transformer, tokens: 7)
+    monkeypatch.setattr("llmppl.network.drawing.rows_at_once", lambda transformer, tokens: 7)
     contexts = ["a", "bb", "ccc"] * 10
     value, recorded = lm(contexts, max_tokens=4, stop=".").sample_with_log_prob()
     torch.testing.assert_close(recorded, lm(contexts, max_tokens=4, stop=".").log_prob(value))

@@ -15,7 +15,7 @@ from benchmarks import against_engines
 from llmppl import LM, exact_posterior
 from llmppl.guides import AutoregressiveGuide, PromptGuide
 from llmppl.models import infilling
-from llmppl.tracing import structure
+from llmppl.programs.structure import structure
 
 
 def test_the_reference_ess_of_pooled_samples_is_the_exact_one(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_the_regularisation_table_says_exact_gaps_of_training_and_of_other_obser
     assert len(other) == 20
     gaps = benchmark.exact_gaps(lm, guide, train)
     for observation, gap in zip(train, gaps, strict=True):
-        exact = exact_posterior(story, *observation)
+        exact = exact_posterior(story)(*observation)
         fn = structure(guide, observation, {}).nodes["middle"]["fn"]
         with torch.no_grad():
             log_q = fn.log_prob(torch.as_tensor(exact.samples["middle"])).numpy()

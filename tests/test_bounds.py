@@ -14,8 +14,10 @@ from test_objectives import perturbed
 
 from llmppl.diagnostics import Bounds, bounds
 from llmppl.guides import AutoregressiveGuide, GFlowNetGuide
-from llmppl.particles import run_particles
-from llmppl.tracing import observing, simulate, structure
+from llmppl.programs.observations import observing
+from llmppl.programs.particles import run_particles
+from llmppl.programs.simulation import simulate
+from llmppl.programs.structure import structure
 
 ROWS = 1500
 
@@ -75,7 +77,7 @@ def test_bounds_by_smc_bracket_log_z_and_are_each_on_their_side(
     story: Story, targets: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The retained particle is in every generation; beyond 3 standard errors on both sides with 3 particles."""
-    module = importlib.import_module("llmppl.diagnostics.bounds")
+    module = importlib.import_module("llmppl.inference.bounds")
 
     # Resample wherever weights differ: with few looks the filter would be importance sampling.
     def always(stages: object, _: object, resampling: str, *rest: object) -> object:
@@ -129,7 +131,7 @@ def test_weights_at_a_simulated_observation_average_to_its_evidence(story: Story
 
 def test_simulated_pairs_follow_the_program(story: Story) -> None:
     """Frequencies of 1500 one-token endings within 4 standard errors of the enumerated marginal."""
-    from llmppl.tracing import in_data_plate
+    from llmppl.programs.plates import in_data_plate
 
     rows = ([story.beginning] * ROWS, ["c"] * ROWS)
     latents, observations = simulate(in_data_plate(story.program), rows, {})

@@ -14,11 +14,11 @@ from test_objectives import perturbed
 from llmppl import LM, Grammar, decode, exact_posterior
 from llmppl.guides import AutoregressiveGuide, PromptGuide
 from llmppl.inference.decoding import _Rule
-from llmppl.inference.posterior import Posterior
 from llmppl.models import infilling
+from llmppl.posterior.posterior import Posterior
+from llmppl.programs.structure import structure
 from llmppl.testing import tiny_lm
 from llmppl.text import PAD
-from llmppl.tracing import structure
 
 
 def ids(posterior: Posterior, site: str = "middle") -> torch.Tensor:
@@ -133,7 +133,7 @@ def test_beams_run_over_several_sites_and_rows(story: Story) -> None:
         first = pyro.sample("first", lm(plan, max_tokens=2, stop="."))
         pyro.sample("ending", lm(lm.encode(["a", "b"])[coin.long()], plan, first), obs=lm.encode(ending))
 
-    exact = exact_posterior(model, "cb")
+    exact = exact_posterior(model)("cb")
     wide = decode(model, None, "beam", num_beams=60)("cb")
     np.testing.assert_allclose(np.unique(wide.log_joint.round(8)), np.unique(exact.log_joint.round(8)), atol=1e-7)
     assert wide.log_joint[0] == pytest.approx(exact.log_joint.max(), abs=1e-9)

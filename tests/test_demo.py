@@ -9,8 +9,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from llmppl import LM, Behaviour, demo
+from llmppl import LM, Behaviour
 from llmppl.cli import app
+from llmppl.demo import infilling as demo
 from llmppl.guides import PromptGuide
 from llmppl.models import infilling
 

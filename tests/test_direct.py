@@ -15,8 +15,9 @@ from llmppl.distributions import FactorisedText
 from llmppl.guides import DirectGuide
 from llmppl.masked_lm import MaskedLM
 from llmppl.objectives import LeaveOneOutELBO, ParticleObjective, TrajectoryBalance, WakeSleep
-from llmppl.particles import run_particles
-from llmppl.tracing import Given, in_data_plate
+from llmppl.programs.observations import Given
+from llmppl.programs.particles import run_particles
+from llmppl.programs.plates import in_data_plate
 
 
 def network(lm: LM, seed: int = 0) -> MaskedLM:

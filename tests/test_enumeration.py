@@ -37,7 +37,7 @@ def test_a_latent_in_a_plate_has_a_value_for_each_entry(small: LM) -> None:
     index = torch.tensor(list(itertools.product(range(len(texts)), repeat=3)))
     log_joint = sum(prior[n, index[:, n]] for n in range(3))
     log_joint = log_joint + small(*(texts[index[:, n]] for n in range(3))).log_prob(small.encode("cb"))
-    posterior = exact_posterior(model, "cb")
+    posterior = exact_posterior(model)("cb")
     assert posterior.samples["middle"].shape == (len(texts) ** 3, 3, 2)
     assert float(posterior.log_evidence) == pytest.approx(log_joint.logsumexp(0).item(), abs=EXACT)
     ours = {s.tobytes(): w for s, w in zip(posterior.samples["middle"], posterior.log_weights, strict=True)}
@@ -56,7 +56,7 @@ def test_inside_rows_of_observations_a_plate_multiplies_for_each_row_alone(small
             starts = small.encode(["a", "b", "c"])[coin.sum(-2, keepdim=True).long()]
             pyro.sample("ending", small(starts), obs=small.encode(endings))
 
-    posterior = exact_posterior(model, endings)
+    posterior = exact_posterior(model)(endings)
     assert posterior.samples["coin"].shape == (4, 2, 2)
     p = {0: 0.49, 1: 0.42, 2: 0.09}
     for row, ending in enumerate(endings):
@@ -91,7 +91,7 @@ def test_sites_and_supports_that_depend_on_earlier_values_are_enumerated_run_by_
 
     for seed in range(4):  # whichever branch the first run takes
         pyro.set_rng_seed(seed)
-        posterior = exact_posterior(model)
+        posterior = exact_posterior(model)()
         assert posterior.num_samples == 13 + 40 + 2
         assert float(posterior.log_evidence) == pytest.approx(branch_by_hand(small), abs=EXACT)
         # What a combination does not have is padding, or NaN.
@@ -113,7 +113,7 @@ def test_a_support_that_only_the_values_know_is_not_taken_from_one_run(small: LM
     by_hand = np.log(np.mean([(0.7 + 0.3 * np.exp(0.7)) ** n for n in range(4)]))
     for seed in range(6):
         pyro.set_rng_seed(seed)
-        posterior = exact_posterior(model)
+        posterior = exact_posterior(model)()
         assert posterior.num_samples == 1 + 2 + 3 + 4
         assert float(posterior.log_evidence) == pytest.approx(by_hand, abs=EXACT)
 
@@ -130,7 +130,7 @@ def test_a_branch_taken_for_all_combinations_at_once_is_noticed_by_its_joint(sma
         0.3 * small("ab").log_prob(small.encode("ca")).exp().item()
         + 0.7 * small("c").log_prob(small.encode("ca")).exp().item()
     )
-    assert float(exact_posterior(model).log_evidence) == pytest.approx(by_hand, abs=EXACT)
+    assert float(exact_posterior(model)().log_evidence) == pytest.approx(by_hand, abs=EXACT)
 
 
 def test_a_rare_branch_of_a_large_choice_is_noticed(small: LM) -> None:
@@ -149,7 +149,9 @@ def test_a_rare_branch_of_a_large_choice_is_noticed(small: LM) -> None:
         texts = prior.enumerate_support()
         start = "a" if small.decode(value) == "cb" else "b"
         total.append(choice.log_prob(value) + prior.log_prob(texts) + small(start, texts).log_prob(small.encode("ca")))
-    assert float(exact_posterior(model).log_evidence) == pytest.approx(torch.cat(total).logsumexp(0).item(), abs=EXACT)
+    assert float(exact_posterior(model)().log_evidence) == pytest.approx(
+        torch.cat(total).logsumexp(0).item(), abs=EXACT
+    )
 
 
 def test_three_sites_of_each_kind_with_a_grammar(small: LM) -> None:
@@ -171,7 +173,7 @@ def test_three_sites_of_each_kind_with_a_grammar(small: LM) -> None:
         for coin, end in enumerate("ab"):
             likelihood = small(texts, end).log_prob(small.encode("c"))
             total.append(choice.log_prob(plan) + prior.log_prob(texts) + np.log([0.6, 0.4][coin]) + likelihood)
-    posterior = exact_posterior(model)
+    posterior = exact_posterior(model)()
     assert posterior.num_samples == len(torch.cat(total))
     assert float(posterior.log_evidence) == pytest.approx(torch.cat(total).logsumexp(0).item(), abs=EXACT)
     assert set(posterior.decode("text")) == {"ab.", "abb.", "c.", "cb."}
@@ -183,13 +185,13 @@ def test_the_prior_alone_has_mass_one(small: LM) -> None:
         first = pyro.sample("first", small(plan, max_tokens=2, stop=".", min_tokens=2, temperature=0.7))
         pyro.sample("second", small(first, max_tokens=2, stop=".", allowed=[0, 1, 2]))
 
-    assert float(exact_posterior(model).log_evidence) == pytest.approx(0.0, abs=EXACT)
+    assert float(exact_posterior(model)().log_evidence) == pytest.approx(0.0, abs=EXACT)
 
 
 def test_blocks_change_nothing(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = exact_posterior(story.program, *story.args)
+    whole = exact_posterior(story.program)(*story.args)
     monkeypatch.setattr(enumeration, "BLOCK", 7)
-    parts = exact_posterior(story.program, *story.args)
+    parts = exact_posterior(story.program)(*story.args)
     assert np.array_equal(whole.samples["middle"], parts.samples["middle"])
     np.testing.assert_allclose(whole.log_weights, parts.log_weights, atol=1e-12)
 
@@ -203,13 +205,13 @@ def test_what_cannot_be_enumerated_is_refused(story: Story, monkeypatch: pytest.
         pyro.factor("seen", (middle == 1).double().sum((-1, -2)))
 
     with pytest.raises(ValueError, match=r"combinations \(middle: 852,891,037,441\); at most 1,000,000"):
-        exact_posterior(wide)
+        exact_posterior(wide)()
 
     def joined() -> None:
         pyro.sample("coins", dist.Bernoulli(torch.full((3,), 0.5)).to_event(1))
 
     with pytest.raises(ValueError, match=r"'coins' \(Independent\) cannot be enumerated"):
-        exact_posterior(joined)
+        exact_posterior(joined)()
 
     def plates() -> None:
         plan = pyro.sample("plan", dist.Categorical(torch.ones(2)))
@@ -217,13 +219,13 @@ def test_what_cannot_be_enumerated_is_refused(story: Story, monkeypatch: pytest.
             pyro.factor("seen", torch.zeros(2))
 
     with pytest.raises(ValueError, match="plates depend on sampled values"):
-        exact_posterior(plates)
+        exact_posterior(plates)()
 
     def branching() -> None:
         middle = pyro.sample("middle", lm("a", max_tokens=3, stop="."))
         if middle[..., 0] == 1:
             pyro.sample("coin", dist.Bernoulli(torch.tensor(0.5)))
 
-    monkeypatch.setattr(enumeration, "MOST_RUNS", 100)
+    monkeypatch.setattr("llmppl.posterior.combinations.MOST_RUNS", 100)
     with pytest.raises(ValueError, match="must be run for each combination of values, because .* more than 100 runs"):
-        exact_posterior(branching)
+        exact_posterior(branching)()

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from llmppl import LM, Grammar
 from llmppl.distributions import FactorisedText
-from llmppl.stopping import enumerate_texts
-from llmppl.text import PAD, lengths
+from llmppl.network.text_law import enumerate_texts
+from llmppl.network.text_tensors import lengths
+from llmppl.text import PAD
 
 FREE = {name: law for name, law in LAWS.items() if "grammar" not in law}
 BATCHES: dict[str, tuple[int, ...]] = {"one": (), "rows": (3,), "rows that share logits": (4, 1, 3)}
@@ -94,7 +95,7 @@ def test_every_row_of_a_batch_is_drawn_from_its_own_logits(lm: LM) -> None:
     heat = torch.tensor([1.0, 4.0]).repeat(3000)[:, None]
     for cells in (2**24, 20):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("llmppl.distributions.factorised.CELLS", cells)
+            patch.setattr("llmppl.distributions.factorised_text.CELLS", cells)
             value, recorded = d.sample_with_log_prob(temperature=heat)
         torch.testing.assert_close(d.log_prob(value), recorded)
         for row in range(3):

@@ -26,7 +26,7 @@ from llmppl import exact_posterior, fit, gap_report
 from llmppl.diagnostics import GapReport, Gaps
 from llmppl.guides import AutoregressiveGuide, GFlowNetGuide, PromptGuide
 from llmppl.objectives import LeaveOneOutELBO, TrajectoryBalance
-from llmppl.randomness import random_state
+from llmppl.programs.random_states import random_state
 
 MEANS = torch.tensor([[0.0, 2.0, 4.0], [2.0, 4.0, 0.5], [4.0, 0.0, 2.0]])
 HALF = torch.tensor([2.0, -2.0])
@@ -463,7 +463,7 @@ def test_a_program_with_a_plate_takes_one_observation_a_call(story: Story) -> No
 
     guide = AutoregressiveGuide(rows, story.lm, rank=2)
     found = report(guide, [(["ab"], ["cd"])], None, rows, num_samples=32, steps=1)
-    assert found.train.log_evidence[0] == pytest.approx(float(exact_posterior(story.program, "ab", "cd").log_evidence))
+    assert found.train.log_evidence[0] == pytest.approx(float(exact_posterior(story.program)("ab", "cd").log_evidence))
     with pytest.raises(ValueError, match=r"held_out\[0\] holds 2 observations, the rows of a plate"):
         report(guide, [(["ab"], ["cd"])], [(["ab", "d"], ["cd", "e"])], rows)
 

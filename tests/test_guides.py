@@ -13,9 +13,9 @@ from test_objectives import perturbed
 
 from llmppl import LM, importance
 from llmppl.guides import AutoregressiveGuide, GFlowNetGuide, PromptGuide
-from llmppl.particles import run_particles
+from llmppl.programs.particles import run_particles
+from llmppl.programs.structure import structure
 from llmppl.testing import tiny_lm
-from llmppl.tracing import structure
 
 
 def told(lm: LM, guide: object, site: str, *args: object) -> str:
@@ -147,7 +147,7 @@ def test_an_interrupted_save_leaves_the_old_file(
     def full_disk(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llmppl.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("llmppl.network.guide_tensors.save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         guide.save(path)
     assert os.path.getsize(path) == size
@@ -188,7 +188,7 @@ def test_log_partition_is_a_function_of_the_prompt(story: Story) -> None:
     one, other = guide.log_partition("ab", "cd"), guide.log_partition("ab", "ee")
     assert one.shape == ()
     assert abs(one - other) > 1e-3
-    from llmppl.tracing import in_data_plate
+    from llmppl.programs.plates import in_data_plate
 
     both = in_data_plate(guide)
     rows = structure(both, (["ab", "abc"], ["cd", "ee"]), {}).nodes["middle"]["fn"]

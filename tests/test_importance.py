@@ -18,15 +18,16 @@ from test_objectives import perturbed
 from llmppl import LM, exact_posterior, fit, importance, inference_gap
 from llmppl.guides import AutoregressiveGuide, PromptGuide
 from llmppl.inference import importance as module
-from llmppl.inference import running
 from llmppl.models import infilling
 from llmppl.objectives import TrajectoryBalance
-from llmppl.tracing import in_data_plate, structure
+from llmppl.posterior import running_error as running
+from llmppl.programs.plates import in_data_plate
+from llmppl.programs.structure import structure
 
 
 def test_the_enumerated_evidence_is_the_sum_of_the_joint(story: Story) -> None:
     _, log_joint = story.joint()
-    posterior = exact_posterior(story.program, *story.args)
+    posterior = exact_posterior(story.program)(*story.args)
     assert posterior.log_evidence == pytest.approx(log_joint.logsumexp(0).item(), abs=1e-12)
     assert posterior.log_evidence_error == 0
     assert posterior.weights.sum() == pytest.approx(1.0)
@@ -57,7 +58,7 @@ def test_the_evidence_estimate_is_unbiased_over_many_seeds(story: Story, kind: s
         if kind == "prompt"
         else perturbed(AutoregressiveGuide(story.program, story.lm, FROM_PRIOR, rank=2), 0.05)
     )
-    exact = exact_posterior(story.program, *story.args).log_evidence
+    exact = exact_posterior(story.program)(*story.args).log_evidence
     ratios = []
     for seed in range(100):
         pyro.set_rng_seed(seed)
@@ -73,14 +74,14 @@ def test_rows_of_a_plate_are_observations_of_their_own(story: Story) -> None:
     beginnings, endings = ["ab", "d", "ceb"], ["cd", "ea", "b"]
     guide = PromptGuide(story.program, story.lm)
     exact = np.array(
-        [exact_posterior(story.program, b, e).log_evidence for b, e in zip(beginnings, endings, strict=True)]
+        [exact_posterior(story.program)(b, e).log_evidence for b, e in zip(beginnings, endings, strict=True)]
     )
 
     def rows(beginnings: list[str], endings: list[str]) -> None:
         with pyro.plate("rows", len(beginnings)):
             story.program(beginnings, endings)
 
-    enumerated = exact_posterior(rows, beginnings, endings)
+    enumerated = exact_posterior(rows)(beginnings, endings)
     np.testing.assert_allclose(enumerated.log_evidence, exact, atol=1e-9)
     in_plate = importance(rows, PromptGuide(rows, story.lm), 3000)(beginnings, endings)
     vectorized = importance(story.program, guide, 3000, vectorize_data=True)(beginnings, endings)
@@ -100,7 +101,7 @@ def test_a_global_latent_makes_the_whole_plate_one_observation(lm: LM) -> None:
     posterior = importance(model, PromptGuide(model, lm), 500)(endings)
     assert posterior.batch_shape == ()
     assert posterior.samples["theme"].shape == (500, 2)
-    exact = exact_posterior(model, endings)
+    exact = exact_posterior(model)(endings)
     texts = lm("ab", max_tokens=2, stop=".").enumerate_support()
     by_hand = lm("ab", max_tokens=2, stop=".").log_prob(texts)
     for ending in endings:
@@ -118,7 +119,7 @@ def test_two_latent_texts_and_a_latent_inside_a_plate_only_partly_shared(lm: LM)
         second = pyro.sample("second", lm("ab", first, max_tokens=2, stop="."))
         pyro.sample("ending", lm("ab", first, second), obs=lm.encode(ending))
 
-    exact = exact_posterior(model, "cd")
+    exact = exact_posterior(model)("cd")
     assert exact.num_samples == 31**2
     prompts = {"first": lambda: ["ab"], "second": lambda first: ["ab", first]}
     posterior = importance(model, PromptGuide(model, lm, prompts), 2000)("cd")
@@ -159,7 +160,7 @@ def test_mixed_programs_take_another_guide_for_other_latents(lm: LM) -> None:
     assert posterior.samples["rate"].shape == (4000,)
     assert posterior.samples["plan"].shape == (4000,)
     conditioned = poutine.block(poutine.condition(model, data={"rate": torch.tensor(0.5)}), hide=["rate", "rate_prior"])
-    text_part = exact_posterior(conditioned, "ed").log_evidence
+    text_part = exact_posterior(conditioned)("ed").log_evidence
     grid = torch.linspace(0.00005, 0.99995, 10_000, dtype=torch.float64)
     rate_part = (dist.Beta(2.0, 2.0).log_prob(grid) + 3 * grid).exp().mean().log().item()
     assert abs(posterior.log_evidence - (text_part + rate_part)) < 4 * posterior.log_evidence_error
@@ -172,7 +173,7 @@ def test_a_choice_and_a_text_are_guided_together(lm: LM) -> None:
         pyro.sample("ending", lm("ab", plan, middle), obs=lm.encode(ending))
 
     guide = perturbed(AutoregressiveGuide(model, lm, rank=2), 0.05)
-    exact = exact_posterior(model, "cd")
+    exact = exact_posterior(model)("cd")
     assert exact.num_samples == 3 * 31
     prior = {"plan": lambda: ["ab"], "middle": lambda plan: ["ab", plan]}
     posterior = importance(model, PromptGuide(model, lm, prior), 3000)("cd")
@@ -194,7 +195,7 @@ def test_a_hard_condition_gives_zero_weights_and_none_positive_is_an_error(story
     guide = PromptGuide(model, lm, {"middle": lambda: ["ab"]})
     posterior = importance(model, guide, 2000)("cd", 1)
     assert np.isneginf(posterior.log_weights).any()
-    exact = exact_posterior(model, "cd", 1)
+    exact = exact_posterior(model)("cd", 1)
     assert abs(posterior.log_evidence - exact.log_evidence) < 4 * posterior.log_evidence_error
     with pytest.raises(ValueError, match="none of the 50 samples has positive weight"):
         importance(model, guide, 50)("cd", 99)
@@ -218,7 +219,7 @@ def test_samples_and_weights_reproduce_from_a_seed(story: Story) -> None:
 def test_the_inference_gap_is_the_reverse_kl(story: Story) -> None:
     guide = PromptGuide(story.program, story.lm)
     posterior = importance(story.program, guide, 4000)(*story.args)
-    exact = exact_posterior(story.program, *story.args)
+    exact = exact_posterior(story.program)(*story.args)
     gap = inference_gap(posterior, exact)
     assert gap.certified
     assert gap.source == "enumeration"
@@ -238,13 +239,13 @@ def test_infinite_supports_cannot_be_enumerated(story: Story) -> None:
         pyro.sample("ending", story.lm(middle), obs=story.lm.encode(ending))
 
     with pytest.raises(ValueError, match="latent site 'middle': the support holds"):
-        exact_posterior(long, "cd")
+        exact_posterior(long)("cd")
 
     def continuous() -> None:
         pyro.sample("x", dist.Normal(0.0, 1.0))
 
     with pytest.raises(ValueError, match=r"'x' \(Normal\) cannot be enumerated"):
-        exact_posterior(continuous)
+        exact_posterior(continuous)()
 
 
 # --- blocks under a memory bound, and early stopping ----------------------------------------------

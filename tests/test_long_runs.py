@@ -21,10 +21,10 @@ from long_run import DATA, HELD_OUT, STEPS, train
 
 from llmppl import Behaviour, Evaluation, exact_posterior, fit
 from llmppl.guides import AutoregressiveGuide, GFlowNetGuide
-from llmppl.history import COLUMNS, History
 from llmppl.objectives import LeaveOneOutELBO, SubTrajectoryBalance, TrajectoryBalance
-from llmppl.run_folder import RunFolder
-from llmppl.tracing import Program, structure
+from llmppl.programs.structure import Program, structure
+from llmppl.training.history import COLUMNS, History
+from llmppl.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 
@@ -316,7 +316,7 @@ def test_evaluation_changes_nothing_of_the_training(tmp_path: Path) -> None:
 def test_the_held_out_gap_is_that_of_enumeration_and_falls(story: Story) -> None:
     """With 100 samples each the gap is exact to 4 of its standard errors; training closes most of it."""
     guide = AutoregressiveGuide(story.program, story.lm, rank=4, seed=0)
-    truth = [float(exact_posterior(story.program, *x).log_evidence) for x in DATA]
+    truth = [float(exact_posterior(story.program)(*x).log_evidence) for x in DATA]
 
     def exact_gap() -> float:
         gaps = []

@@ -10,9 +10,10 @@ import pytest
 import torch
 from masked_toy import LAWS, PLANS, RANDOM, L, V, all_orders, given_orders, network, sampler_law, text_of
 
-from llmppl.distributions.masked import MaskedText
-from llmppl.text import PAD, lengths
-from llmppl.unmasking import Plan
+from llmppl.distributions.masked_text import MaskedText
+from llmppl.network.text_tensors import lengths
+from llmppl.network.unmasking import Plan
+from llmppl.text import PAD
 
 # --- mass, and the law of the sampler -------------------------------------------------------------
 
@@ -124,7 +125,7 @@ def test_parts_of_a_batch_make_the_batch(monkeypatch: pytest.MonkeyPatch) -> Non
     texts = fn.enumerate_support()
     whole = fn.log_prob(texts)
     grads = torch.autograd.grad(whole.exp().mean(), list(fn.model.parameters()))
-    monkeypatch.setattr("llmppl.unmasking.LOGITS", {"cpu": 3 * V * L, "cuda": 1})
+    monkeypatch.setattr("llmppl.network.unmasking.LOGITS", {"cpu": 3 * V * L, "cuda": 1})
     other = text_of(fn.model, stop=".")
     in_parts = other.log_prob(texts)
     torch.testing.assert_close(in_parts, whole)

@@ -10,7 +10,7 @@ import torch
 from masked_toy import L, V, network, text_of
 
 from llmppl import LM
-from llmppl.distributions.masked import MaskedText
+from llmppl.distributions.masked_text import MaskedText
 from llmppl.guides import AutoregressiveGuide, PromptGuide, RefinementGuide
 from llmppl.masked_lm import MaskedLM
 from llmppl.objectives import Denoising

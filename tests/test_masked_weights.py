@@ -13,7 +13,7 @@ from masked_toy import PLANS, RANDOM, L, V, all_orders, given_orders, naive_log_
 from torch import Tensor
 
 from llmppl import LM, exact_posterior, importance
-from llmppl.distributions.masked import MaskedText
+from llmppl.distributions.masked_text import MaskedText
 from llmppl.guides import RefinementGuide
 from llmppl.masked_lm import MaskedLM
 from llmppl.testing import tiny_lm
@@ -30,14 +30,14 @@ def story(lm: LM) -> Any:
 
 
 def proposed(guide: RefinementGuide) -> MaskedText:
-    from llmppl.tracing import structure
+    from llmppl.programs.structure import structure
 
     return structure(guide, ("ab", "cd"), {}).nodes["middle"]["fn"]
 
 
 def exact(model: MaskedLM) -> tuple[Any, Tensor, Tensor, float]:
     program = story(model.lm)
-    posterior = exact_posterior(program, "ab", "cd")
+    posterior = exact_posterior(program)("ab", "cd")
     texts = torch.as_tensor(posterior.samples["middle"])
     return program, texts, torch.as_tensor(posterior.log_weights), float(posterior.log_evidence)
 

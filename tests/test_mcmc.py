@@ -13,15 +13,16 @@ from test_objectives import perturbed
 from torch import Tensor
 
 from llmppl import LM, Grammar, exact_posterior, mcmc
-from llmppl.distributions.autoregressive import AutoregressiveText
+from llmppl.distributions.autoregressive_text import AutoregressiveText
 from llmppl.guides import AutoregressiveGuide, PromptGuide
 from llmppl.inference.mcmc import _Chains, independence_chain
-from llmppl.inference.posterior import Posterior
 from llmppl.inference.rewriting import alternatives, log_ratio, propose, rewrite
 from llmppl.models import infilling
+from llmppl.network.text_tensors import lengths
+from llmppl.posterior.posterior import Posterior
+from llmppl.programs.plates import in_data_plate
 from llmppl.testing import tiny_lm
-from llmppl.text import PAD, lengths
-from llmppl.tracing import in_data_plate
+from llmppl.text import PAD
 
 TEXTS = {
     "stop": {"max_tokens": 3, "stop": "."},
@@ -180,7 +181,7 @@ def test_independence_chains_reach_the_exact_posterior(story: Story, guided: boo
     told = {"middle": lambda beginning: [beginning]}
     guide = perturbed(AutoregressiveGuide(story.program, story.lm, told, rank=2), 0.03) if guided else None
     posterior = mcmc(story.program, guide, num_samples=400, num_chains=8, seed=1)(*story.args)
-    check_against(posterior, "middle", exact_posterior(story.program, *story.args))
+    check_against(posterior, "middle", exact_posterior(story.program)(*story.args))
     assert posterior.rhat < 1.2
     assert 20 < posterior.ess < 3200
     assert "8 chains, accepted" in repr(posterior)
@@ -219,7 +220,7 @@ def test_chains_that_start_at_the_posterior_stay_there(story: Story, kernel: str
     story.ending = "c"
     told = {"middle": lambda beginning: [beginning]}
     guide = perturbed(AutoregressiveGuide(story.program, story.lm, told, rank=2), 0.03) if guided else None
-    exact = exact_posterior(story.program, *story.args)
+    exact = exact_posterior(story.program)(*story.args)
     with torch.no_grad():
         chains = _Chains(story.program, guide, story.args, {}, 1500, kernel, 2)
         at_the_posterior(chains, exact, 1500)
@@ -251,7 +252,7 @@ def test_a_run_gives_scored_samples(story: Story) -> None:
 
 def test_rows_have_chains_of_their_own(story: Story) -> None:
     beginnings, endings = ["ab", "d"], ["c", "e"]
-    exact = [exact_posterior(story.program, *args) for args in zip(beginnings, endings, strict=True)]
+    exact = [exact_posterior(story.program)(*args) for args in zip(beginnings, endings, strict=True)]
     posterior = mcmc(story.program, None, num_samples=300, num_chains=8, vectorize_data=True, seed=0)(
         beginnings, endings
     )
@@ -284,7 +285,7 @@ def test_sites_of_every_kind_move_in_turn(small: LM, kernel: str) -> None:
         parts = (part[..., n : n + 1, :] for n in range(2))
         pyro.sample("ending", small(plan, *parts), obs=small.encode(ending))
 
-    exact = exact_posterior(model, "c")
+    exact = exact_posterior(model)("c")
     assert exact.num_samples == 2 * 4 * 13**2
     with torch.no_grad():
         chains = _Chains(model, None, ("c",), {}, 1000, kernel, 2)

@@ -13,7 +13,7 @@ from llmppl.models import continuation, ending_first, infilling
 
 def test_infilling_is_prior_times_likelihood(lm: LM) -> None:
     story = infilling(lm, max_tokens=3)
-    posterior = exact_posterior(story, "ab", "cd")
+    posterior = exact_posterior(story)("ab", "cd")
     texts = lm("ab", max_tokens=3, stop=".").enumerate_support()
     log_joint = lm("ab", max_tokens=3, stop=".").log_prob(texts) + lm("ab", texts).log_prob(lm.encode("cd"))
     assert posterior.log_evidence == pytest.approx(log_joint.logsumexp(0).item(), abs=1e-9)
@@ -22,7 +22,7 @@ def test_infilling_is_prior_times_likelihood(lm: LM) -> None:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_continuation_tempers_the_whole_sentence(lm: LM, temperature: float) -> None:
     program = continuation(lm, temperature=temperature, max_tokens=3)
-    posterior = exact_posterior(program, "ab")
+    posterior = exact_posterior(program)("ab")
     texts = lm("ab", max_tokens=3, stop=".").enumerate_support()
     expected = (lm("ab", max_tokens=3, stop=".").log_prob(texts) / temperature).softmax(0)
     torch.testing.assert_close(torch.as_tensor(posterior.weights), expected)

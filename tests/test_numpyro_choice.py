@@ -17,7 +17,7 @@ from scipy.stats import chisquare
 from llmppl.numpyro import LM
 from llmppl.numpyro.distributions import choice as module
 from llmppl.numpyro.testing import tiny_lm
-from llmppl.padding import PAD
+from llmppl.text import PAD
 
 OPTIONS = ["a.", "bc", "e"]
 

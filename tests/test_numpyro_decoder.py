@@ -15,17 +15,18 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmppl
-from llmppl.demo import shipped_adapter
+from llmppl.demo.infilling import shipped_adapter
 from llmppl.guides import AutoregressiveGuide
 from llmppl.models import ending_first, infilling
-from llmppl.numpyro import LM, TorchLikelihood, decoder, guides, models
-from llmppl.numpyro.adapters import from_tensors, initial, scaled
-from llmppl.numpyro.architecture import Architecture
-from llmppl.numpyro.checkpoint import read_config, read_weights
-from llmppl.numpyro.reading import Reader
-from llmppl.numpyro.tokenizer import FolderTokenizer
-from llmppl.padding import PAD
+from llmppl.numpyro import LM, TorchLikelihood, guides, models
+from llmppl.numpyro.network import decoder
+from llmppl.numpyro.network.adapters import from_tensors, initial, scaled
+from llmppl.numpyro.network.architecture import Architecture
+from llmppl.numpyro.network.folder_tokenizer import FolderTokenizer
+from llmppl.numpyro.network.folder_weights import read_config, read_weights
+from llmppl.numpyro.network.reading import Reader
 from llmppl.testing import tiny_lm
+from llmppl.text import PAD
 
 SIZES: dict[str, Any] = {
     "vocab_size": 30,

@@ -55,7 +55,7 @@ def twin(double: None) -> Any:
         guide=guide,
         run=run,
         posterior=run(random.key(0), *ARGS),
-        exact=exact_posterior(program, *ARGS),
+        exact=exact_posterior(program)(*ARGS),
     )
 
 
@@ -136,8 +136,8 @@ def test_rows_have_the_evidence_that_they_have_alone(twin: Any) -> None:
         with numpyro.plate("stories", 2):
             twin.program(beginning, ending)
 
-    together = exact_posterior(rows, *args)
-    alone = [exact_posterior(twin.program, *row) for row in zip(*args, strict=True)]
+    together = exact_posterior(rows)(*args)
+    alone = [exact_posterior(twin.program)(*row) for row in zip(*args, strict=True)]
     assert together.log_evidence == pytest.approx([float(p.log_evidence) for p in alone], abs=1e-9)
     posterior = importance(twin.program, twin.guide, 40, vectorize_data=True, progress=False)(random.key(0), *args)
     assert posterior.batch_shape == (2,)
@@ -164,8 +164,8 @@ def test_torch_enumerates_the_same_posterior(tmp_path: Path, double: None) -> No
 
         return story
 
-    found = exact_posterior(program(ours, numpyro.sample), *ARGS)
-    expected = torch_exact_posterior(program(theirs, pyro.sample), *ARGS)
+    found = exact_posterior(program(ours, numpyro.sample))(*ARGS)
+    expected = torch_exact_posterior(program(theirs, pyro.sample))(*ARGS)
     assert found.num_samples == expected.num_samples
     for site in ("mood", "middle"):
         assert (found.samples[site] == expected.samples[site]).all()
@@ -184,7 +184,7 @@ def test_a_program_that_looks_at_its_values_is_run_for_each(twin: Any) -> None:
             middle = numpyro.sample("mood", lm.choice("a", options=["b.", "c."]))
         numpyro.sample("ending", lm("a", middle), obs=lm.encode(ending))
 
-    found = exact_posterior(program, "cd")
+    found = exact_posterior(program)("cd")
     assert found.num_samples == 6 + 2
     expected = 0.0
     for share, law in ((0.25, lm("a", max_tokens=1)), (0.75, lm.choice("a", options=["b.", "c."]))):
@@ -334,11 +334,11 @@ def test_what_importance_sampling_refuses(twin: Any) -> None:
 
 def test_what_enumeration_refuses(twin: Any) -> None:
     with pytest.raises(ValueError, match=r"'z' \(Normal\) cannot be enumerated"):
-        exact_posterior(numbers, jnp.zeros(3))
+        exact_posterior(numbers)(jnp.zeros(3))
     with pytest.raises(ValueError, match="combinations"):
-        exact_posterior(lambda: numpyro.sample("long", twin.lm("a", max_tokens=30)))
+        exact_posterior(lambda: numpyro.sample("long", twin.lm("a", max_tokens=30)))()
     with pytest.raises(ValueError, match="no latent site"):
-        exact_posterior(lambda: numpyro.sample("seen", dist.Normal(), obs=0.0))
+        exact_posterior(lambda: numpyro.sample("seen", dist.Normal(), obs=0.0))()
 
 
 def undefined(data: Any) -> None:

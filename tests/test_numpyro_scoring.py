@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax import Array, random
 
-from llmppl.numpyro import scoring
-from llmppl.numpyro.scoring import token_scores
+from llmppl.numpyro.network import scoring
+from llmppl.numpyro.network.scoring import token_scores
 
 V, D = 23, 4
 HEAD = 3 * random.normal(random.key(0), (V + 2, D))

@@ -10,8 +10,9 @@ import numpyro
 import pytest
 from jax import random
 
-from llmppl.numpyro import LM, Posterior, exact_posterior, lifting, smc
+from llmppl.numpyro import LM, Posterior, exact_posterior, smc
 from llmppl.numpyro.guides import PromptGuide
+from llmppl.numpyro.network import lifting
 from llmppl.numpyro.testing import tiny_lm
 
 PARTICLES, RUNS = 6, 1500
@@ -42,7 +43,7 @@ def story(lm: LM) -> Any:
 
 @pytest.fixture(scope="module")
 def exact(story: Any) -> Posterior:
-    return exact_posterior(story, "ab", "cd")
+    return exact_posterior(story)("ab", "cd")
 
 
 def estimates(posterior: Posterior, runs: int) -> np.ndarray:
@@ -107,7 +108,7 @@ def test_two_latents_with_an_observation_between_and_rows_of_their_own(lm: LM) -
         numpyro.sample("ending", lm(first, second), obs=lm.encode(ending))
 
     rows = [("ab", "c", "de"), ("cd", "a", "bb")]
-    exact = [exact_posterior(program, *row).log_evidence for row in rows]
+    exact = [exact_posterior(program)(*row).log_evidence for row in rows]
     run = smc(program, None, 32, ess_threshold=1.0, num_runs=1000, vectorize_data=True, progress=False)
     posterior = run(random.key(1), *map(list, zip(*rows, strict=True)))
     assert posterior.batch_shape == (2,)

@@ -14,13 +14,13 @@ from scipy.stats import chisquare
 
 from llmppl import Grammar
 from llmppl.numpyro import LM
-from llmppl.numpyro.adapters import initial
-from llmppl.numpyro.checkpoint import layer_places
-from llmppl.numpyro.distributions.autoregressive import AutoregressiveText, choose
-from llmppl.numpyro.reading import Reader, sharing
-from llmppl.numpyro.stopping import _Text
+from llmppl.numpyro.distributions.autoregressive_text import AutoregressiveText, choose
+from llmppl.numpyro.network.adapters import initial
+from llmppl.numpyro.network.folder_weights import layer_places
+from llmppl.numpyro.network.reading import Reader, sharing
+from llmppl.numpyro.network.text_law import _Text
 from llmppl.numpyro.testing import tiny_lm
-from llmppl.padding import PAD
+from llmppl.text import PAD
 
 V, WIDTH = 6, 4
 CONTEXTS = ["a", "bcde", "dd"]

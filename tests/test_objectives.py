@@ -13,8 +13,8 @@ from torch import Tensor
 
 from llmppl.guides import AutoregressiveGuide, GFlowNetGuide
 from llmppl.objectives import DetailedBalance, LeaveOneOutELBO, SubTrajectoryBalance, TrajectoryBalance, WakeSleep
-from llmppl.replay import Behaviour
-from llmppl.tracing import structure
+from llmppl.objectives.behaviour import Behaviour
+from llmppl.programs.structure import structure
 
 HOTTER = Behaviour(tempered=0.75, temperatures=(1.5, 3.0))
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmppl import LM, packaged
-from llmppl.packaged import PACKAGED, PackagedModel, packaged_folder
+from llmppl import LM
+from llmppl.files import packaged_model as packaged
+from llmppl.files.packaged_model import PACKAGED, PackagedModel, packaged_folder
+from llmppl.network.text_tensors import lengths
 from llmppl.testing import tiny_lm
-from llmppl.text import lengths
 
 
 def test_the_default_model_loads_and_describes_itself(smollm2: LM) -> None:

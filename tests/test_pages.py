@@ -16,13 +16,14 @@ import pytest
 from test_plots import Calibration, GapReport, bracket, gaps
 from typer.testing import CliRunner
 
-from llmppl import demo, report
 from llmppl.cli import app
-from llmppl.inference.posterior import Posterior
+from llmppl.demo import infilling as demo
+from llmppl.demo import report
+from llmppl.display import posterior_html, posterior_table, prefix_tree, report_page
+from llmppl.display.prefix_tree import Node, _lines, build
+from llmppl.display.token_marks import coloured, pieces, shade
 from llmppl.models import infilling
-from llmppl.pages import posterior_html, posterior_table, prefix_tree, report_page
-from llmppl.pages.tokens import coloured, pieces, shade
-from llmppl.pages.tree import Node, _lines, build
+from llmppl.posterior.posterior import Posterior
 from llmppl.testing import tiny_lm
 
 ALPHABET = [b".", b"a", b"<b>", b"&", b'"', b"\n", "é".encode()[:1], "é".encode()[1:], b" c"]
@@ -527,7 +528,7 @@ def test_the_command_writes_the_page_of_what_it_was_given(tmp_path: Path, monkey
     lm = tiny_lm()
     adapter = tmp_path / "mine.safetensors"
     demo.make_guide(infilling(lm), lm).save(adapter)
-    monkeypatch.setattr("llmppl.report.diagnose", diagnose)
+    monkeypatch.setattr("llmppl.demo.report.diagnose", diagnose)
     monkeypatch.setattr(report.LM, "from_pretrained", lambda name: tiny_lm())
     path = write(
         tmp_path / "s.jsonl",

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from matplotlib.collections import FillBetweenPolyCollection
 
-from llmppl.evaluation import Evaluated
-from llmppl.history import History
-from llmppl.inference.brackets import Bounds
-from llmppl.inference.posterior import Posterior
-from llmppl.plots import plot_calibration, plot_gaps, plot_history, plot_ladder, plot_tail, plot_weights
+from llmppl.display.plots import plot_calibration, plot_gaps, plot_history, plot_ladder, plot_tail, plot_weights
+from llmppl.posterior.brackets import Bounds
+from llmppl.posterior.posterior import Posterior
+from llmppl.training.history import Evaluated, History
 
 
 @pytest.fixture(autouse=True)

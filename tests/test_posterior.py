@@ -11,8 +11,8 @@ from pyro.ops.stats import fit_generalized_pareto
 
 from llmppl import exact_posterior, importance
 from llmppl.guides import PromptGuide
-from llmppl.inference.pareto import _fit, pareto_k
-from llmppl.inference.posterior import Posterior
+from llmppl.posterior.pareto import _fit, pareto_k
+from llmppl.posterior.posterior import Posterior
 
 
 def weighted(log_weights: np.ndarray) -> Posterior:
@@ -109,7 +109,7 @@ def test_decode_top_and_reprs(story: Story) -> None:
     assert "<table" in posterior._repr_html_()
     with pytest.raises(KeyError, match="no site 'nothing'"):
         posterior.decode("nothing")
-    exact = exact_posterior(story.program, *story.args)
+    exact = exact_posterior(story.program)(*story.args)
     assert exact.top("middle", 1)[0][1] == pytest.approx(exact.weights.max())
 
 

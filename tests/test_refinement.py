@@ -15,9 +15,8 @@ from torch import Tensor
 
 from llmppl import importance, mcmc, smc
 from llmppl.diagnostics import bounds, calibrate, diagnose, gap_report
-from llmppl.distributions import masked
-from llmppl.distributions.masked import MaskedText
-from llmppl.evaluation import Evaluation
+from llmppl.distributions import masked_text as masked
+from llmppl.distributions.masked_text import MaskedText
 from llmppl.guides import RefinementGuide
 from llmppl.masked_lm import MaskedLM
 from llmppl.objectives import Denoising, LeaveOneOutELBO, TrajectoryBalance
@@ -25,7 +24,8 @@ from llmppl.refinement import annealing, mixture
 from llmppl.refinement.annealing import anneal, anneal_back, schedule
 from llmppl.refinement.configurations import Configuration, Configurations
 from llmppl.testing import tiny_lm
-from llmppl.training import fit
+from llmppl.training.evaluation import Evaluation
+from llmppl.training.fit import fit
 
 
 class Toy:

@@ -98,7 +98,7 @@ def test_contexts_are_told_on_both_sides_by_default(lm: LM) -> None:
     assert lm.decode(fourth["fn"].context) == "b" + "a" + lm.decode(second["value"]) + "b"
     assert lm.decode(fourth["fn"].right) == "cd"
     posterior = importance(program, guide, 400, progress=False)("a", "b", "cd")
-    truth = float(exact_posterior(program, "a", "b", "cd").log_evidence)
+    truth = float(exact_posterior(program)("a", "b", "cd").log_evidence)
     assert abs(float(posterior.log_evidence) - truth) < 4 * float(posterior.log_evidence_error)
 
 
@@ -122,7 +122,7 @@ def test_rows_are_observations_of_their_own(story: Story) -> None:
     run = importance(story.program, guide, 1500, vectorize_data=True, progress=False)
     posterior = run([b for b, _ in data], [e for _, e in data])
     for n, args in enumerate(data):
-        truth = float(exact_posterior(story.program, *args).log_evidence)
+        truth = float(exact_posterior(story.program)(*args).log_evidence)
         assert abs(posterior.log_evidence[n] - truth) < 4 * posterior.log_evidence_error[n]
 
 
@@ -175,7 +175,7 @@ def test_pyros_elbos_take_a_masked_prior_and_a_refinement_guide(lm: LM, elbo: EL
         with pyro.plate("rows", 2):
             pyro.sample("ending", lm("ab", middle), obs=lm.encode([ending, "a"]))
 
-    exact = exact_posterior(program, "cd")
+    exact = exact_posterior(program)("cd")
     with torch.no_grad():
         mass = prior("ab", ..., "c", max_tokens=3, stop=".", steps=2).log_prob(_support(exact)).exp().sum()
     assert float(mass) == pytest.approx(1)
@@ -198,7 +198,7 @@ def test_a_prior_in_random_order_has_unbiased_weights_and_no_enumeration(lm: LM)
         pyro.sample("ending", lm("ab", middle), obs=lm.encode("cd"))
 
     with pytest.raises(ValueError, match="'middle' has no single log-probability"):
-        exact_posterior(program, "random")
+        exact_posterior(program)("random")
     guide = RefinementGuide(program, lm, network=network(lm, seed=3), steps=2)
     posterior = importance(program, guide, 2000, progress=False)("random")
     # The evidence is the mean over both orders.

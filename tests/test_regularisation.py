@@ -16,13 +16,13 @@ from test_objectives import gradient, perturbed
 from torch import Tensor
 
 from llmppl import LM, Behaviour, Evaluation, Regularisation, fit, importance
-from llmppl.adapters import GradientDropout
 from llmppl.guides import AutoregressiveGuide, GFlowNetGuide, PromptGuide
+from llmppl.network.adapters import GradientDropout
 from llmppl.objectives import LeaveOneOutELBO, SubTrajectoryBalance, TrajectoryBalance, WakeSleep
-from llmppl.particles import Particles
-from llmppl.randomness import randomness_kept
-from llmppl.regularisation import Regularised
-from llmppl.tracing import in_data_plate
+from llmppl.programs.particles import Particles
+from llmppl.programs.plates import in_data_plate
+from llmppl.programs.random_states import randomness_kept
+from llmppl.training.regularisation import Regularised
 
 DATA = [("ab", "cdabedcbadce"), ("cde", "aedcbabcdeab"), ("d", "ebdcaedbcaed"), ("aa", "bbbacdecdaba")]
 

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from llmppl import LM
 from llmppl.guides import AutoregressiveGuide
-from llmppl.provenance import Tracked, origins, track
-from llmppl.relaxation import sensitivity
-from llmppl.text import PAD, left_aligned
+from llmppl.network import scoring
+from llmppl.network.text_tensors import left_aligned
+from llmppl.programs.provenance import Tracked, origins, track
+from llmppl.programs.relaxation import sensitivity
+from llmppl.text import PAD
 
 
 def by_hand(lm: LM, beginning: Tensor, value: Tensor, ending: Tensor, temperature: float = 1.0) -> Tensor:
@@ -74,7 +76,7 @@ def test_batches_and_small_passes_give_the_rows_own_gradients(story: Story, monk
     texts = torch.tensor([[[1, 2, 3], [4, 0, PAD]], [[5, 5, 0], [2, 2, 2]]])
     args = (["ab", "cde"], ["cd", "ea"])
     together = sensitivity(lm, rows, args, {}, {"middle": texts})["middle"]
-    monkeypatch.setitem(__import__("llmppl.scoring").scoring.MAX_NODES, "cpu", 7)
+    monkeypatch.setitem(scoring.MAX_NODES, "cpu", 7)
     apart = sensitivity(lm, rows, args, {}, {"middle": texts})["middle"]
     torch.testing.assert_close(together.others, apart.others)
     torch.testing.assert_close(together.own, apart.own)

@@ -12,9 +12,9 @@ from conftest import Story
 from llmppl import Behaviour, ReplayBuffer, fit
 from llmppl.guides import AutoregressiveGuide, GFlowNetGuide
 from llmppl.objectives import SubTrajectoryBalance, TrajectoryBalance
-from llmppl.particles import run_particles
-from llmppl.replay import key
-from llmppl.tracing import in_data_plate
+from llmppl.programs.observation_keys import key
+from llmppl.programs.particles import run_particles
+from llmppl.programs.plates import in_data_plate
 
 DATA = [("ab", "cd"), ("cde", "a"), ("d", "eb")]
 

@@ -11,12 +11,12 @@ from pyro import poutine
 
 from llmppl import LM
 from llmppl.guides import AutoregressiveGuide, PromptGuide
-from llmppl.particles import compute_log_prob
-from llmppl.scoring import Request, score
-from llmppl.stopping import TextLaw
+from llmppl.network.scoring import Request, score
+from llmppl.network.text_law import TextLaw
+from llmppl.programs.particles import compute_log_prob
+from llmppl.programs.plates import in_particles
 from llmppl.testing import tiny_lm
-from llmppl.tracing import in_particles
-from llmppl.trie import Trie
+from llmppl.text.trie import Trie
 
 
 def stream(lm: LM) -> TextLaw:
@@ -106,7 +106,7 @@ def test_logits_made_again_in_the_backward_pass_give_the_same_gradients(
     texts = [[1, 2, 0], [3, 3, 3]] * 5
     gradients = []
     for rows in (2, 1000):
-        monkeypatch.setattr("llmppl.scoring.HEAD_ROWS", rows)
+        monkeypatch.setattr("llmppl.network.scoring.HEAD_ROWS", rows)
         lm.transformer.zero_grad()
         with lm.using("guide"):
             score(lm.network, [Request(stream(lm), contexts, texts, 3)])[0].sum().backward()
@@ -168,7 +168,7 @@ def test_particles_share_their_prompt_in_one_forward_pass(lm: LM) -> None:
 
 
 def test_the_sites_of_a_program_share_their_context_in_one_forward_pass(story: Story) -> None:
-    from llmppl.particles import run_particles
+    from llmppl.programs.particles import run_particles
 
     guide = PromptGuide(story.program, story.lm)
     run_particles(story.program, guide, story.args, {}, 4)  # probes the network

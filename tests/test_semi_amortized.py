@@ -19,9 +19,10 @@ from llmppl.distributions import FactorisedText
 from llmppl.guides import DirectGuide, SemiAmortizedGuide
 from llmppl.masked_lm import MaskedLM
 from llmppl.objectives import LeaveOneOutELBO, TrajectoryBalance, WakeSleep
-from llmppl.particles import run_particles
+from llmppl.programs.particles import run_particles
+from llmppl.programs.plates import in_data_plate
+from llmppl.programs.structure import structure
 from llmppl.testing import tiny_lm
-from llmppl.tracing import in_data_plate, structure
 
 
 def refining(story: Story | Gap, scale: float = 1.0, **options: object) -> SemiAmortizedGuide:
@@ -254,7 +255,7 @@ def test_several_latents_are_refined_together_and_trained_by_every_objective(lm:
         found = {n for n, p in guide.named_parameters() if p.grad is not None and float(p.grad.abs().sum()) > 0}
         assert "update.straight.weight" in found
         assert any(name.startswith("network.weights") for name in found)
-    exact = float(exact_posterior(program, "cd").log_evidence)
+    exact = float(exact_posterior(program)("cd").log_evidence)
     posterior = importance(program, guide, 600)("cd")
     assert float(posterior.log_evidence) == pytest.approx(exact, abs=5 * float(posterior.log_evidence_error))
 

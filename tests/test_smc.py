@@ -16,7 +16,7 @@ from test_objectives import perturbed
 from llmppl import LM, exact_posterior, smc
 from llmppl.guides import AutoregressiveGuide, PromptGuide
 from llmppl.inference.resampling import effective_size, resample, without_replacement
-from llmppl.inference.smc_runs import SCHEMES
+from llmppl.posterior.smc_runs import SCHEMES
 from llmppl.testing import tiny_lm
 
 FROM_PRIOR = {"middle": lambda beginning: [beginning]}
@@ -84,7 +84,7 @@ def test_the_effective_size_is_that_of_kish_and_zero_without_weight() -> None:
 @pytest.mark.parametrize("targets", ["prefixes", "flows"])
 def test_the_evidence_estimate_is_unbiased(story: Story, targets: str, resampling: str) -> None:
     """1000 rows of one observation are 1000 runs; the mean of Ẑ/Z within 3 standard errors, each below 12 %."""
-    exact = float(exact_posterior(story.program, *story.args).log_evidence)
+    exact = float(exact_posterior(story.program)(*story.args).log_evidence)
     guide = near_prior(story)
     run = smc(
         story.program, guide, 6, targets, resampling, ess_threshold=1.0, check_every=1, vectorize_data=True, seed=3
@@ -129,7 +129,7 @@ def test_reported_joint_and_token_scores_are_those_of_the_texts(story: Story, mo
     texts, log_joint = story.joint()
     index = (torch.as_tensor(posterior.samples["middle"])[:, None] == texts).all(-1).long().argmax(-1)
     np.testing.assert_allclose(posterior.log_joint, log_joint[index].numpy(), atol=1e-9)
-    from llmppl.tracing import structure
+    from llmppl.programs.structure import structure
 
     log_q = structure(guide, story.args, {}).nodes["middle"]["fn"].token_log_prob(texts).detach()
     np.testing.assert_allclose(posterior.token_log_q["middle"], log_q[index].numpy(), atol=1e-9)
@@ -162,7 +162,7 @@ def two_texts(lm: LM, plated: bool) -> Any:
 def test_programs_of_several_texts_and_other_latents_are_unbiased(lm: LM, targets: str, resampling: str) -> None:
     """300 runs of 8 particles from the prior; Z by enumeration. 3 standard errors, each below 12 %."""
     model = two_texts(lm, plated=False)
-    log_z = float(exact_posterior(model, "d", "e").log_evidence)
+    log_z = float(exact_posterior(model)("d", "e").log_evidence)
     run = smc(model, None, 8, targets, resampling, ess_threshold=1.0, check_every=1, vectorize_data=True, seed=2)
     ratio = np.exp(run(["d"] * 300, ["e"] * 300).log_evidence - log_z)
     error = ratio.std(ddof=1) / 300**0.5
@@ -259,11 +259,11 @@ def test_flows_of_a_guide_that_is_the_posterior_are_constant(story: Story) -> No
     assert posterior.ess_history is not None
     assert len(posterior.ess_history) > 2
     np.testing.assert_allclose(posterior.ess_history, 16.0, rtol=1e-9)
-    np.testing.assert_allclose(posterior.log_weights, exact_posterior(program, *story.args).log_evidence, atol=1e-9)
+    np.testing.assert_allclose(posterior.log_weights, exact_posterior(program)(*story.args).log_evidence, atol=1e-9)
 
 
 def test_optimal_resampling_with_room_for_all_is_the_exact_posterior(story: Story) -> None:
-    exact = exact_posterior(story.program, *story.args)
+    exact = exact_posterior(story.program)(*story.args)
     texts, _ = story.joint()
     posterior = smc(story.program, None, len(texts), resampling="optimal")(*story.args)
     assert posterior.complete
@@ -280,7 +280,7 @@ def test_optimal_resampling_with_room_for_all_is_the_exact_posterior(story: Stor
 
 def test_the_standard_error_of_resampled_particles_covers_the_evidence(story: Story) -> None:
     """95 % nominal over 200 runs; the prior's skewed weights lose some."""
-    exact = float(exact_posterior(story.program, *story.args).log_evidence)
+    exact = float(exact_posterior(story.program)(*story.args).log_evidence)
     run = smc(story.program, None, 100, "prefixes", "multinomial", ess_threshold=1.0, vectorize_data=True, seed=1)
     posterior = run([story.beginning] * 200, [story.ending] * 200)
     hits = np.abs(np.exp(posterior.log_evidence - exact) - 1) < 2 * posterior.log_evidence_error
@@ -368,7 +368,7 @@ def test_a_masked_guide_is_distrusted_and_optimal_resampling_finds_what_it_misse
     def masked() -> None:
         pyro.sample("text", lm("e", max_tokens=3, grammar=grammar))
 
-    exact = float(exact_posterior(program).log_evidence)
+    exact = float(exact_posterior(program)().log_evidence)
     found = smc(program, masked, 4)()
     assert found.complete
     assert "exactly over the guide's support, 2 text texts" in repr(found)

@@ -14,17 +14,18 @@ from test_objectives import CASES, HOTTER, forward_kl, gradient, perturbed, prop
 from torch import Tensor
 
 from llmppl import LM, bounds, decode, fit, gap_report, importance, mcmc, smc
-from llmppl.distributions.autoregressive import AutoregressiveText
-from llmppl.distributions.conditioned import score_together
+from llmppl.distributions.autoregressive_text import AutoregressiveText
+from llmppl.distributions.conditioned_text import score_together
 from llmppl.guides import AutoregressiveGuide, PromptGuide, SoftPromptGuide
 from llmppl.inference.rewriting import rewrite
+from llmppl.network.scoring import Request, score
+from llmppl.network.text_law import TextLaw
 from llmppl.objectives import SubTrajectoryBalance, TrajectoryBalance
-from llmppl.replay import Behaviour
-from llmppl.scoring import Request, score
-from llmppl.stopping import TextLaw
+from llmppl.objectives.behaviour import Behaviour
+from llmppl.programs.plates import in_data_plate
+from llmppl.programs.structure import structure
 from llmppl.testing import tiny_lm
 from llmppl.text import PAD
-from llmppl.tracing import in_data_plate, structure
 
 WIDTH = 32
 """Of the tiny model."""

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from llmppl import LM, exact_posterior
 from llmppl.guides import AutoregressiveGuide, GFlowNetGuide
+from llmppl.network.text_tensors import lengths
 from llmppl.objectives import DetailedBalance, SubTrajectoryBalance
-from llmppl.objectives.states import prefixes
-from llmppl.particles import propose
-from llmppl.replay import Behaviour
+from llmppl.objectives.behaviour import Behaviour
+from llmppl.objectives.prefix_states import prefixes
+from llmppl.programs.particles import propose
+from llmppl.programs.structure import structure
 from llmppl.testing import tiny_lm
-from llmppl.text import lengths
-from llmppl.tracing import structure
 
 OBJECTIVES = [SubTrajectoryBalance(8), DetailedBalance(8)]
 
@@ -142,7 +142,7 @@ def test_a_guide_of_two_texts_reaches_the_exact_posterior() -> None:
         optimizer.step()
         schedule.step()
     first, second, log_joint = joint(lm, "ab", "ca")
-    posterior = exact_posterior(program, "ab", "ca")
+    posterior = exact_posterior(program)("ab", "ca")
     assert float(posterior.log_evidence) == pytest.approx(float(log_joint.logsumexp(0)), abs=1e-4)
     log_p = log_joint.log_softmax(0)
     with torch.no_grad():

@@ -21,7 +21,7 @@ def test_training_lowers_the_gap_on_its_data(story: Story) -> None:
     from llmppl import exact_posterior, importance
 
     guide = AutoregressiveGuide(story.program, story.lm, seed=0)
-    exact = np.mean([exact_posterior(story.program, *x).log_evidence for x in DATA])
+    exact = np.mean([exact_posterior(story.program)(*x).log_evidence for x in DATA])
 
     def gap() -> float:
         run = importance(story.program, guide, 500, vectorize_data=True)
@@ -83,7 +83,7 @@ def test_vectorised_data_and_tuples_one_by_one_train_the_same_objectives(story: 
 
 def test_the_vectorised_loss_is_the_mean_of_the_single_ones(story: Story) -> None:
     """In expectation, hence over many particles."""
-    from llmppl.tracing import in_data_plate
+    from llmppl.programs.plates import in_data_plate
 
     guide = GFlowNetGuide(story.program, story.lm, rank=2)
     objective = TrajectoryBalance(4000)

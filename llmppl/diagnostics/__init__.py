@@ -1,13 +1,13 @@
 """How far a guide is from the posterior."""
 
-from llmppl.diagnostics.bounds import bounds
 from llmppl.diagnostics.calibration import Calibration, Coverage, calibrate, expected_coverage
 from llmppl.diagnostics.findings import Finding
 from llmppl.diagnostics.gap_report import gap_report
-from llmppl.diagnostics.gaps import GapReport, Gaps
 from llmppl.diagnostics.verdict import Diagnosis, diagnose
-from llmppl.inference.brackets import Bounds
-from llmppl.inference.gap import InferenceGap, inference_gap
+from llmppl.inference.bounds import bounds
+from llmppl.posterior.brackets import Bounds
+from llmppl.posterior.gap_parts import GapReport, Gaps
+from llmppl.posterior.inference_gap import InferenceGap, inference_gap
 
 __all__ = [
     "Bounds",

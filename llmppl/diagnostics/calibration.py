@@ -11,12 +11,14 @@ import torch
 from tqdm.auto import tqdm
 
 from llmppl.diagnostics.ranks import CREDIBILITY, Functional, ranks_of
-from llmppl.diagnostics.simulated import Array, Sampler, simulated_pair
 from llmppl.diagnostics.uniformity import MOST_POINTS, ecdf_band, uniformity_p_value
-from llmppl.exactness import check_scores_given
+from llmppl.display.plots import plot_calibration
 from llmppl.inference.importance import importance
-from llmppl.randomness import randomness_kept
-from llmppl.tracing import Program, in_data_plate
+from llmppl.inference.simulated_pairs import Array, Sampler, simulated_pair
+from llmppl.posterior.exactness import check_scores_given
+from llmppl.programs.plates import in_data_plate
+from llmppl.programs.random_states import randomness_kept
+from llmppl.programs.structure import Program
 
 PROPOSALS = 10
 """Samples of importance sampling for each draw that is taken from them."""
@@ -110,9 +112,7 @@ class Calibration:
         return found
 
     def plot(self, name: str, ax: Any = None) -> Any:
-        """The ECDF of the ranks in its band; see :func:`llmppl.plots.plot_calibration`."""
-        from llmppl.plots import plot_calibration
-
+        """The ECDF of the ranks in its band; see :func:`llmppl.display.plots.plot_calibration`."""
         return plot_calibration(self, name, ax)
 
     @staticmethod
@@ -196,7 +196,7 @@ def calibrate(
         particle, for :math:`z^*`.
     :param sampler: ``"guide"``; or ``"importance"``, draws by weight from 10 ``K`` of the guide; or a
         function of the program and the guide, told of the simulated observations, such as
-        ``lambda model, guide: partial(exact_posterior, model)``. From the :class:`~llmppl.Posterior` that the
+        ``lambda model, guide: exact_posterior(model)``. From the :class:`~llmppl.Posterior` that the
         function it returns makes of the arguments, ``K`` are drawn.
     :param level: probability that an exact posterior passes.
     :param seed: of each call's random numbers, and of the number of the call: calls of one function differ.

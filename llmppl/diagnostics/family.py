@@ -11,8 +11,8 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from llmppl.minibatches import Data
-from llmppl.tracing import Program, structure
+from llmppl.programs.structure import Program, structure
+from llmppl.training.minibatches import Data
 
 
 class Family:

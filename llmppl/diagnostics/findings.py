@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmppl.diagnostics.calibration import Calibration
-from llmppl.inference.brackets import Bounds
-from llmppl.inference.posterior import Posterior
+from llmppl.posterior.brackets import Bounds
+from llmppl.posterior.posterior import Posterior
 
 Array = np.ndarray
 STATUS = ("certified", "suggested", "failed", "unknown")

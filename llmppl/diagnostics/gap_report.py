@@ -14,17 +14,18 @@ from pyro.infer import ELBO
 from tqdm.auto import tqdm
 
 from llmppl.diagnostics.family import Family, left_as_it_was
-from llmppl.diagnostics.gaps import GapReport, Gaps
-from llmppl.exactness import check_weights
 from llmppl.inference.enumeration import exact_posterior
 from llmppl.inference.importance import importance
-from llmppl.inference.posterior import Posterior
-from llmppl.minibatches import Data, checked
 from llmppl.objectives import LeaveOneOutELBO, TrajectoryBalance
-from llmppl.particles import common_axes
-from llmppl.randomness import randomness_kept
-from llmppl.replay import Behaviour
-from llmppl.tracing import Program, is_latent, structure
+from llmppl.objectives.behaviour import Behaviour
+from llmppl.posterior.exactness import check_weights
+from llmppl.posterior.gap_parts import GapReport, Gaps
+from llmppl.posterior.posterior import Posterior
+from llmppl.programs.particles import common_axes
+from llmppl.programs.random_states import randomness_kept
+from llmppl.programs.structure import Program, is_latent, structure
+from llmppl.training.fit import fit
+from llmppl.training.minibatches import Data, checked
 
 PARTICLES = 16
 ENUMERABLE = 10_000
@@ -166,9 +167,6 @@ class _Search:
 
     def fit(self, objective: ELBO | None, steps: int, learning_rate: float, anew: bool, bar: tqdm) -> None:
         """Fit to this observation alone, from the guide's parameters or from fresh ones."""
-        # Not above: training evaluates held-out data by the diagnostics, which must be there before it.
-        from llmppl.training import fit
-
         self.family.become(self.amortized)
         if anew:
             self.family.start_anew()
@@ -253,7 +251,7 @@ def _enumerated(model: Program, x: tuple[Any, ...]) -> float | None:
     if size > ENUMERABLE:
         return None
     try:
-        return float(exact_posterior(model, *x).log_evidence.item())
+        return float(exact_posterior(model)(*x).log_evidence.item())
     except ValueError:
         # A latent inside a plate; whatever else is wrong importance sampling has met.
         return None

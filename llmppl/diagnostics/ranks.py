@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmppl.diagnostics.simulated import Array, Pair, Scored
+from llmppl.inference.simulated_pairs import Array, Pair, Scored
 
 Functional = Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
 LOG_P, LOG_Q = "log p(x,z)", "log q(z|x)"

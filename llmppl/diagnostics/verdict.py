@@ -19,17 +19,29 @@ from llmppl.diagnostics import findings as say
 from llmppl.diagnostics.calibration import Calibration, call_seed
 from llmppl.diagnostics.findings import Exact, Finding
 from llmppl.diagnostics.ranks import ranks_of
-from llmppl.diagnostics.simulated import Array, Pair, Scored, draw_scored, placed, score_given, scored, simulated_pair
-from llmppl.distributions.process import ProcessText
-from llmppl.exactness import check_weights, exactness_of, scores_given
-from llmppl.inference.brackets import Bounds
+from llmppl.distributions.process_text import ProcessText
 from llmppl.inference.enumeration import exact_posterior
 from llmppl.inference.importance import importance
-from llmppl.inference.posterior import Posterior
+from llmppl.inference.simulated_pairs import (
+    Array,
+    Pair,
+    Scored,
+    draw_scored,
+    placed,
+    score_given,
+    scored,
+    simulated_pair,
+)
 from llmppl.inference.stages import latents_of
-from llmppl.minibatches import checked, collate
-from llmppl.randomness import randomness_kept
-from llmppl.tracing import Program, Site, in_data_plate, is_latent, observing, structure
+from llmppl.posterior.brackets import Bounds
+from llmppl.posterior.exactness import check_weights, exactness_of, scores_given
+from llmppl.posterior.posterior import Posterior
+from llmppl.programs.observations import observing
+from llmppl.programs.plates import in_data_plate
+from llmppl.programs.random_states import randomness_kept
+from llmppl.programs.structure import Program, Site, is_latent, structure
+from llmppl.training.collation import collate
+from llmppl.training.minibatches import checked
 
 ENUMERABLE = 2000
 """Combinations of latents of one observation up to which its posterior is enumerated."""
@@ -260,7 +272,7 @@ def _enumerated(model: Program, guide: Program, args: tuple[Any, ...], sampled: 
     if size > ENUMERABLE or exactness_of(guide) != "marginal":
         return None
     try:
-        exact = exact_posterior(model, *args)
+        exact = exact_posterior(model)(*args)
     except ValueError:
         # Supports or plates that depend on sampled values were not seen above: it is larger, or impossible.
         return None

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from llmppl.distributions.conditioned import ConditionedText, Pending, score_together
-from llmppl.scoring import Request
-from llmppl.stopping import TextLaw
-from llmppl.text import PAD, check_text, unpad_rows, widen
-
-if TYPE_CHECKING:
-    from llmppl.language_model import LM
+from llmppl.distributions.conditioned_text import ConditionedText, LanguageModel, Pending, score_together
+from llmppl.network.scoring import Request
+from llmppl.network.text_law import TextLaw
+from llmppl.network.text_tensors import check_text, unpad_rows, widen
+from llmppl.text import PAD
 
 
 class _Option(constraints.Constraint):
@@ -60,7 +58,7 @@ class Choice(ConditionedText, TorchDistribution):
 
     def __init__(
         self,
-        lm: LM,
+        lm: LanguageModel,
         context: Tensor,
         options: Tensor,
         adapter: str | None = None,

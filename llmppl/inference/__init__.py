@@ -1,1 +1,1 @@
-"""Inference: each function returns a :class:`~llmppl.inference.posterior.Posterior`."""
+"""Inference: each function returns a :class:`~llmppl.posterior.posterior.Posterior`."""

@@ -15,16 +15,18 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llmppl.distributions.autoregressive import AutoregressiveText
+from llmppl.distributions.autoregressive_text import AutoregressiveText
 from llmppl.inference.gathering import Gathering, check_unscaled
 from llmppl.inference.importance import block_size
-from llmppl.inference.posterior import Posterior
 from llmppl.inference.stages import Stages, Values
-from llmppl.particles import Particles, compute_log_prob
-from llmppl.randomness import randomness_kept
-from llmppl.sampling import NotFiniteError, Stream, choose
-from llmppl.text import PAD, unpad_rows
-from llmppl.tracing import Program, Site, in_data_plate, in_particles, is_latent
+from llmppl.network.drawing import NotFiniteError, Stream, choose
+from llmppl.network.text_tensors import unpad_rows
+from llmppl.posterior.posterior import Posterior
+from llmppl.programs.particles import Particles, compute_log_prob
+from llmppl.programs.plates import in_data_plate, in_particles
+from llmppl.programs.random_states import randomness_kept
+from llmppl.programs.structure import Program, Site, is_latent
+from llmppl.text import PAD
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "greedy": (),

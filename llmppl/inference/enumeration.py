@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,19 +13,28 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llmppl.distributions.conditioned import score_together
-from llmppl.distributions.process import ProcessText
+from llmppl.distributions.conditioned_text import score_together
+from llmppl.distributions.process_text import ProcessText
 from llmppl.inference.gathering import Gathering, check_unscaled
-from llmppl.inference.posterior import Posterior
-from llmppl.particles import Particles, check_finite, common_axes, compute_log_prob, sum_sites
-from llmppl.stopping import TextLaw
-from llmppl.tracing import Given, Program, Site, in_particles, is_latent, is_text, plate_nesting, structure
-
-LARGEST = 1_000_000
-"""Most combinations of a program whose structure does not depend on sampled values."""
-
-MOST_RUNS = 20_000
-"""Most runs of a program whose structure does."""
+from llmppl.network.text_law import TextLaw
+from llmppl.posterior.combinations import (
+    LARGEST,
+    SiteReached,
+    StructureVaries,
+    check_latents,
+    check_sites,
+    depth_first,
+    entries_of_a_plate,
+    number_of_combinations,
+    own_support,
+    plates_vary,
+    support_varies,
+)
+from llmppl.posterior.posterior import Posterior
+from llmppl.programs.observations import Given
+from llmppl.programs.particles import Particles, check_finite, common_axes, compute_log_prob, sum_sites
+from llmppl.programs.plates import in_particles
+from llmppl.programs.structure import Program, Site, is_latent, is_text, plate_nesting, structure
 
 BLOCK = 4096
 RUNS = 128
@@ -40,12 +49,8 @@ FAILURES = (RuntimeError, TypeError, ValueError, IndexError)
 Values = dict[str, Tensor]
 
 
-class _Dynamic(Exception):
-    """The program cannot be enumerated in one piece, and why."""
-
-
-def exact_posterior(model: Program, *args: Any, **kwargs: Any) -> Posterior:
-    r"""The exact posterior: the joint at every combination of the latent sites' values.
+def exact_posterior(model: Program) -> Callable[..., Posterior]:
+    r"""The exact posterior: a function of the program's arguments, the joint at every combination of its latents.
 
     For programs whose latent sites enumerate: choices, small text supports (with stop, lengths, grammar),
     discrete Pyro sites; any number of them. Rows of plates that contain every site are observations of their
@@ -58,15 +63,23 @@ def exact_posterior(model: Program, *args: Any, **kwargs: Any) -> Posterior:
     the others. Whether it does is seen at sites and supports, and by comparing the joint at 16 combinations
     that are spread over the values of each site.
 
-    :returns: a posterior with one sample for each combination; :attr:`Posterior.log_evidence` is exact.
+    The posterior has one sample for each combination, and its log evidence is exact.
+
     :raises ValueError: a site that does not enumerate, more than a million combinations, more than 20 000 of
         a program that is run for each, or plates that depend on sampled values.
     """
+
+    def run(*args: Any, **kwargs: Any) -> Posterior:
+        return _enumerated(model, args, kwargs)
+
+    return run
+
+
+def _enumerated(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Posterior:
     trace = structure(model, args, kwargs)
     nesting, axes = plate_nesting(trace), common_axes(trace)
     latent = {name: site for name, site in trace.nodes.items() if is_latent(site)}
-    if not latent:
-        raise ValueError("the model has no latent site to enumerate. Leave obs= out at one.")
+    check_latents(latent)
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and getattr(site["fn"], "exactness", "marginal") != "marginal":
             raise ValueError(
@@ -76,7 +89,7 @@ def exact_posterior(model: Program, *args: Any, **kwargs: Any) -> Posterior:
     with torch.no_grad():
         try:
             gathering = _at_once(model, args, kwargs, latent, nesting, axes)
-        except _Dynamic as reason:
+        except StructureVaries as reason:
             gathering = _one_by_one(model, args, kwargs, nesting, axes, str(reason))
     return gathering.posterior("enumeration", "marginal")
 
@@ -93,14 +106,7 @@ def _at_once(
     axes: tuple[int, ...],
 ) -> Gathering:
     # Sizes first: a support of a plate's entries is a product, and must not be built if it is too large.
-    sizes = [_size(name, site, axes) for name, site in latent.items()]
-    size = math.prod(sizes)
-    if size > LARGEST:
-        listed = ", ".join(f"{name}: {count:,}" for name, count in zip(latent, sizes, strict=True))
-        raise ValueError(
-            f"the latent sites have {size:,} combinations ({listed}); at most {LARGEST:,} can be enumerated. "
-            "Lower max_tokens, restrict allowed=, or use importance()."
-        )
+    size = number_of_combinations({name: _size(name, site, axes) for name, site in latent.items()})
     supports = {name: _support(name, site, axes, nesting) for name, site in latent.items()}
     spread = _spread([len(support) for support in supports.values()])
     alone = []
@@ -108,11 +114,11 @@ def _at_once(
         values = {name: support[i] for (name, support), i in zip(supports.items(), index, strict=True)}
         try:
             alone.append(_run(model, args, kwargs, values, nesting, axes))
-        except _Prefix.Reached as reached:
-            raise _Dynamic(f"it has a site {reached.site['name']!r} for some values only") from None
+        except SiteReached as reached:
+            raise StructureVaries(f"it has a site {reached.site['name']!r} for some values only") from None
         except FAILURES as error:
             # Perhaps the value is of another branch's support. If not, the run one by one fails likewise.
-            raise _Dynamic(f"it fails at some values: {error}") from error
+            raise StructureVaries(f"it fails at some values: {error}") from error
         _check_structure(alone[-1], latent)
     log_p = torch.stack([p.log_p[0] for p in _scored(alone, axes, nesting)])
     together = _particles(model, args, kwargs, supports, torch.tensor(spread), latent, nesting, axes)
@@ -162,7 +168,7 @@ def _particles(
             trace = poutine.trace(in_particles(model, len(index), nesting)).get_trace(*args, **kwargs)
     except FAILURES as error:
         # E.g. an `if` on a sampled value. Run one by one the program may still do; if not, it says so there.
-        raise _Dynamic(f"run for all combinations at once it fails: {error}") from error
+        raise StructureVaries(f"run for all combinations at once it fails: {error}") from error
     _check_structure(trace, latent)
     compute_log_prob(trace)
     return _summed(trace, axes, nesting, len(index))
@@ -170,11 +176,10 @@ def _particles(
 
 def _check_structure(trace: poutine.Trace, latent: dict[str, Site]) -> None:
     found = {name: site for name, site in trace.nodes.items() if is_latent(site)}
-    if list(found) != list(latent):
-        raise _Dynamic(f"its latent sites are {list(latent)} for some values, {list(found)} for others")
+    check_sites(list(found), list(latent))
     for name, site in found.items():
         if not _same_support(site["fn"], latent[name]["fn"]):
-            raise _Dynamic(f"the support of site {name!r} depends on earlier values")
+            raise support_varies(name)
 
 
 def _same_support(fn: Any, other: Any) -> bool:
@@ -205,7 +210,7 @@ def _compare(alone: Tensor, together: Tensor) -> None:
     differs = (alone != together) & ~((alone - together).abs() <= tolerance)
     if bool(differs.any()):
         row = tuple(differs.nonzero()[0].tolist())
-        raise _Dynamic(
+        raise StructureVaries(
             f"its joint at one combination is {alone[row].item():.6g} nats run alone and {together[row].item():.6g} "
             "run with others"
         )
@@ -217,18 +222,13 @@ def _compare(alone: Tensor, together: Tensor) -> None:
 class _Prefix(Messenger):
     """Fixes the first latent sites and ends the run at the first that is not fixed."""
 
-    class Reached(Exception):
-        def __init__(self, site: Site) -> None:
-            super().__init__()
-            self.site = site
-
     def __init__(self, values: Values) -> None:
         super().__init__()
         self.values = values
 
     def _pyro_sample(self, msg: Site) -> None:
         if is_latent(msg) and not msg["done"]:
-            raise _Prefix.Reached(dict(msg))
+            raise SiteReached(dict(msg))
 
 
 def _one_by_one(
@@ -257,26 +257,12 @@ def _complete_runs(
     axes: tuple[int, ...],
     reason: str,
 ) -> Iterator[poutine.Trace]:
-    """A trace for each combination, depth first: with its first sites fixed the program says what comes next."""
-    waiting: list[Values] = [{}]
-    runs = 0
-    while waiting:
-        values = waiting.pop()
-        runs += 1
-        if runs + len(waiting) > MOST_RUNS:
-            raise ValueError(
-                f"the program must be run for each combination of values, because {reason}; that takes more than "
-                f"{MOST_RUNS:,} runs. Lower max_tokens, write the program so that it does the same for every value, "
-                "or use importance()."
-            )
-        try:
-            trace = _run(model, args, kwargs, values, nesting, axes)
-        except _Prefix.Reached as reached:
-            name = reached.site["name"]
-            support = _support(name, reached.site, axes, nesting)
-            waiting += [{**values, name: value} for value in support.flip(0)]
-            continue
-        yield trace
+    """A trace for each combination."""
+    return depth_first(
+        lambda values: _run(model, args, kwargs, values, nesting, axes),
+        lambda name, site: _support(name, site, axes, nesting),
+        reason,
+    )
 
 
 def _run(
@@ -287,10 +273,7 @@ def _run(
     with poutine.block(), _Prefix(values), Given(values):
         trace = poutine.trace(model).get_trace(*args, **kwargs)
     if common_axes(trace) != axes or plate_nesting(trace) > nesting:
-        raise ValueError(
-            "the program's plates depend on sampled values, so that its rows are no fixed set of observations. "
-            "Use importance()."
-        )
+        raise plates_vary()
     return trace
 
 
@@ -346,26 +329,9 @@ def _support(name: str, site: Site, axes: tuple[int, ...], nesting: int) -> Tens
     entries = _entries(site, axes)
     plates = [entries.get(dim, 1) for dim in range(-nesting, 0)]
     count = math.prod(plates)
-    if len(values) ** count > LARGEST:
-        raise ValueError(
-            f"latent site {name!r} stands in a plate of {count} entries that does not contain every site: its "
-            f"{len(values):,} values make {len(values):,}^{count} combinations, and at most {LARGEST:,} can be "
-            "enumerated. Use importance()."
-        )
-    index = torch.cartesian_prod(*[torch.arange(len(values))] * count).reshape(-1, count)
+    index = torch.from_numpy(entries_of_a_plate(name, len(values), count))
     return values[index.to(values.device)].reshape(-1, *plates, *event)
 
 
 def _own_support(name: str, site: Site) -> Tensor:
-    """The values of one entry, ``(n,) + event_shape``."""
-    fn = site["fn"]
-    refusal = f"latent site {name!r} ({type(fn).__name__}) cannot be enumerated. Use importance(), or condition on it."
-    if not fn.has_enumerate_support:
-        raise ValueError(refusal)
-    try:
-        values = fn.enumerate_support(expand=False)
-    except ValueError as error:
-        raise ValueError(f"latent site {name!r}: {error}") from None
-    except NotImplementedError as error:
-        raise ValueError(f"{refusal} ({error})") from None
-    return values.reshape(values.shape[:1] + fn.event_shape)
+    return own_support(name, site["fn"], site["fn"].has_enumerate_support)

@@ -9,11 +9,11 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from llmppl.distributions.process import ProcessText
-from llmppl.inference.columns import Columns
-from llmppl.inference.posterior import Array, Posterior
-from llmppl.particles import Particles, sum_site
-from llmppl.tracing import Site, is_latent, is_text
+from llmppl.distributions.process_text import ProcessText
+from llmppl.posterior.columns import Columns
+from llmppl.posterior.posterior import Array, Posterior
+from llmppl.programs.particles import Particles, sum_site
+from llmppl.programs.structure import Site, is_latent, is_text
 
 
 class Gathering(Columns):

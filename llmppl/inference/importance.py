@@ -11,13 +11,14 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from tqdm.auto import tqdm
 
-from llmppl.exactness import check_weights
 from llmppl.inference.gathering import Gathering, check_unscaled
-from llmppl.inference.posterior import Posterior
-from llmppl.inference.running import BLOCK, RunningError, check_target, plan
-from llmppl.particles import Particles, check_finite, run_particles
-from llmppl.randomness import randomness_kept
-from llmppl.tracing import Program, in_data_plate, is_text, structure
+from llmppl.posterior.exactness import check_weights
+from llmppl.posterior.posterior import Posterior
+from llmppl.posterior.running_error import BLOCK, RunningError, check_target, plan
+from llmppl.programs.particles import Particles, check_finite, run_particles
+from llmppl.programs.plates import in_data_plate
+from llmppl.programs.random_states import randomness_kept
+from llmppl.programs.structure import Program, is_text, structure
 
 BLOCK_BYTES = 256 * 2**20
 """Memory of the tokens of the particles that are drawn and scored together. (The network's own is bounded apart:

@@ -14,18 +14,19 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llmppl.distributions.autoregressive import AutoregressiveText
-from llmppl.exactness import check_weights
+from llmppl.distributions.autoregressive_text import AutoregressiveText
 from llmppl.inference.gathering import Gathering, check_unscaled
 from llmppl.inference.importance import block_size, importance
-from llmppl.inference.posterior import Array, Posterior
 from llmppl.inference.rewriting import alternatives, propose
 from llmppl.inference.stages import Stages, Values, latents_of
-from llmppl.particles import Particles, compute_log_prob, run_particles
-from llmppl.randomness import randomness_kept
-from llmppl.sampling import choose
-from llmppl.text import lengths
-from llmppl.tracing import Program, in_data_plate, is_latent
+from llmppl.network.drawing import choose
+from llmppl.network.text_tensors import lengths
+from llmppl.posterior.exactness import check_weights
+from llmppl.posterior.posterior import Array, Posterior
+from llmppl.programs.particles import Particles, compute_log_prob, run_particles
+from llmppl.programs.plates import in_data_plate
+from llmppl.programs.random_states import randomness_kept
+from llmppl.programs.structure import Program, is_latent
 
 KERNELS = ("independence", "suffix", "block", "gibbs")
 

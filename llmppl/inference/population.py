@@ -9,12 +9,12 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from llmppl.distributions.autoregressive import AutoregressiveText
+from llmppl.distributions.autoregressive_text import AutoregressiveText
 from llmppl.inference.resampling import effective_size, resample, without_replacement
-from llmppl.inference.smc_runs import FLOWS_EVERY
 from llmppl.inference.stages import Stages, Values
 from llmppl.inference.writing import Writing
-from llmppl.tracing import is_latent
+from llmppl.posterior.smc_runs import FLOWS_EVERY
+from llmppl.programs.structure import is_latent
 
 
 class Population:

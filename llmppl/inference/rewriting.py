@@ -17,10 +17,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmppl.distributions.autoregressive import AutoregressiveText
-from llmppl.sampling import NotFiniteError, Stream, choose, rows_at_once
-from llmppl.stopping import TextLaw
-from llmppl.text import PAD, lengths, unpad_rows
+from llmppl.distributions.autoregressive_text import AutoregressiveText
+from llmppl.network.drawing import NotFiniteError, Stream, choose, rows_at_once
+from llmppl.network.text_law import TextLaw
+from llmppl.network.text_tensors import lengths, unpad_rows
+from llmppl.text import PAD
 
 
 def propose(fn: AutoregressiveText, texts: Tensor, block: int) -> tuple[Tensor, Tensor]:

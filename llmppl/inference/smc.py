@@ -11,15 +11,16 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from llmppl.exactness import check_weights
 from llmppl.inference.gathering import check_unscaled, gather
 from llmppl.inference.population import Population
-from llmppl.inference.posterior import Posterior
-from llmppl.inference.smc_runs import check_settings, pooled
 from llmppl.inference.stages import Stages
-from llmppl.particles import Particles
-from llmppl.randomness import randomness_kept
-from llmppl.tracing import Program, in_data_plate
+from llmppl.posterior.exactness import check_weights
+from llmppl.posterior.posterior import Posterior
+from llmppl.posterior.smc_runs import check_settings, pooled
+from llmppl.programs.particles import Particles
+from llmppl.programs.plates import in_data_plate
+from llmppl.programs.random_states import randomness_kept
+from llmppl.programs.structure import Program
 
 
 def smc(

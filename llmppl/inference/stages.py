@@ -9,19 +9,11 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from llmppl.distributions.autoregressive import AutoregressiveText
-from llmppl.particles import check_finite, check_sites, common_axes, compute_log_prob, sum_sites
-from llmppl.tracing import (
-    DummyTexts,
-    Given,
-    Program,
-    Site,
-    in_particles,
-    is_latent,
-    plate_nesting,
-    signature,
-    structure,
-)
+from llmppl.distributions.autoregressive_text import AutoregressiveText
+from llmppl.programs.observations import Given
+from llmppl.programs.particles import check_finite, check_sites, common_axes, compute_log_prob, sum_sites
+from llmppl.programs.plates import in_particles
+from llmppl.programs.structure import DummyTexts, Program, Site, is_latent, plate_nesting, signature, structure
 
 Values = dict[str, Tensor]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmppl.distributions.autoregressive import AutoregressiveText
-from llmppl.sampling import NotFiniteError, Stream, choose, rows_at_once
-from llmppl.text import PAD, unpad_rows
+from llmppl.distributions.autoregressive_text import AutoregressiveText
+from llmppl.network.drawing import NotFiniteError, Stream, choose, rows_at_once
+from llmppl.network.text_tensors import unpad_rows
+from llmppl.text import PAD
 
 CACHES = 4
 """How many times the cache of drawing may be held: all particles stay in memory together."""

@@ -7,16 +7,16 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmppl.inference.gap import inference_gap
-    from llmppl.inference.posterior import Posterior
+    from llmppl.numpyro.distributions.torch_likelihood import TorchLikelihood
     from llmppl.numpyro.inference.bounds import bounds
     from llmppl.numpyro.inference.enumeration import exact_posterior
     from llmppl.numpyro.inference.importance import importance
     from llmppl.numpyro.inference.smc import smc
     from llmppl.numpyro.language_model import LM
-    from llmppl.numpyro.lifting import jit
-    from llmppl.numpyro.torch_likelihood import TorchLikelihood
-    from llmppl.numpyro.training import fit
+    from llmppl.numpyro.network.lifting import jit
+    from llmppl.numpyro.training.fit import fit
+    from llmppl.posterior.inference_gap import inference_gap
+    from llmppl.posterior.posterior import Posterior
 
 if any(find_spec(name) is None for name in ("jax", "numpyro")):
     raise ModuleNotFoundError(
@@ -26,14 +26,14 @@ if any(find_spec(name) is None for name in ("jax", "numpyro")):
 
 _PUBLIC = {
     "LM": "llmppl.numpyro.language_model",
-    "Posterior": "llmppl.inference.posterior",
-    "TorchLikelihood": "llmppl.numpyro.torch_likelihood",
+    "Posterior": "llmppl.posterior.posterior",
+    "TorchLikelihood": "llmppl.numpyro.distributions.torch_likelihood",
     "bounds": "llmppl.numpyro.inference.bounds",
     "exact_posterior": "llmppl.numpyro.inference.enumeration",
-    "fit": "llmppl.numpyro.training",
+    "fit": "llmppl.numpyro.training.fit",
     "importance": "llmppl.numpyro.inference.importance",
-    "inference_gap": "llmppl.inference.gap",
-    "jit": "llmppl.numpyro.lifting",
+    "inference_gap": "llmppl.posterior.inference_gap",
+    "jit": "llmppl.numpyro.network.lifting",
     "smc": "llmppl.numpyro.inference.smc",
 }
 

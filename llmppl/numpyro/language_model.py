@@ -12,22 +12,24 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 from jax import Array
 
-from llmppl.numpyro.architecture import Architecture
-from llmppl.numpyro.checkpoint import read_config, read_weights
-from llmppl.numpyro.decoder import Weights
-from llmppl.numpyro.distributions.autoregressive import AutoregressiveText
+from llmppl.numpyro.distributions.autoregressive_text import AutoregressiveText
 from llmppl.numpyro.distributions.choice import Choice
-from llmppl.numpyro.lifting import weights_of
-from llmppl.numpyro.stopping import TextLaw
-from llmppl.numpyro.text import BUCKET, Piece, TextArgument, check_text, describe, is_concrete, pad_rows
-from llmppl.numpyro.tokenizer import FolderTokenizer
-from llmppl.padding import PAD
-from llmppl.tokenization import Codec
+from llmppl.numpyro.network.architecture import Architecture
+from llmppl.numpyro.network.decoder import Weights
+from llmppl.numpyro.network.folder_tokenizer import FolderTokenizer
+from llmppl.numpyro.network.folder_weights import read_config, read_weights
+from llmppl.numpyro.network.lifting import weights_of
+from llmppl.numpyro.network.text_arrays import BUCKET, Piece, TextArgument, check_text, is_concrete, pad_rows
+from llmppl.numpyro.network.text_law import TextLaw
+from llmppl.text import PAD
+from llmppl.text.spelling import Spelling, describe, empty_context, too_long, unbroadcastable
+from llmppl.text.tokenization import Codec
 
 if TYPE_CHECKING:
-    from llmppl.grammar import Grammar
+    from llmppl.text.grammar import Grammar
 
 
 class LM:
@@ -46,11 +48,14 @@ class LM:
         middle = numpyro.sample("middle", lm("Tom lost his key.", max_tokens=16, stop="."))
     """
 
+    primitives = numpyro
+    """The framework whose ``sample`` and ``factor`` a ready program takes."""
+
     def __init__(self, weights: Weights, architecture: Architecture, tokenizer: Any, name: str = "") -> None:
         self._weights, self.architecture, self.tokenizer, self.name = weights, architecture, tokenizer, name
         self.codec = Codec(tokenizer)
         self.vocabulary = min(self.codec.vocabulary, weights["embed"].shape[0])
-        self._found: dict[str, np.ndarray] = {}
+        self.spelling = Spelling(self.codec, self.vocabulary)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | os.PathLike[str] = "smollm2-135m", dtype: Any = jnp.float32) -> LM:
@@ -87,21 +92,11 @@ class LM:
         """
         if isinstance(text, TextArgument):
             return text.verbatim
-        texts = [text] if isinstance(text, str) else text
-        if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) for t in texts):
-            raise TypeError(f"text must be a string or a list of strings, got {describe(text)}.")
-        if not texts:
-            raise ValueError("text is an empty list. Pass at least one string.")
-        rows = [self._tokens(t) for t in texts]
-        for n, row in enumerate(rows):
-            where = "text" if isinstance(text, str) else f"text[{n}]"
-            if not row:
-                raise ValueError(
-                    f"{where}={texts[n]!r} has no tokens, and an observed text needs at least one. "
-                    "Pass a non-empty string, or leave the site out."
-                )
-            if width is not None and len(row) > width:
-                raise ValueError(f"{where} has {len(row)} tokens, more than width={width}. Raise width.")
+        rows = self.spelling.rows(text)
+        longest = max(map(len, rows))
+        if width is not None and longest > width:
+            where = "text" if isinstance(text, str) else f"text[{[len(row) > width for row in rows].index(True)}]"
+            raise ValueError(f"{where} has {longest} tokens, more than width={width}. Raise width.")
         value = pad_rows(rows, width)
         return value[0] if isinstance(text, str) else value  # type: ignore[return-value]
 
@@ -114,12 +109,12 @@ class LM:
 
     def argument(self, text: str | Sequence[str]) -> TextArgument:
         """A string, or one a row, as an argument of a compiled program, padded to a multiple of
-        :data:`~llmppl.numpyro.text.BUCKET` tokens."""
+        :data:`~llmppl.numpyro.network.text_arrays.BUCKET` tokens."""
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) for t in texts):
             raise TypeError(f"text must be a string or a non-empty list of strings, got {describe(text)}.")
-        first = [self._tokens(t, first=True) for t in texts]
-        verbatim = [self._tokens(t) for t in texts]
+        first = [self.spelling.ids(t, first=True) for t in texts]
+        verbatim = [self.spelling.ids(t) for t in texts]
         longest = max((len(row) for row in (*first, *verbatim)), default=0)
         width = -(-max(longest, 1) // BUCKET) * BUCKET
         arrays = [jnp.asarray(pad_rows(rows, width)) for rows in (first, verbatim)]
@@ -183,22 +178,8 @@ class LM:
 
         :raises ValueError: fewer than two options, equal ones, or one the prefix of another.
         """
-        if not isinstance(options, (list, tuple)):
-            raise TypeError(f"options must be a list of strings, got {describe(options)}.")
-        options = list(options)
-        if len(options) < 2:
-            raise ValueError(f"options={options!r}: a choice needs at least two options.")
-        encoded = self.encode(options)
-        rows = [tuple(t for t in row if t != PAD) for row in np.asarray(encoded).tolist()]
-        for i, first in enumerate(rows):
-            for j, second in enumerate(rows):
-                if i != j and second[: len(first)] == first:
-                    raise ValueError(
-                        f"option {options[i]!r} is a prefix of option {options[j]!r}. An option's weight is the "
-                        "probability that the text begins with it, so the first would also count the second. End "
-                        "every option alike, e.g. with a full stop."
-                    )
-        return Choice(self, self.context(*pieces), encoded)
+        rows = self.spelling.options(options)
+        return Choice(self, self.context(*pieces), pad_rows(rows))  # type: ignore[arg-type]
 
     def context(self, *pieces: Piece) -> tuple[Array, ...]:
         """The pieces as text arrays, one after the other, behind whatever the tokenizer puts before every text.
@@ -220,11 +201,7 @@ class LM:
             # Of an argument of a compiled program one cannot tell; a context that then is empty gives NaN.
             if len(known) < len(texts):
                 return _merged(texts)
-            row = "" if not empty.ndim else f" in row {tuple(np.argwhere(empty)[0].tolist())}"
-            raise ValueError(
-                f"the context is empty{row}, and this model has no token for the beginning of a text (its tokenizer "
-                "has no bos_token). Give a non-empty first piece."
-            )
+            raise empty_context(tuple(np.argwhere(empty)[0].tolist()) if empty.ndim else ())
         nothing: Any = empty
         for text in texts:
             nothing = nothing & (_empty(text) if is_concrete(text) else (text == PAD).all(-1))
@@ -237,85 +214,32 @@ class LM:
                 try:
                     np.broadcast_shapes(text.shape[:-1], other.shape[:-1])
                 except ValueError:
-                    raise ValueError(
-                        f"pieces {m} and {n} do not broadcast: piece {m} is {describe(pieces[m])} with batch shape "
-                        f"{tuple(other.shape[:-1])}, piece {n} is {describe(pieces[n])} with batch shape "
-                        f"{tuple(text.shape[:-1])}. Give both the same number of rows, or one of them a single text."
-                    ) from None
+                    shapes = [tuple(each.shape[:-1]) for each in texts]
+                    raise unbroadcastable(pieces, shapes, m, n) from None
 
     def _piece(self, piece: Piece, number: int) -> Array:
         if isinstance(piece, TextArgument):
             return piece.first if number == 0 else piece.verbatim
         if hasattr(piece, "dtype"):
             return check_text(piece, f"piece {number}", self.vocabulary)
-        single = isinstance(piece, str)
-        texts: Any = [piece] if single else piece
-        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) for t in texts):
-            raise TypeError(
-                f"piece {number} must be a string, a non-empty list of strings or a text array, got {piece!r}. "
-                "Token ids go in as jnp.array(ids)."
-            )
-        value = pad_rows([self._tokens(text, first=number == 0) for text in texts])
-        return value[0] if single else value  # type: ignore[return-value]
-
-    def _tokens(self, text: str, first: bool = False) -> list[int]:
-        """Token ids of a string. JAX reads some other row of the embedding for an id that it has not, so it is looked
-        after here."""
-        ids = self.codec.encode(text, first=first)
-        wrong = next((n for n in ids if n >= self.vocabulary), None)
-        if wrong is not None:
-            raise ValueError(
-                f"{describe(text)} holds the token id {wrong}, for which the model has no embedding: it knows "
-                f"{self.vocabulary} tokens. Load the tokenizer that belongs to the model."
-            )
-        return ids
+        value = pad_rows(self.spelling.piece(piece, number, "array", "jnp.array(ids)"))
+        return value[0] if isinstance(piece, str) else value  # type: ignore[return-value]
 
     def _stop_tokens(self, stop: Any, grammar: Grammar | None) -> np.ndarray | None:
-        mask = None if grammar is None else self._mask([grammar.bind(self).end], "grammar")
-        if stop is None:
-            return mask
-        if isinstance(stop, str):
-            own = self._tokens_with(stop)
-            if not own.any():
-                raise ValueError(
-                    f"stop={stop!r} matches no token of this tokenizer. Pass stop token ids, or a string that some "
-                    "token contains, e.g. stop='.'"
-                )
-        else:
-            ids = [stop] if isinstance(stop, int) else [int(n) for n in stop]
-            if not ids:
-                raise ValueError("stop= is empty. Pass stop token ids or a string, or leave it out.")
-            own = self._mask(ids, "stop")
-        return own if mask is None else own | mask
-
-    def _tokens_with(self, text: str) -> np.ndarray:
-        if text not in self._found:
-            tokens = self.codec.token_texts[: self.vocabulary]
-            self._found[text] = np.array([bool(text) and text in token for token in tokens])
-        return self._found[text]
+        ids = self.spelling.stops(stop)
+        if grammar is not None:
+            ids = [*ids, grammar.bind(self).end]
+        return self._mask(ids) if ids else None
 
     def _allowed_tokens(self, allowed: Any) -> Array | np.ndarray | None:
         if allowed is None:
             return None
         known = allowed if isinstance(allowed, Array) else np.asarray(allowed)
-        if known.dtype == bool:
-            if known.shape != (self.vocabulary,):
-                raise ValueError(
-                    f"allowed= is a mask of shape {tuple(known.shape)}; it needs one entry for each of the "
-                    f"{self.vocabulary} tokens. Token ids work too."
-                )
-            return known
-        if known.ndim != 1 or not np.issubdtype(known.dtype, np.integer):
-            raise TypeError("allowed= must be a list of token ids or a boolean mask over the vocabulary.")
-        return self._mask([int(n) for n in known], "allowed")
+        boolean = known.dtype == bool
+        self.spelling.check_allowed(tuple(known.shape), boolean, np.issubdtype(known.dtype, np.integer))
+        return known if boolean else self._mask(self.spelling.known(map(int, known), "allowed"))
 
-    def _mask(self, ids: Sequence[int], name: str) -> np.ndarray:
-        wrong = [n for n in ids if not 0 <= n < self.vocabulary]
-        if wrong:
-            raise ValueError(
-                f"{name}= holds the token id {wrong[0]}, outside the vocabulary of {self.vocabulary} tokens. Ids go "
-                f"from 0 to {self.vocabulary - 1}."
-            )
+    def _mask(self, ids: Sequence[int]) -> np.ndarray:
         mask = np.zeros(self.vocabulary, dtype=bool)
         mask[list(ids)] = True
         return mask
@@ -330,10 +254,7 @@ class LM:
         """
         longest = self.architecture.max_length
         if longest is not None and context + tokens > longest:
-            raise ValueError(
-                f"the prompt of {context} tokens and a text of up to {tokens} tokens do not fit the model's context of "
-                f"{longest} tokens. Shorten the prompt or lower max_tokens."
-            )
+            raise too_long(context, tokens, longest)
 
     @property
     def dtype(self) -> Any:
@@ -379,14 +300,14 @@ def _merged(texts: Sequence[Any]) -> tuple[Array, ...]:
 
 def _folder(name: str) -> Path:
     """The folder of a model: itself, the packaged model's, or the hub's download."""
-    from llmppl.packaged import PACKAGED, is_converted, packaged_folder
+    from llmppl.files.packaged_model import PACKAGED, is_converted, packaged_folder
 
     if Path(name).is_dir():
         return Path(name)
     if name in PACKAGED:
         if not is_converted(name):
             # Conversion needs transformers and torch, and this process does without.
-            command = f"from llmppl.packaged import packaged_folder; packaged_folder({name!r})"
+            command = f"from llmppl.files.packaged_model import packaged_folder; packaged_folder({name!r})"
             done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
             if done.returncode:
                 raise ModuleNotFoundError(

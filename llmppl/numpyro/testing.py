@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from llmppl.numpyro.architecture import Architecture
-from llmppl.numpyro.checkpoint import stacked
 from llmppl.numpyro.language_model import LM
+from llmppl.numpyro.network.architecture import Architecture
+from llmppl.numpyro.network.folder_weights import stacked
 
 
 def tiny_lm(vocabulary: int = 6, seed: int = 0, dtype: Any = jnp.float32) -> LM:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmppl.distributions.masked import MaskedText
-from llmppl.objectives.base import ParticleObjective, diagnostics
+from llmppl.distributions.masked_text import MaskedText
+from llmppl.objectives.particle_objective import ParticleObjective, diagnostics
 from llmppl.objectives.wake_sleep import simulated_pairs
-from llmppl.particles import check_finite, compute_log_prob, sum_site
-from llmppl.tracing import Program, is_latent
+from llmppl.programs.particles import check_finite, compute_log_prob, sum_site
+from llmppl.programs.structure import Program, is_latent
 
 
 class Denoising(ParticleObjective):

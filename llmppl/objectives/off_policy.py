@@ -9,18 +9,14 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from llmppl.objectives.base import ParticleObjective
-from llmppl.particles import Particles
-from llmppl.replay import Behaviour, Mixed, has_data_plate, rows_of
-from llmppl.tracing import (
-    Program,
-    has_other_observations,
-    is_latent,
-    observing,
-    plate_nesting,
-    simulate,
-    structure,
-)
+from llmppl.objectives.behaviour import Behaviour, Mixed
+from llmppl.objectives.particle_objective import ParticleObjective
+from llmppl.programs.observation_keys import rows_of
+from llmppl.programs.observations import has_other_observations, observing
+from llmppl.programs.particles import Particles
+from llmppl.programs.plates import has_data_plate
+from llmppl.programs.simulation import simulate
+from llmppl.programs.structure import Program, is_latent, plate_nesting, structure
 
 
 @dataclass(frozen=True)

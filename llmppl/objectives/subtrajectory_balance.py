@@ -8,12 +8,22 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from llmppl.objectives.base import diagnostics
+from llmppl.objectives.behaviour import Behaviour
 from llmppl.objectives.off_policy import Call, OffPolicyObjective
-from llmppl.objectives.states import States, ended_prefixes
-from llmppl.particles import check_finite, compute_log_prob, drops, log_q_drawn, propose, run_particles, sum_sites
-from llmppl.replay import Behaviour
-from llmppl.tracing import Given, Program, in_particles, original
+from llmppl.objectives.particle_objective import diagnostics
+from llmppl.objectives.prefix_states import States, ended_prefixes
+from llmppl.programs.observations import Given, original
+from llmppl.programs.particles import (
+    check_finite,
+    compute_log_prob,
+    drops,
+    log_q_drawn,
+    propose,
+    run_particles,
+    sum_sites,
+)
+from llmppl.programs.plates import in_particles
+from llmppl.programs.structure import Program
 
 
 class SubTrajectoryBalance(OffPolicyObjective):

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from llmppl.objectives.behaviour import Behaviour
 from llmppl.objectives.off_policy import OffPolicyObjective
-from llmppl.replay import Behaviour
-from llmppl.tracing import Program
+from llmppl.programs.structure import Program
 
 
 class TrajectoryBalance(OffPolicyObjective):

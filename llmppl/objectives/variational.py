@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmppl.objectives.base import ParticleObjective
-from llmppl.particles import Particles, sum_site
-from llmppl.tracing import Program
+from llmppl.objectives.particle_objective import ParticleObjective
+from llmppl.programs.particles import Particles, sum_site
+from llmppl.programs.structure import Program
 
 
 class LeaveOneOutELBO(ParticleObjective):

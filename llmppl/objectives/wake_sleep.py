@@ -8,9 +8,11 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from llmppl.objectives.base import ParticleObjective, diagnostics
-from llmppl.particles import check_finite, common_axes, compute_log_prob, sum_sites
-from llmppl.tracing import Program, Simulated, in_particles, plate_nesting, structure
+from llmppl.objectives.particle_objective import ParticleObjective, diagnostics
+from llmppl.programs.particles import check_finite, common_axes, compute_log_prob, sum_sites
+from llmppl.programs.plates import in_particles
+from llmppl.programs.simulation import Simulated
+from llmppl.programs.structure import Program, plate_nesting, structure
 
 
 class WakeSleep(ParticleObjective):

@@ -22,8 +22,9 @@ import itertools
 import torch
 from torch import Tensor
 
+from llmppl.network.text_tensors import lengths
 from llmppl.refinement.configurations import Configuration, Configurations, Values
-from llmppl.text import PAD, lengths
+from llmppl.text import PAD
 
 MAX_EXPONENT = 2.0
 """``β_t = (t/(T+1))²``: log p̃/q varies most under ``q``, so that the first steps are the shortest."""

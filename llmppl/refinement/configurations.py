@@ -16,9 +16,10 @@ from pyro.poutine.runtime import _DIM_ALLOCATOR, _inspect
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from llmppl.distributions.masked import MaskedText
-from llmppl.particles import check_finite, check_sites, compute_log_prob
-from llmppl.tracing import DummyTexts, Given, Observed, Site, is_latent, plate_nesting
+from llmppl.distributions.masked_text import MaskedText
+from llmppl.programs.observations import Given, Observed
+from llmppl.programs.particles import check_finite, check_sites, compute_log_prob
+from llmppl.programs.structure import DummyTexts, Site, is_latent, plate_nesting
 
 Values = dict[str, Tensor]
 Run = Callable[[], Any]

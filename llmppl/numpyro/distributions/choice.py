@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,15 @@ from jax import Array, random
 from numpyro.distributions import Distribution, constraints
 from numpyro.util import find_stack_level
 
-from llmppl.numpyro.decoder import Weights
-from llmppl.numpyro.discreteness import refuse_enumeration, refuse_pathwise
-from llmppl.numpyro.distributions.autoregressive import expanded, is_settled, own_batch_shape
-from llmppl.numpyro.lifting import compiled
-from llmppl.numpyro.reading import Reader
-from llmppl.numpyro.scoring import token_scores
-from llmppl.numpyro.text import check_batch, check_text, count, is_concrete, is_known
-from llmppl.padding import PAD
-
-if TYPE_CHECKING:
-    from llmppl.numpyro.language_model import LM
+from llmppl.numpyro.distributions.autoregressive_text import expanded, is_settled, own_batch_shape
+from llmppl.numpyro.distributions.conditioning import LanguageModel
+from llmppl.numpyro.distributions.discreteness import refuse_enumeration, refuse_pathwise
+from llmppl.numpyro.network.decoder import Weights
+from llmppl.numpyro.network.lifting import compiled
+from llmppl.numpyro.network.reading import Reader
+from llmppl.numpyro.network.scoring import token_scores
+from llmppl.numpyro.network.text_arrays import check_batch, check_text, count, is_concrete, is_known
+from llmppl.text import PAD
 
 
 class _Option(constraints.Constraint):
@@ -91,7 +89,7 @@ class Choice(Distribution):
 
     def __init__(
         self,
-        lm: LM,
+        lm: LanguageModel,
         context: Sequence[Array],
         options: Array,
         lora: Weights | None = None,

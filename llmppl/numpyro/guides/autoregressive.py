@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from llmppl.numpyro import adapters
-from llmppl.numpyro.decoder import Weights
-from llmppl.numpyro.guides.adapted import AdapterGuide
-from llmppl.numpyro.guides.base import Prompt
+from llmppl.numpyro.guides.adapter_guide import AdapterGuide
+from llmppl.numpyro.guides.text_guide import Prompt
 from llmppl.numpyro.language_model import LM
-from llmppl.numpyro.tracing import Program
+from llmppl.numpyro.network import adapters
+from llmppl.numpyro.network.decoder import Weights
+from llmppl.numpyro.programs.tracing import Program
 
 
 class AutoregressiveGuide(AdapterGuide):

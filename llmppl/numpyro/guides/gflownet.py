@@ -10,12 +10,12 @@ import numpy as np
 import numpyro
 from jax import Array
 
-from llmppl.numpyro.guides.adapted import _taken
+from llmppl.numpyro.guides.adapter_guide import _taken
 from llmppl.numpyro.guides.autoregressive import AutoregressiveGuide
-from llmppl.numpyro.guides.base import Prompt
+from llmppl.numpyro.guides.text_guide import Prompt
 from llmppl.numpyro.language_model import LM
-from llmppl.numpyro.reading import Reader
-from llmppl.numpyro.tracing import Program, structure, text_sites
+from llmppl.numpyro.network.reading import Reader
+from llmppl.numpyro.programs.tracing import Program, structure, text_sites
 
 
 class GFlowNetGuide(AutoregressiveGuide):

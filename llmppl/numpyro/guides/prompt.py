@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmppl.numpyro.guides.base import Context, Text, TextGuide
+from llmppl.numpyro.guides.text_guide import Context, Text, TextGuide
 
 
 class PromptGuide(TextGuide):

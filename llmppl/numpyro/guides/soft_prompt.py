@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 
-from llmppl.numpyro.decoder import Weights
-from llmppl.numpyro.guides.adapted import AdapterGuide
-from llmppl.numpyro.guides.base import Context, Prompt, Text
+from llmppl.numpyro.guides.adapter_guide import AdapterGuide
+from llmppl.numpyro.guides.text_guide import Context, Prompt, Text
 from llmppl.numpyro.language_model import LM
-from llmppl.numpyro.reading import VIRTUAL
-from llmppl.numpyro.text import is_concrete, lengths
-from llmppl.numpyro.tracing import Program
-from llmppl.padding import PAD
+from llmppl.numpyro.network.decoder import Weights
+from llmppl.numpyro.network.reading import VIRTUAL
+from llmppl.numpyro.network.text_arrays import is_concrete, lengths
+from llmppl.numpyro.programs.tracing import Program
+from llmppl.text import PAD
+from llmppl.text.prompts import check_virtual_tokens, initial_ids
 
 
 class SoftPromptGuide(AdapterGuide):
@@ -57,9 +59,11 @@ class SoftPromptGuide(AdapterGuide):
         seed: int | None = None,
     ) -> None:
         super().__init__(model, lm, prompt, others, adapter, seed)
-        _check_count(num_virtual_tokens, lm.architecture.max_length)
+        check_virtual_tokens(num_virtual_tokens, lm.architecture.max_length)
         self.num_virtual_tokens = num_virtual_tokens
-        self._initial_ids = None if initial_text is None else _encode(initial_text, lm)
+        self._initial_ids = (
+            None if initial_text is None else initial_ids(initial_text, partial(lm.spelling.ids, first=True))
+        )
         self.weights = self._initial(jax.random.key(self._seed))
 
     def _initial(self, key: jax.Array) -> Weights:
@@ -110,28 +114,3 @@ class SoftPromptGuide(AdapterGuide):
 
     def _adaptation(self) -> str:
         return f"{self.num_virtual_tokens} virtual tokens"
-
-
-def _check_count(number: int, longest: int | None) -> None:
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise TypeError(f"num_virtual_tokens must be a whole number of tokens, got {number!r}.")
-    if number < 1:
-        raise ValueError(
-            f"num_virtual_tokens must be at least 1, got {number}. PromptGuide is the guide without virtual tokens."
-        )
-    if longest is not None and number > longest - 2:
-        raise ValueError(
-            f"num_virtual_tokens={number} leaves no room in the model's context of {longest} tokens for a prompt and "
-            "a text. Use fewer; 5 to 100 are usual."
-        )
-
-
-def _encode(initial_text: str, lm: LM) -> list[int]:
-    if not isinstance(initial_text, str):
-        raise TypeError(f"initial_text must be a string, got {type(initial_text).__name__}.")
-    tokens = lm.codec.encode(initial_text, first=True)
-    if not tokens:
-        raise ValueError(
-            f"initial_text={initial_text!r} has no tokens to start from. Pass a non-empty text, or leave it out."
-        )
-    return tokens

@@ -10,9 +10,9 @@ import numpy as np
 from jax import Array
 
 from llmppl.numpyro.language_model import LM
-from llmppl.numpyro.lifting import jit
-from llmppl.numpyro.text import TextArgument
-from llmppl.numpyro.tracing import Program, Trace, is_text
+from llmppl.numpyro.network.lifting import jit
+from llmppl.numpyro.network.text_arrays import TextArgument
+from llmppl.numpyro.programs.tracing import Program, Trace, is_text
 
 
 class Compiled:

@@ -11,14 +11,14 @@ import numpy as np
 from jax import Array, random
 from jax.scipy.special import logsumexp
 
-from llmppl.exactness import check_scores_given
-from llmppl.inference.brackets import Bounds
 from llmppl.numpyro.inference.arguments import Compiled, check_key, language_model
 from llmppl.numpyro.inference.gathering import blame, check_unscaled, faulty
 from llmppl.numpyro.inference.importance import block_size, check_lists, with_params
-from llmppl.numpyro.particles import Particle, given, layout, run_particle, score_particle
-from llmppl.numpyro.reading import sharing
-from llmppl.numpyro.tracing import Program, Values, in_data_plate, is_latent, observing, simulate, structure
+from llmppl.numpyro.network.reading import sharing
+from llmppl.numpyro.programs.particles import Particle, given, layout, run_particle, score_particle
+from llmppl.numpyro.programs.tracing import Program, Values, in_data_plate, is_latent, observing, simulate, structure
+from llmppl.posterior.brackets import Bounds
+from llmppl.posterior.exactness import check_scores_given
 
 
 def bounds(

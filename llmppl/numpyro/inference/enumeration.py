@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,15 +14,14 @@ from numpyro import handlers
 from numpyro.primitives import Messenger
 from tqdm.auto import tqdm
 
-from llmppl.inference.posterior import Posterior
-from llmppl.numpyro.distributions.autoregressive import AutoregressiveText
+from llmppl.numpyro.distributions.autoregressive_text import AutoregressiveText
 from llmppl.numpyro.inference.arguments import Compiled, language_model
 from llmppl.numpyro.inference.gathering import Gathering, blame, check_unscaled, faulty
-from llmppl.numpyro.lifting import jit
-from llmppl.numpyro.particles import Layout, Particle, given, score_particle
-from llmppl.numpyro.reading import sharing
-from llmppl.numpyro.text import is_concrete
-from llmppl.numpyro.tracing import (
+from llmppl.numpyro.network.lifting import jit
+from llmppl.numpyro.network.reading import sharing
+from llmppl.numpyro.network.text_arrays import is_concrete
+from llmppl.numpyro.programs.particles import Layout, Particle, given, score_particle
+from llmppl.numpyro.programs.tracing import (
     Program,
     Site,
     Trace,
@@ -33,12 +31,20 @@ from llmppl.numpyro.tracing import (
     plate_sizes,
     structure,
 )
-
-LARGEST = 1_000_000
-"""Most combinations of a program whose structure does not depend on sampled values."""
-
-MOST_RUNS = 20_000
-"""Most runs of a program whose structure does."""
+from llmppl.posterior.combinations import (
+    LARGEST,
+    SiteReached,
+    StructureVaries,
+    check_latents,
+    check_sites,
+    depth_first,
+    entries_of_a_plate,
+    number_of_combinations,
+    own_support,
+    plates_vary,
+    support_varies,
+)
+from llmppl.posterior.posterior import Posterior
 
 BLOCK = 1024
 """Combinations that are scored together."""
@@ -49,12 +55,8 @@ FAILURES = (TypeError, ValueError, IndexError, NotImplementedError)
 Supports = dict[str, np.ndarray]
 
 
-class _Dynamic(Exception):
-    """The program cannot be enumerated in one piece, and why."""
-
-
-def exact_posterior(model: Program, *args: Any, **kwargs: Any) -> Posterior:
-    r"""The exact posterior: the joint at every combination of the latent sites' values.
+def exact_posterior(model: Program) -> Callable[..., Posterior]:
+    r"""The exact posterior: a function of the program's arguments, the joint at every combination of its latents.
 
     For programs whose latent sites enumerate: choices, small text supports (with stop, lengths, ``allowed``),
     discrete NumPyro sites; any number of them. Rows of plates that contain every site are observations of their
@@ -65,19 +67,27 @@ def exact_posterior(model: Program, *args: Any, **kwargs: Any) -> Posterior:
     compiled for all combinations at once, for it looks at sampled values, it is run once for each. A site that only
     some combinations have is padding (a text) or NaN (a number) in the others.
 
-    :returns: a posterior with one sample for each combination; :attr:`Posterior.log_evidence` is exact.
+    The posterior has one sample for each combination, and its log evidence is exact.
+
     :raises ValueError: a site that does not enumerate, more than a million combinations, more than 20 000 of
         a program that is run for each, plates that depend on sampled values, or log-probabilities that are NaN.
     """
+
+    def run(*args: Any, **kwargs: Any) -> Posterior:
+        return _enumerated(model, args, kwargs)
+
+    return run
+
+
+def _enumerated(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Posterior:
     sites = structure(model, args, kwargs)
     where = _layout(sites)
     latent = {name: site for name, site in sites.items() if is_latent(site)}
-    if not latent:
-        raise ValueError("the model has no latent site to enumerate. Leave obs= out at one.")
+    check_latents(latent)
     check_unscaled(sites)
     try:
         gathering = _at_once(model, args, kwargs, sites, latent, where)
-    except _Dynamic as reason:
+    except StructureVaries as reason:
         gathering = _one_by_one(model, args, kwargs, where, str(reason))
     return gathering.posterior("enumeration", "marginal")
 
@@ -99,14 +109,7 @@ def _at_once(
     where: Layout,
 ) -> Gathering:
     # Sizes first: a support of a plate's entries is a product, and must not be built if it is too large.
-    sizes = [_size(name, site, where) for name, site in latent.items()]
-    size = math.prod(sizes)
-    if size > LARGEST:
-        listed = ", ".join(f"{name}: {count:,}" for name, count in zip(latent, sizes, strict=True))
-        raise ValueError(
-            f"the latent sites have {size:,} combinations ({listed}); at most {LARGEST:,} can be enumerated. "
-            "Lower max_tokens, restrict allowed=, or use importance()."
-        )
+    size = number_of_combinations({name: _size(name, site, where) for name, site in latent.items()})
     supports = {name: _support(name, site, where) for name, site in latent.items()}
     _check_supports(model, args, kwargs, latent, supports)
 
@@ -147,11 +150,10 @@ def _check_supports(
     def look(values: dict[str, Array]) -> int:
         trace = given(model, {}, args, kwargs, values)
         found = {name: site for name, site in trace.items() if is_latent(site) or name in latent}
-        if list(found) != list(latent):
-            raise _Dynamic(f"its latent sites are {list(latent)} for some values, {list(found)} for others")
+        check_sites(list(found), list(latent))
         for name, site in found.items():
             if not _same_support(name, site, latent[name]):
-                raise _Dynamic(f"the support of site {name!r} depends on earlier values")
+                raise support_varies(name)
         return 0
 
     ends = {name: jnp.asarray(support[[0, -1]]) for name, support in supports.items()}
@@ -159,7 +161,7 @@ def _check_supports(
         jax.vmap(look, out_axes=None)(ends)
     except FAILURES as error:
         reason = str(error).strip().splitlines()[0]
-        raise _Dynamic(f"run for all combinations at once it fails: {reason}") from error
+        raise StructureVaries(f"run for all combinations at once it fails: {reason}") from error
 
 
 def _same_support(name: str, site: Site, other: Site) -> bool:
@@ -185,14 +187,9 @@ def _check(particles: Particle, model: Program, args: tuple[Any, ...], kwargs: d
 class _Prefix(Messenger):
     """Ends the run at the first latent site that has no value."""
 
-    class Reached(Exception):
-        def __init__(self, site: Site) -> None:
-            super().__init__()
-            self.site = site
-
     def process_message(self, msg: Site) -> None:
         if is_latent(msg) and msg["value"] is None:
-            raise _Prefix.Reached(dict(msg))
+            raise SiteReached(dict(msg))
 
 
 def _one_by_one(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], where: Layout, reason: str) -> Gathering:
@@ -231,33 +228,17 @@ def _one_by_one(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], w
 def _complete_runs(
     model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], where: Layout, reason: str
 ) -> Iterator[Trace]:
-    """A trace for each combination, depth first: with its first sites fixed the program says what comes next."""
-    waiting: list[dict[str, Any]] = [{}]
-    runs = 0
-    while waiting:
-        values = waiting.pop()
-        runs += 1
-        if runs + len(waiting) > MOST_RUNS:
-            raise ValueError(
-                f"the program must be run for each combination of values, because {reason}; that takes more than "
-                f"{MOST_RUNS:,} runs. Lower max_tokens, write the program so that it does the same for every value, "
-                "or use importance()."
-            )
-        try:
-            # The prefix is the outer handler, and sees what substitution has left open.
-            with handlers.block(), handlers.trace() as trace, _Prefix(), handlers.substitute(data=values):
-                model(*args, **kwargs)
-        except _Prefix.Reached as reached:
-            name = reached.site["name"]
-            support = _support(name, reached.site, where)
-            waiting += [{**values, name: jnp.asarray(value)} for value in support[::-1]]
-            continue
+    """A trace for each combination."""
+
+    def run(values: dict[str, Any]) -> Trace:
+        # The prefix is the outer handler, and sees what substitution has left open.
+        with handlers.block(), handlers.trace() as trace, _Prefix(), handlers.substitute(data=values):
+            model(*args, **kwargs)
         if common_axes(trace) != where.axes or plate_nesting(trace) > where.nesting:
-            raise ValueError(
-                "the program's plates depend on sampled values, so that its rows are no fixed set of observations. "
-                "Use importance()."
-            )
-        yield dict(trace)
+            raise plates_vary()
+        return dict(trace)
+
+    return depth_first(run, lambda name, site: jnp.asarray(_support(name, site, where)), reason)
 
 
 # --- supports ------------------------------------------------------------------------------------
@@ -287,26 +268,10 @@ def _support(name: str, site: Site, where: Layout) -> np.ndarray:
     nesting = max([len(site["fn"].batch_shape), *(-dim for dim in entries)])
     plates = [entries.get(dim, 1) for dim in range(-nesting, 0)]
     count = math.prod(plates)
-    if len(values) ** count > LARGEST:
-        raise ValueError(
-            f"latent site {name!r} stands in a plate of {count} entries that does not contain every site: its "
-            f"{len(values):,} values make {len(values):,}^{count} combinations, and at most {LARGEST:,} can be "
-            "enumerated. Use importance()."
-        )
-    index = np.asarray(list(itertools.product(range(len(values)), repeat=count)), dtype=np.int64)
+    index = entries_of_a_plate(name, len(values), count)
     return values[index].reshape(-1, *plates, *values.shape[1:])
 
 
 def _own_support(name: str, site: Site) -> Any:
-    """The values of one entry, ``(n,) + event_shape``."""
     fn = site["fn"]
-    refusal = f"latent site {name!r} ({type(fn).__name__}) cannot be enumerated. Use importance(), or condition on it."
-    if not isinstance(fn, AutoregressiveText) and not fn.has_enumerate_support:
-        raise ValueError(refusal)
-    try:
-        values = fn.enumerate_support(expand=False)
-    except ValueError as error:
-        raise ValueError(f"latent site {name!r}: {error}") from None
-    except NotImplementedError as error:
-        raise ValueError(f"{refusal} ({error})") from None
-    return values.reshape(values.shape[:1] + fn.event_shape)
+    return own_support(name, fn, isinstance(fn, AutoregressiveText) or fn.has_enumerate_support)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_batching import custom_vmap
 
-from llmppl.numpyro.particles import Layout
+from llmppl.numpyro.programs.particles import Layout
 
 
 class Follow:

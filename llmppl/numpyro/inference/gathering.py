@@ -12,10 +12,10 @@ from numpyro import distributions as dist
 from numpyro import handlers
 from numpyro.primitives import Messenger
 
-from llmppl.inference.columns import Columns
-from llmppl.numpyro.distributions.autoregressive import AutoregressiveText
-from llmppl.numpyro.particles import Layout, Particle
-from llmppl.numpyro.tracing import Program, Site, Trace, Values, is_latent, is_text
+from llmppl.numpyro.distributions.autoregressive_text import AutoregressiveText
+from llmppl.numpyro.programs.particles import Layout, Particle
+from llmppl.numpyro.programs.tracing import Program, Site, Trace, Values, is_latent, is_text
+from llmppl.posterior.columns import Columns
 
 
 class Gathering(Columns):

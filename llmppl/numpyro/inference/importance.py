@@ -12,13 +12,13 @@ from jax import Array, random
 from numpyro import handlers
 from tqdm.auto import tqdm
 
-from llmppl.exactness import check_weights
-from llmppl.inference.posterior import Posterior
-from llmppl.inference.running import BLOCK, FEWEST, RunningError, check_target
 from llmppl.numpyro.inference.arguments import Compiled, check_key, language_model
 from llmppl.numpyro.inference.gathering import Gathering, blame, check_unscaled, faulty, tokens_bytes
-from llmppl.numpyro.particles import Particle, layout, run_particle
-from llmppl.numpyro.tracing import Program, Trace, in_data_plate, structure
+from llmppl.numpyro.programs.particles import Particle, layout, run_particle
+from llmppl.numpyro.programs.tracing import Program, Trace, in_data_plate, structure
+from llmppl.posterior.exactness import check_weights
+from llmppl.posterior.posterior import Posterior
+from llmppl.posterior.running_error import BLOCK, FEWEST, RunningError, check_target
 
 BLOCK_BYTES = 2**30
 """Memory of the texts of the particles that are drawn and scored together: their keys and values, and the

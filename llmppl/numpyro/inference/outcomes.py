@@ -1,4 +1,4 @@
-"""What a compiled run of sequential Monte Carlo ends with, as a :class:`~llmppl.inference.posterior.Posterior`."""
+"""What a compiled run of sequential Monte Carlo ends with, as a :class:`~llmppl.posterior.posterior.Posterior`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from numpyro import distributions as dist
 
-from llmppl.inference.posterior import Posterior
 from llmppl.numpyro.inference.gathering import laid_out, masks
 from llmppl.numpyro.inference.population import Outcome, event_dims
 from llmppl.numpyro.inference.stages import Stages
-from llmppl.numpyro.tracing import is_latent, is_text
+from llmppl.numpyro.programs.tracing import is_latent, is_text
+from llmppl.posterior.posterior import Posterior
 
 
 def posterior_of(outcome: Outcome, stages: Stages, exactness: str) -> Posterior:

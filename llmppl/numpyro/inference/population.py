@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax, random
 
-from llmppl.inference.smc_runs import FLOWS_EVERY
-from llmppl.numpyro.distributions.autoregressive import choose
+from llmppl.numpyro.distributions.autoregressive_text import choose
 from llmppl.numpyro.inference.following import Follow
 from llmppl.numpyro.inference.resampling import compete, effective_size
 from llmppl.numpyro.inference.stages import Stages, Walk
 from llmppl.numpyro.inference.writing import Stream, Writer, check_same_length
-from llmppl.numpyro.particles import Layout
-from llmppl.numpyro.reading import sharing
-from llmppl.numpyro.tracing import Values
-from llmppl.padding import PAD
+from llmppl.numpyro.network.reading import sharing
+from llmppl.numpyro.programs.particles import Layout
+from llmppl.numpyro.programs.tracing import Values
+from llmppl.posterior.smc_runs import FLOWS_EVERY
+from llmppl.text import PAD
 
 PARTICLES = "particles"
 

@@ -9,15 +9,15 @@ import numpy as np
 from jax import Array, random
 from tqdm.auto import tqdm
 
-from llmppl.exactness import check_weights
-from llmppl.inference.posterior import Posterior
-from llmppl.inference.smc_runs import check_settings, pooled
 from llmppl.numpyro.inference.arguments import Compiled, check_key, language_model
 from llmppl.numpyro.inference.importance import check_lists
 from llmppl.numpyro.inference.outcomes import posterior_of
 from llmppl.numpyro.inference.population import Outcome, Settings, run_population
 from llmppl.numpyro.inference.stages import Stages
-from llmppl.numpyro.tracing import Program, in_data_plate
+from llmppl.numpyro.programs.tracing import Program, in_data_plate
+from llmppl.posterior.exactness import check_weights
+from llmppl.posterior.posterior import Posterior
+from llmppl.posterior.smc_runs import check_settings, pooled
 
 
 def smc(
@@ -34,7 +34,7 @@ def smc(
     params: dict[str, Any] | None = None,
 ) -> Callable[..., Posterior]:
     r"""Sequential Monte Carlo: a function of a key and the program's arguments that returns a
-    :class:`~llmppl.inference.posterior.Posterior`.
+    :class:`~llmppl.posterior.posterior.Posterior`.
 
     Particles are written token by token by the guide, and weighed on the way against intermediate targets
     :math:`\gamma_t`: between two looks a particle's weight grows by
@@ -74,7 +74,7 @@ def smc(
     :param params: of the guide's and the program's ``numpyro.param`` sites, as ``svi.get_params(state)`` returns them;
         those not given have their initial values.
     :returns: a function ``(rng_key, *args, **kwargs)``; the same key gives the same particles. Its posterior's
-        :attr:`~llmppl.inference.posterior.Posterior.ess` is the smallest at any look, taken before resampling.
+        :attr:`~llmppl.posterior.posterior.Posterior.ess` is the smallest at any look, taken before resampling.
     :raises ValueError: numbers out of range; flows of texts that cannot end; a guide that misses sites or has no exact
         density; a scaled site; NaN; no particle of positive weight.
 

@@ -10,9 +10,9 @@ import numpy as np
 from jax import Array, random
 from numpyro import handlers
 
-from llmppl.numpyro.distributions.autoregressive import AutoregressiveText
-from llmppl.numpyro.particles import Layout, Particle, layout, score_particle
-from llmppl.numpyro.tracing import DummyTexts, Program, Site, Trace, Values, is_latent, signature, structure
+from llmppl.numpyro.distributions.autoregressive_text import AutoregressiveText
+from llmppl.numpyro.programs.particles import Layout, Particle, layout, score_particle
+from llmppl.numpyro.programs.tracing import DummyTexts, Program, Site, Trace, Values, is_latent, signature, structure
 
 
 class Stages:

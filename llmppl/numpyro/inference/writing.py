@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from llmppl.numpyro.decoder import Past
-from llmppl.numpyro.distributions.autoregressive import AutoregressiveText
+from llmppl.numpyro.distributions.autoregressive_text import AutoregressiveText
 from llmppl.numpyro.inference.following import Follow
-from llmppl.numpyro.reading import Reader, Reading
-from llmppl.numpyro.stopping import TextLaw
+from llmppl.numpyro.network.decoder import Past
+from llmppl.numpyro.network.reading import Reader, Reading
+from llmppl.numpyro.network.text_law import TextLaw
 
 
 class Stream(NamedTuple):

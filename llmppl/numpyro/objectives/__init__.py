@@ -6,9 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmppl.numpyro.objectives.base import ParticleObjective
     from llmppl.numpyro.objectives.behaviour import Behaviour
     from llmppl.numpyro.objectives.optimizers import optimizer
+    from llmppl.numpyro.objectives.particle_objective import ParticleObjective
     from llmppl.numpyro.objectives.trajectory_balance import TrajectoryBalance
     from llmppl.numpyro.objectives.variational import LeaveOneOutELBO
     from llmppl.numpyro.objectives.wake_sleep import WakeSleep
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Behaviour": "llmppl.numpyro.objectives.behaviour",
     "LeaveOneOutELBO": "llmppl.numpyro.objectives.variational",
-    "ParticleObjective": "llmppl.numpyro.objectives.base",
+    "ParticleObjective": "llmppl.numpyro.objectives.particle_objective",
     "TrajectoryBalance": "llmppl.numpyro.objectives.trajectory_balance",
     "WakeSleep": "llmppl.numpyro.objectives.wake_sleep",
     "optimizer": "llmppl.numpyro.objectives.optimizers",

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import Array, lax, random
 from numpyro import handlers
 
-from llmppl.numpyro.objectives.base import ParticleObjective, Report, report
 from llmppl.numpyro.objectives.behaviour import Behaviour
-from llmppl.numpyro.particles import Drawing, Particle, layout, run_particle
-from llmppl.numpyro.tracing import Program, Values, observing, simulate
+from llmppl.numpyro.objectives.particle_objective import ParticleObjective, Report, report
+from llmppl.numpyro.programs.particles import Drawing, Particle, layout, run_particle
+from llmppl.numpyro.programs.tracing import Program, Values, observing, simulate
 
 
 class TrajectoryBalance(ParticleObjective):

@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from llmppl.numpyro.objectives.base import ParticleObjective, Report, report
-from llmppl.numpyro.tracing import Program, is_latent, structure
+from llmppl.numpyro.objectives.particle_objective import ParticleObjective, Report, report
+from llmppl.numpyro.programs.tracing import Program, is_latent, structure
 
 
 class LeaveOneOutELBO(ParticleObjective):

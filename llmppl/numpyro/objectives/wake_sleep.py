@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import Array, lax, random
 from numpyro import handlers
 
-from llmppl.numpyro.objectives.base import ParticleObjective, Report, report
-from llmppl.numpyro.particles import given, layout, score_sites
-from llmppl.numpyro.reading import sharing
-from llmppl.numpyro.tracing import Program, observing, simulate
+from llmppl.numpyro.network.reading import sharing
+from llmppl.numpyro.objectives.particle_objective import ParticleObjective, Report, report
+from llmppl.numpyro.programs.particles import given, layout, score_sites
+from llmppl.numpyro.programs.tracing import Program, observing, simulate
 
 
 class WakeSleep(ParticleObjective):

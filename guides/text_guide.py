@@ -1,0 +1,292 @@
+"""What guides for latent text have in common: they find the text sites and what each is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+
+from llmppl.distributions.conditioned_text import ConditionedText
+from llmppl.language_model import LM
+from llmppl.network.text_tensors import Piece, left_aligned
+from llmppl.programs.structure import Program, Site, any_text, is_latent, is_text, signature, structure
+from llmppl.text.prompts import (
+    arguments_of,
+    call_prompt,
+    check_text_sites,
+    checked_prompts,
+    no_guide_for,
+    wrong_batch,
+)
+
+Prompt = Callable[..., Sequence[Piece]]
+
+
+class TextGuide(nn.Module):
+    """A guide that proposes every latent text of a program, site after site in program order.
+
+    It runs the program itself, with its own distribution in place of the prior at each latent text,
+    so that later latents see the earlier ones, and plates and control flow are the program's.
+    Observed sites, factors, and sites marked for parallel enumeration are not part of it.
+
+    By default a latent text is told the text of the observed sites, then the prior's own context.
+
+    :param model: the program.
+    :param lm: the language model.
+    :param prompt: for a latent site, a function that returns the pieces it is told instead. Its
+        parameters are taken by name: arguments of the program, observed text sites, earlier latents.
+        Return texts as pieces, not inside an f-string: ``lambda beginning, ending: [ending, beginning]``.
+        Guides that fill gaps are told both sides, with ``...`` between them: ``[beginning, ..., ending]``.
+    :param others: a guide for the program's other latent sites, e.g. an AutoGuide of
+        ``poutine.block(model, hide=[...])``. Those sites are sampled first.
+    """
+
+    exactness = "marginal"
+    """What the guide's log-probability is exact for; see :class:`llmppl.Posterior`."""
+
+    two_sided = False
+    """Whether the guide fills a gap (:meth:`fill`), or continues a text (:meth:`distribution`)."""
+
+    def __init__(
+        self,
+        model: Program,
+        lm: LM,
+        prompt: Mapping[str, Prompt] | None = None,
+        others: Program | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(lm, LM):
+            raise TypeError(f"lm must be an llmppl.LM, got {type(lm).__name__}. Use LM(model, tokenizer).")
+        # Not registered as submodules: the frozen transformer is none of the guide's parameters.
+        self._program = (model, lm)
+        self.prompt = checked_prompts(prompt)
+        self.others = others
+
+    @property
+    def model(self) -> Program:
+        return self._program[0]
+
+    @property
+    def lm(self) -> LM:
+        return self._program[1]
+
+    def distribution(self, name: str, prior: ConditionedText, context: Tensor) -> ConditionedText:
+        """The proposal of a site, on ``context`` of shape ``prior.batch_shape + (L,)``."""
+        raise NotImplementedError
+
+    def fill(self, name: str, prior: ConditionedText, left: Tensor, right: Tensor) -> ConditionedText:
+        """The proposal of a site between two contexts of shapes ``prior.batch_shape + (L,)``."""
+        raise NotImplementedError
+
+    def register(self) -> None:
+        """Make the guide's parameters known to Pyro's parameter store."""
+
+    def forward(self, *args: Any, observations: Mapping[str, Tensor] | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Sample every latent site once.
+
+        :param observations: values that stand in for the program's own observations, by site: simulated
+            ones in the sleep phase. Pyro's ``ReweightedWakeSleep`` passes them under this name, too.
+        :returns: the sampled values by site.
+        :raises ValueError: the program has no latent text, or a latent that the guide does not know.
+        """
+        self.register()
+        given = self._draw_others(args, kwargs)
+        return self._propose(_Proposer, given, args, kwargs, observations or {})
+
+    def _draw_others(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The sites of ``others``."""
+        given: dict[str, Any] = {}
+        if self.others is not None:
+            with _Recorder(given):
+                self.others(*args, **kwargs)
+        return given
+
+    def _propose(
+        self,
+        kind: Callable[..., _Proposer],
+        given: dict[str, Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        observations: Mapping[str, Tensor],
+    ) -> dict[str, Any]:
+        """The program with a proposer's distributions at its latent texts; all latent values."""
+        with poutine.block(), poutine.condition(data=given):
+            sites = structure(self.model, args, kwargs)
+        proposer = kind(self, sites, given, args, kwargs, observations)
+        with proposer:
+            self.model(*args, **kwargs)
+        return {**given, **proposer.proposed}
+
+
+def register_module(name: str, module: nn.Module) -> None:
+    """``pyro.module``, but a parameter that another guide of this name left in the store gives way:
+    Pyro would put the old tensor in place of the new one, and the adapter would never train."""
+    store = pyro.get_param_store()
+    for key, parameter in module.named_parameters():
+        full_name = f"{name}$$${key}"
+        if full_name in store and store[full_name] is not parameter:
+            del store[full_name]
+    pyro.module(name, module)
+
+
+def program_name(program: Program) -> str:
+    return getattr(program, "__name__", type(program).__name__)
+
+
+class _Recorder(Messenger):
+    """Notes the values of the latent sites that pass."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if is_latent(msg):
+            self.values[msg["name"]] = msg["value"]
+
+
+class _Proposer(Messenger):
+    """Puts a guide's proposals in place of the priors of latent texts, and hides the rest."""
+
+    def __init__(
+        self,
+        guide: TextGuide,
+        sites: poutine.Trace,
+        given: dict[str, Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        observations: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__()
+        self.guide, self.given, self.proposed = guide, given, dict[str, Tensor]()
+        self.observations = observations
+        self.observed: dict[str, tuple[Tensor, Site]] = {}
+        text_sites = []
+        for name, site in sites.nodes.items():
+            if site["type"] != "sample" or site_is_subsample(site) or name in given:
+                continue
+            if is_latent(site):
+                if _is_enumerated(site):
+                    continue
+                if is_text(site):
+                    text_sites.append(name)
+                else:
+                    raise no_guide_for(name, type(site["fn"]).__name__, "poutine")
+            elif is_text(site):
+                self.observed[name] = (observations.get(name, site["value"]), site)
+        check_text_sites(text_sites, list(sites.nodes)[1:-1], guide.prompt, "pyro.sample")
+        self.arguments = arguments_of(signature(guide.model), args, kwargs)
+        self.places = list(sites.nodes)
+        self.simulated = {name for name in observations if name in self.observed}
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if site_is_subsample(msg):
+            return
+        name = msg["name"]
+        if not is_latent(msg) or name in self.given:
+            if name in self.given:
+                msg["value"], msg["done"] = self.given[name], True
+            elif name in self.observations:
+                # Later latents may be told it by the program.
+                msg["value"] = self.observations[name]
+            msg["stop"] = True
+            return
+        if _is_enumerated(msg):
+            # The model alone has this site. Later latents are told some value of it.
+            if is_text(msg):
+                msg["value"], msg["done"] = any_text(msg["fn"]), True
+            msg["stop"] = True
+            return
+        msg["fn"] = self._proposal(name, msg["fn"], msg)
+        msg["fn"].site = name
+
+    def _proposal(self, name: str, prior: ConditionedText, msg: Site) -> ConditionedText:
+        if self.guide.two_sided:
+            return self.guide.fill(name, prior, *self._both_sides(name, prior, msg))
+        return self.guide.distribution(name, prior, self._context(name, prior, msg))
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if is_latent(msg) and msg["name"] not in self.given and is_text(msg):
+            self.proposed[msg["name"]] = msg["value"]
+
+    def _context(self, name: str, prior: ConditionedText, msg: Site) -> Tensor:
+        if name in self.guide.prompt:
+            pieces = self._call_prompt(name)
+            if any(piece is ... for piece in pieces):
+                raise ValueError(
+                    f"prompt[{name!r}] has a gap, and {type(self.guide).__name__} writes from left to right. Leave ... "
+                    "out, or use RefinementGuide."
+                )
+            context = self.guide.lm.context(*pieces)
+        else:
+            told = [_rows_of(value, site, msg) for value, site in self.observed.values()]
+            context = self._before(prior, told)
+        return _expanded(name, prior, context)
+
+    def _both_sides(self, name: str, prior: ConditionedText, msg: Site) -> tuple[Tensor, Tensor]:
+        if name in self.guide.prompt:
+            left, right = self.guide.lm.both_sides(*self._call_prompt(name))
+        else:
+            place = self.places.index(name) if name in self.places else len(self.places)
+            before, behind = list[Tensor](), list[Tensor]()
+            for other, (value, site) in self.observed.items():
+                (before if self.places.index(other) < place else behind).append(_rows_of(value, site, msg))
+            left = self._before(prior, before)
+            own = getattr(prior, "right", left[..., :0])  # what a masked prior is told itself
+            right = self.guide.lm.both_sides(left, ..., left_aligned(own), *behind)[1] if behind else own
+        return _expanded(name, prior, left), _expanded(name, prior, right)
+
+    def _before(self, prior: ConditionedText, told: list[Tensor]) -> Tensor:
+        """Observed texts, then the prior's own context."""
+        if not told:
+            return prior.context
+        lm = self.guide.lm
+        # lm.context puts the tokenizer's own beginning in front, so the prior's gives its up.
+        return lm.context(*told, left_aligned(prior.context[..., len(lm.codec.start) :]))
+
+    def _call_prompt(self, name: str) -> list[Piece]:
+        known = {**{n: v for n, (v, _) in self.observed.items()}, **self.proposed}
+        # A string that the program was given reads better in a prompt than its tokens.
+        known.update({n: v for n, v in self.arguments.items() if n not in self.simulated})
+        return call_prompt(name, self.guide.prompt[name], known, lambda v: None if isinstance(v, str) else str(v))
+
+
+def _expanded(name: str, prior: ConditionedText, context: Tensor) -> Tensor:
+    """A context in the batch shape of its site.
+
+    :raises ValueError: it has another.
+    """
+    try:
+        shape = torch.broadcast_shapes(context.shape[:-1], prior.batch_shape)
+    except RuntimeError:
+        raise wrong_batch(name, tuple(context.shape[:-1]), tuple(prior.batch_shape)) from None
+    return context.expand(shape + context.shape[-1:])
+
+
+def _is_enumerated(site: Site) -> bool:
+    """Whether the objective sums the site out, so that the guide must not have it."""
+    return site["infer"].get("enumerate") == "parallel"
+
+
+def _rows_of(value: Tensor, site: Site, latent: Site) -> Tensor:
+    """An observed text as a latent site is told it: rows of plates that do not contain the latent
+    follow one another in one text."""
+    own = {f.dim for f in latent["cond_indep_stack"] if f.vectorized}
+    foreign = sorted(f.dim for f in site["cond_indep_stack"] if f.vectorized and f.dim not in own and f.dim is not None)
+    for dim in foreign:
+        # Counted with the token dimension behind; absent where the value does not vary along it.
+        if value.dim() - 1 < -dim or value.shape[dim - 1] == 1:
+            continue
+        rows = value.movedim(dim - 1, -2)
+        merged = rows.reshape(*rows.shape[:-2], rows.shape[-2] * rows.shape[-1])
+        value = left_aligned(merged.unsqueeze(dim - 1))
+    # Rows that were merged leave dimensions of size one, which must not widen the latent's batch.
+    while value.dim() > 1 and value.shape[0] == 1:
+        value = value[0]
+    return value

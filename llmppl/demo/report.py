@@ -1,0 +1,96 @@
+"""``llmppl report``: from a saved guide and stories to a page that says how far it is from the posterior."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from llmppl.demo.infilling import make_guide, split, stories, threads
+from llmppl.diagnostics.verdict import Diagnosis, diagnose
+from llmppl.display import report_page
+from llmppl.language_model import LM
+from llmppl.models import infilling
+
+HELD_OUT = 4
+"""Shipped stories to report on where the user gives none."""
+
+MODEL = "smollm2-135m"
+
+
+def report(
+    adapter: Path, data: Path | None, out: Path, num_samples: int, simulations: int, seed: int, threads_used: int
+) -> Diagnosis:
+    """Diagnose a saved guide of the infilling program and write the page.
+
+    :param data: a file for :func:`read_stories`; held-out stories by default.
+    :raises FileNotFoundError: no adapter, no stories, or no folder to write to.
+    :raises ValueError: stories that cannot be read, or an adapter that does not fit.
+    """
+    read = split(stories(), HELD_OUT)[1] if data is None else read_stories(data)
+    # Before the work, not after it.
+    if not out.resolve().parent.is_dir():
+        raise FileNotFoundError(f"no folder {out.resolve().parent} to write {out.name} to. Make it first.")
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder. Name a file in it, e.g. {out / 'report.html'}.")
+    with threads(threads_used):
+        lm = LM.from_pretrained(MODEL)
+        story = infilling(lm)
+        guide = make_guide(story, lm)
+        guide.load(adapter)
+        diagnosis = diagnose(
+            story, guide, read, num_samples=num_samples, simulations=simulations, seed=seed, vectorize_data=True
+        )
+    about = {
+        "model": MODEL,
+        "program": "p(middle | beginning) p(ending | beginning, middle), the middle of at most 16 tokens up to a "
+        "full stop",
+        "guide": f"{type(guide).__name__}, {adapter.name}",
+        "stories": "held-out ones of the demo" if data is None else data.name,
+        "samples of each story": num_samples,
+        "simulated stories": simulations,
+        "seed": seed,
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
+    }
+    observations = [{"beginning": beginning, "ending": ending.strip()} for beginning, ending in read]
+    out.write_text(report_page(diagnosis, observations=observations, about=about), encoding="utf-8")
+    return diagnosis
+
+
+def read_stories(path: Path) -> list[tuple[str, str]]:
+    """Stories of a file of JSON lines, each ``{"beginning": ..., "ending": ...}``, as the program takes them.
+
+    :raises FileNotFoundError: no such file.
+    :raises ValueError: naming the line that is wrong, or a file without stories.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path} with stories.")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028, which JSON may hold
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text in UTF-8. Save it as JSON lines.") from None
+    found = [_story(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise ValueError(f'{path} has no stories. Write one a line: {{"beginning": "...", "ending": "..."}}.')
+    return found
+
+
+def _story(where: str, line: str) -> tuple[str, str]:
+    try:
+        item: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: no JSON ({error.msg}). Write one object a line.") from None
+    for name in ("beginning", "ending"):
+        if not isinstance(item, dict) or not isinstance(item.get(name), str) or not item[name].strip():
+            raise ValueError(f'{where}: no text under "{name}". Write {{"beginning": "...", "ending": "..."}}.')
+    # As `llmppl infill` takes them: an ending brings its own space.
+    return item["beginning"].strip(), " " + item["ending"].strip()
+
+
+def versions() -> str:
+    """Of the packages that the numbers come from."""
+    others = ", ".join(f"{name} {version(name)}" for name in ("torch", "pyro-ppl", "transformers", "numpy"))
+    return f"llmppl {version('pyro-llmppl')}, {others}"

@@ -1,0 +1,125 @@
+"""The text that a causal language model writes after a context."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmppl.distributions.conditioned_text import LanguageModel, Memo, Pending, score_together
+from llmppl.distributions.process_text import ProcessText
+from llmppl.network.drawing import NotFiniteError, draw
+from llmppl.network.scoring import Request, check_length
+from llmppl.network.text_law import TextLaw
+from llmppl.network.text_tensors import check_text, unpad_rows
+
+
+class AutoregressiveText(ProcessText):
+    r"""The law of a language model's continuation of a context, as a process over tokens.
+
+    .. math:: p(z) = \prod_t p(z_t \mid \text{context}, z_{<t})
+
+    until a stop token (included) or ``max_tokens``; it sums to one over its support. Made by
+    calling an :class:`~llmppl.LM`. With ``law.max_tokens=None`` it is the unbounded stream:
+    :meth:`log_prob` is the probability that the stream begins with the value.
+
+    :param lm: the language model.
+    :param context: text tensor of shape ``batch_shape + (L,)``; padding in it is skipped.
+    :param law: stop tokens, lengths, temperature, vocabulary, grammar.
+    :param adapter: the adapter to switch on while sampling and scoring; ``None`` is the model itself.
+    :param sampling_dtype: draw with a copy of the model in this precision. A drawn value's recorded
+        log-probability is then that of the copy, the law it was drawn from; any other value is scored
+        by the model itself.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        context: Tensor,
+        law: TextLaw,
+        adapter: str | None = None,
+        validate_args: bool | None = None,
+        sampling_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.lm, self.context, self.law, self.adapter = lm, context, law, adapter
+        self.sampling_dtype = sampling_dtype
+        self._memo = Memo()
+        if law.max_tokens is not None:
+            check_length(context, law.max_tokens, lm.max_length)
+        # The stream has no length of its own; a trace never asks for more than the number of dims.
+        event_shape = torch.Size([law.max_tokens or 0])
+        super().__init__(context.shape[:-1], event_shape, validate_args=validate_args)
+
+    def with_context(self, context: Tensor, adapter: str | None) -> AutoregressiveText:
+        """The same law after another context, under another adapter."""
+        return AutoregressiveText(self.lm, context, self.law, adapter, self._validate_args, self.sampling_dtype)
+
+    def expand(self, batch_shape: Any, _instance: object = None) -> AutoregressiveText:
+        batch_shape = torch.Size(batch_shape)
+        expanded = self.with_context(self.context.expand(batch_shape + self.context.shape[-1:]), self.adapter)
+        # Shared: what one of them has scored, the other need not.
+        expanded._memo, expanded.site = self._memo, self.site
+        return expanded
+
+    def sample_with_log_prob(
+        self, sample_shape: Any = torch.Size(), temperature: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw texts, and the log-probabilities recorded while drawing, of shape
+        ``sample_shape + batch_shape``, in nats."""
+        if self.law.max_tokens is None:
+            raise ValueError(
+                "the unbounded stream cannot be sampled: nothing ends it. Pass max_tokens to lm(...), "
+                "and stop if a text may end earlier."
+            )
+        shape = torch.Size(sample_shape) + self.batch_shape
+        context = self.context.expand(shape + self.context.shape[-1:])
+        rows = unpad_rows(context.reshape(-1, context.shape[-1]))
+        heat = None if temperature is None else temperature.to(context.device).expand(shape).reshape(-1)
+        try:
+            with self.lm.drawing(self.adapter, self.sampling_dtype) as transformer:
+                tokens, token_log_probs = draw(transformer, self.law, rows, heat)
+        except NotFiniteError as error:
+            raise ValueError(f"site {self.site!r}: {error}" if self.site else str(error)) from None
+        tokens = tokens.reshape(shape + self.event_shape)
+        token_log_probs = token_log_probs.reshape(tokens.shape)
+        self.remember(tokens, token_log_probs)
+        return tokens, token_log_probs.sum(-1)
+
+    def token_log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability of each token, in nats, zero behind the end.
+
+        :returns: shape ``broadcast(value.shape[:-1], batch_shape) + (T,)``.
+        """
+        value = check_text(value, "value", self.law.vocabulary)
+        score_together([(self, self.pending(value))])
+        return self._memo.take(self._wants_gradient)
+
+    def pending(self, value: Tensor) -> Pending | None:
+        value = check_text(value, "value", self.law.vocabulary)
+        flat, context, shape = self._broadcast(value)
+        if self._memo.holds(value, shape, self.lm.version(self.adapter), self._wants_gradient):
+            return None
+        if self._validate_args:
+            self._validate_text(value)
+        if self.law.max_tokens is None:
+            check_length(context, value.shape[-1], self.lm.max_length)
+        # Equal rows are many where particles are: each is scored once.
+        distinct, row = torch.unique(torch.cat([context, flat], -1), dim=0, return_inverse=True)
+        context, flat = distinct.split([context.shape[-1], flat.shape[-1]], -1)
+
+        def finish(scores: Tensor) -> None:
+            scores = scores.masked_fill(~self.support.check(flat)[:, None], -torch.inf)
+            self.remember(value, scores[row].reshape(shape + value.shape[-1:]))
+
+        return Pending(Request(self.law, unpad_rows(context), unpad_rows(flat), value.shape[-1]), finish)
+
+    def remember(self, value: Tensor, scores: Tensor) -> None:
+        self._memo.value, self._memo.scores = value.clone(), scores
+        self._memo.version = self.lm.version(self.adapter)
+
+    def __repr__(self) -> str:
+        parts = self._described()
+        parts += [f"adapter={self.adapter!r}"] if self.adapter is not None else []
+        parts += [f"sampling_dtype={self.sampling_dtype}"] if self.sampling_dtype is not None else []
+        return f"AutoregressiveText({', '.join(parts)})"

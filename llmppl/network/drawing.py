@@ -1,0 +1,169 @@
+"""Drawing texts token by token, with the log-probabilities recorded on the way."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from llmppl.text import PAD
+
+if TYPE_CHECKING:
+    from llmppl.network.text_law import TextLaw
+
+CACHE_BYTES = 512 * 2**20
+"""Memory of the key-value cache and logits of the rows that are drawn together."""
+
+
+class NotFiniteError(ValueError):
+    """The network gave no probabilities."""
+
+
+@torch.no_grad()
+def draw(
+    transformer: torch.nn.Module,
+    law: TextLaw,
+    contexts: Sequence[Sequence[int]],
+    temperature: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One text for each context.
+
+    Each distinct context is read once; its key-value cache is shared by the rows that have it.
+    Rows that have ended leave the batch.
+
+    :param contexts: ``N`` token lists, none empty.
+    :param temperature: ``(N,)``, an extra temperature to draw at (a behaviour policy). The recorded
+        log-probabilities are those of ``law`` all the same.
+    :returns: texts ``(N, max_tokens)`` and the log-probability of each token ``(N, max_tokens)``, nats.
+    """
+    order = sorted(range(len(contexts)), key=lambda n: list(contexts[n]))
+    parts = []
+    block = rows_at_once(transformer, max(map(len, contexts), default=0) + (law.max_tokens or 0))
+    for start in range(0, len(order), block):
+        rows = order[start : start + block]
+        heat = None if temperature is None else temperature[rows]
+        parts.append(_draw_block(transformer, law, [contexts[n] for n in rows], heat))
+    back = torch.tensor(order).argsort().to(parts[0][0].device)
+    tokens = torch.cat([tokens for tokens, _ in parts])
+    log_probs = torch.cat([log_probs for _, log_probs in parts])
+    return tokens[back], log_probs[back]
+
+
+def rows_at_once(transformer: torch.nn.Module, tokens: int) -> int:
+    """How many rows of so many tokens :data:`CACHE_BYTES` hold."""
+    config: Any = transformer.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = next(transformer.parameters()).element_size()
+    # Keys and values of every layer, and some copies of the logits.
+    row = 2 * config.num_hidden_layers * heads * width * size * tokens + 3 * 4 * config.vocab_size
+    return max(CACHE_BYTES // int(row), 1)
+
+
+def _draw_block(
+    transformer: torch.nn.Module,
+    law: TextLaw,
+    contexts: Sequence[Sequence[int]],
+    temperature: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    parameter = next(transformer.parameters())
+    device, dtype = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
+    assert law.max_tokens is not None
+    values = torch.full((len(contexts), law.max_tokens), PAD, dtype=torch.long, device=device)
+    recorded = torch.zeros(values.shape, dtype=dtype, device=device)
+
+    stream = Stream(transformer, contexts)
+    active = torch.arange(len(contexts), device=device)  # rows of the stream -> rows of the result
+    open_row = torch.ones(len(contexts), dtype=torch.bool, device=device)
+    for step in range(law.max_tokens):
+        prefixes = None if law.grammar is None else values[active, :step].tolist()
+        if prefixes is not None:
+            prefixes = [[token for token in row if token != PAD] for row in prefixes]
+        steps = torch.full((len(active),), step, device=device)
+        log_probs = law.scaled_logits(stream.logits, steps, prefixes).log_softmax(-1)
+        if bool(log_probs.isnan().any()):
+            row = int(active[log_probs.isnan().any(-1)][0])
+            raise NotFiniteError(
+                f"the network's log-probabilities are NaN at row {row}, token {step}. Check the model's weights "
+                "and dtype: float16 overflows."
+            )
+        weights = log_probs if temperature is None else log_probs / temperature[active, None]
+        token = choose(weights)
+        alive = open_row[active]
+        values[active[alive], step] = token[alive]
+        recorded[active[alive], step] = log_probs.gather(-1, token[:, None])[alive, 0]
+        open_row[active] &= ~law.is_stop(token)
+        alive = open_row[active]
+        if step + 1 == law.max_tokens or not bool(alive.any()):
+            break
+        if law.grammar is not None or int(alive.sum()) <= 0.8 * len(alive):
+            # Copying the cache costs about as much as a few wasted rows, hence the threshold.
+            kept = alive.nonzero()[:, 0]
+            stream.select(kept)
+            active, token = active[kept], token[kept]
+        stream.advance(token)
+    return values, recorded
+
+
+class Stream:
+    """Rows of tokens that a transformer reads one after another, with their keys and values.
+
+    Each distinct context is read once. Rows can be dropped and doubled on the way.
+
+    :param contexts: ``N`` token lists, none empty.
+    """
+
+    logits: Tensor
+    """Of the next token of each row, ``(N, V)``."""
+
+    def __init__(self, transformer: torch.nn.Module, contexts: Sequence[Sequence[int]]) -> None:
+        self.transformer = transformer
+        device = next(transformer.parameters()).device
+        distinct = list(dict.fromkeys(tuple(context) for context in contexts))
+        number = {context: n for n, context in enumerate(distinct)}
+        source = torch.tensor([number[tuple(context)] for context in contexts], device=device)
+        longest = max(map(len, distinct))
+        # Left padding, masked out: every row's last token stands in the last column.
+        ids = torch.tensor([[0] * (longest - len(c)) + list(c) for c in distinct], device=device)
+        self._seen = torch.tensor([[0] * (longest - len(c)) + [1] * len(c) for c in distinct], device=device)
+        self._cache = DynamicCache(config=transformer.config)
+        last_only = "logits_to_keep" in inspect.signature(transformer.forward).parameters
+        self._read(ids, (self._seen.cumsum(-1) - 1).clamp(min=0), **({"logits_to_keep": 1} if last_only else {}))
+        self.tokens_read = sum(map(len, distinct))
+        self.select(source)
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows, ``(M,)``; a row may be named several times."""
+        self._cache.batch_select_indices(rows)
+        self.logits, self._seen = self.logits[rows], self._seen[rows]
+
+    def advance(self, tokens: Tensor) -> None:
+        """Read one token a row, ``(N,)``."""
+        self._seen = torch.cat([self._seen, self._seen.new_ones(len(self._seen), 1)], -1)
+        self._read(tokens[:, None], self._seen.sum(-1, keepdim=True) - 1)
+        self.tokens_read += len(tokens)
+
+    @torch.no_grad()
+    def _read(self, ids: Tensor, positions: Tensor, **keywords: int) -> None:
+        self.logits = self.transformer(
+            input_ids=ids,
+            attention_mask=self._seen,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            **keywords,
+        ).logits[:, -1]
+
+
+def choose(log_weights: Tensor) -> Tensor:
+    """One token a row of ``(N, V)`` by inversion: one random number a row, where ``torch.multinomial``
+    draws one a token. Tokens of weight zero are never chosen."""
+    steps = log_weights.softmax(-1).cumsum(-1, dtype=torch.float64)
+    total = steps[:, -1:]
+    height = torch.rand(total.shape, dtype=torch.float64, device=total.device) * total
+    below = torch.nextafter(total, torch.zeros_like(total))
+    return torch.searchsorted(steps, torch.minimum(height, below), right=True)[:, 0]

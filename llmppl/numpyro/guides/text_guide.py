@@ -1,0 +1,236 @@
+"""What guides for latent text have in common: they find the text sites and what each is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from numpyro import handlers
+from numpyro.primitives import Messenger
+
+from llmppl.numpyro.distributions.autoregressive_text import AutoregressiveText
+from llmppl.numpyro.distributions.choice import Choice
+from llmppl.numpyro.language_model import LM
+from llmppl.numpyro.network.text_arrays import Piece, TextArgument, is_concrete
+from llmppl.numpyro.programs.tracing import Program, Site, Trace, Values, is_latent, is_text, signature, structure
+from llmppl.text.prompts import (
+    arguments_of,
+    call_prompt,
+    check_text_sites,
+    checked_prompts,
+    no_guide_for,
+    wrong_batch,
+)
+
+Prompt = Callable[..., Sequence[Piece]]
+Context = tuple[Array, ...]
+Text = AutoregressiveText | Choice
+
+
+class TextGuide:
+    """A guide that proposes every latent text of a program, site after site in program order.
+
+    It runs the program itself, with its own distribution in place of the prior at each latent text, so that later
+    latents see the earlier ones, and plates and control flow are the program's. Observed sites, factors, and sites
+    marked for parallel enumeration are not part of it.
+
+    By default a latent text is told the text of the observed sites, then the prior's own context.
+
+    :param model: the program.
+    :param lm: the language model.
+    :param prompt: for a latent site, a function that returns the pieces it is told instead. Its parameters are taken by
+        name: arguments of the program, observed text sites, earlier latents. Return texts as pieces, not inside an
+        f-string: ``lambda beginning, ending: [ending, beginning]``.
+    :param others: a guide for the program's other latent sites, e.g. an AutoGuide of ``handlers.block(model,
+        hide=[...])``. Those sites are sampled first.
+    """
+
+    exactness = "marginal"
+    """What the guide's log-probability is exact for; see :class:`llmppl.Posterior`."""
+
+    def __init__(
+        self,
+        model: Program,
+        lm: LM,
+        prompt: Mapping[str, Prompt] | None = None,
+        others: Program | None = None,
+    ) -> None:
+        if not isinstance(lm, LM):
+            raise TypeError(
+                f"lm must be an llmppl.numpyro.LM, got {type(lm).__name__}. Use llmppl.numpyro.LM.from_pretrained()."
+            )
+        self.model, self.lm, self.prompt, self.others = model, lm, checked_prompts(prompt), others
+        self.params: dict[str, Any] = {}
+        """Trained values of parameters that are not the guide's own, those of ``others`` say, by their name."""
+
+    def distribution(self, name: str, prior: Text, context: Context) -> Text:
+        """The proposal of a site, on a context as :meth:`LM.context` gives it."""
+        raise NotImplementedError
+
+    def register(self) -> TextGuide:
+        """The guide with parameters as ``numpyro.param`` gives them: itself where it has none."""
+        return self
+
+    def update(self, params: Mapping[str, Any]) -> None:
+        """Take over trained parameters, e.g. ``svi_result.params``: those of ``others`` too.
+
+        :param params: by name, as ``SVI`` and :func:`~llmppl.numpyro.fit` have them.
+        """
+        self.params = {**self.params, **params}
+
+    def __call__(self, *args: Any, observations: Values | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Sample every latent site once.
+
+        :param observations: values that stand in for the program's own observations, by site: simulated ones in the
+            sleep phase.
+        :returns: the sampled values by site.
+        :raises ValueError: the program has no latent text, or a latent that the guide does not know.
+        """
+        registered = self.register()
+        given: dict[str, Any] = {}
+        if self.others is not None:
+            with _Recorder(given), handlers.substitute(data=self.params):
+                self.others(*args, **kwargs)
+        sites = structure(handlers.substitute(self.model, data=given), args, kwargs)
+        proposer = _Proposer(registered, sites, given, args, kwargs, observations or {})
+        with proposer:
+            self.model(*args, **kwargs)
+        return {**given, **proposer.proposed}
+
+    def __repr__(self) -> str:
+        prompts = f", prompt for {sorted(self.prompt)}" if self.prompt else ""
+        return f"{type(self).__name__}({program_name(self.model)}, {self.lm!r}{prompts})"
+
+
+def program_name(program: Program) -> str:
+    return getattr(program, "__name__", type(program).__name__)
+
+
+class _Recorder(Messenger):
+    """Notes the values of the latent sites that pass."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__()
+        self.values = values
+
+    def postprocess_message(self, msg: Site) -> None:
+        if is_latent(msg):
+            self.values[msg["name"]] = msg["value"]
+
+
+class _Proposer(Messenger):
+    """Puts a guide's proposals in place of the priors of latent texts, and hides the rest."""
+
+    def __init__(
+        self,
+        guide: TextGuide,
+        sites: Trace,
+        given: dict[str, Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        observations: Values,
+    ) -> None:
+        super().__init__()
+        self.guide, self.given, self.observations = guide, given, observations
+        self.proposed: dict[str, Array] = {}
+        self.observed: dict[str, tuple[Any, Site]] = {}
+        text_sites = []
+        for name, site in sites.items():
+            if site["type"] != "sample" or name in given:
+                continue
+            if is_latent(site):
+                if _is_enumerated(site):
+                    continue
+                if not is_text(site):
+                    raise no_guide_for(name, type(site["fn"]).__name__, "handlers")
+                text_sites.append(name)
+            elif is_text(site):
+                self.observed[name] = (observations.get(name, site["value"]), site)
+        check_text_sites(text_sites, sites, guide.prompt, "numpyro.sample")
+        self.arguments = arguments_of(signature(guide.model), args, kwargs)
+        self.simulated = {name for name in observations if name in self.observed}
+
+    def process_message(self, msg: Site) -> None:
+        if msg["type"] in ("param", "mutable", "deterministic"):
+            # The program's own; a deterministic site may depend on what the guide does not know.
+            msg["stop"] = msg["type"] == "deterministic"
+            return
+        if msg["type"] != "sample":
+            return
+        name = msg["name"]
+        if not is_latent(msg) or name in self.given:
+            if name in self.given:
+                msg["value"] = self.given[name]
+            elif name in self.observations:
+                # Later latents may be told it by the program.
+                msg["value"] = self.observations[name]
+            msg["stop"] = True
+        elif _is_enumerated(msg):
+            raise ValueError(
+                f"site {name!r} is marked for parallel enumeration, which guides of texts do not have in NumPyro. "
+                "Sum it out by hand with enumerate_support(), or give it as an option to exact_posterior."
+            )
+        else:
+            msg["fn"] = self.guide.distribution(name, msg["fn"], self._context(name, msg["fn"], msg))
+
+    def postprocess_message(self, msg: Site) -> None:
+        if is_latent(msg) and msg["name"] not in self.given and is_text(msg):
+            self.proposed[msg["name"]] = msg["value"]
+
+    def _context(self, name: str, prior: Text, msg: Site) -> Context:
+        if name not in self.guide.prompt:
+            told = [_rows_of(value, site, msg) for value, site in self.observed.values()]
+            return _before(self.guide.lm, prior, told)
+        context = self.guide.lm.context(*self._call_prompt(name))
+        shape = jnp.broadcast_shapes(*(text.shape[:-1] for text in context))
+        try:
+            jnp.broadcast_shapes(shape, prior.batch_shape)
+        except ValueError:
+            raise wrong_batch(name, tuple(shape), tuple(prior.batch_shape)) from None
+        return context
+
+    def _call_prompt(self, name: str) -> list[Piece]:
+        known = {**{n: v for n, (v, _) in self.observed.items()}, **self.proposed}
+        # A string that the program was given reads better in a prompt than its tokens.
+        known.update({n: v for n, v in self.arguments.items() if n not in self.simulated})
+        return call_prompt(name, self.guide.prompt[name], known, _shown)
+
+
+def _shown(value: Any) -> str | None:
+    """How a value looks inside a string; of a string, and of what is being compiled, nothing."""
+    return None if isinstance(value, (str, TextArgument)) or not is_concrete(value) else str(value)
+
+
+def _before(lm: LM, prior: Text, told: list[Any]) -> Context:
+    """Observed texts, then the prior's own context."""
+    if not told:
+        return prior.context
+    start = len(lm.codec.start)
+    if not start:
+        return (*told, *prior.context)
+    # What the tokenizer puts before every text stands in front, so the prior's gives its up.
+    first, *rest = prior.context
+    return (*lm.context(*told), *((first[..., start:],) if first.shape[-1] > start else ()), *rest)
+
+
+def _is_enumerated(site: Site) -> bool:
+    return bool(site["infer"].get("enumerate") == "parallel")
+
+
+def _rows_of(value: Any, site: Site, latent: Site) -> Any:
+    """An observed text as a latent site is told it: rows of plates that do not contain the latent follow one another
+    in one text; padding between them is skipped when they are read."""
+    own = {frame.dim for frame in latent["cond_indep_stack"]}
+    for dim in sorted(frame.dim for frame in site["cond_indep_stack"] if frame.dim not in own):
+        # Counted with the token dimension behind; absent where the value does not vary along it.
+        if value.ndim - 1 < -dim or value.shape[dim - 1] == 1:
+            continue
+        rows = jnp.moveaxis(value, dim - 1, -2)
+        merged = rows.reshape(*rows.shape[:-2], rows.shape[-2] * rows.shape[-1])
+        value = jnp.expand_dims(merged, dim - 1)
+    # Rows that were merged leave dimensions of size one, which must not widen the latent's batch.
+    while value.ndim - 1 > len(latent["fn"].batch_shape) and value.shape[0] == 1:
+        value = value[0]
+    return value

@@ -1,0 +1,1 @@
+"""Running NumPyro programs: their sites, particles, simulated observations."""

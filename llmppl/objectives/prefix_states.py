@@ -1,0 +1,119 @@
+"""The states of sampled trajectories: every prefix of their texts, ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from llmppl.distributions.autoregressive_text import AutoregressiveText
+from llmppl.network.text_tensors import lengths
+from llmppl.programs.structure import is_latent, text_sites
+from llmppl.text import PAD
+
+
+@dataclass(frozen=True)
+class States:
+    """``J`` states of each of ``K`` sampled configurations, in the order of the trajectory.
+
+    :param values: by latent site, ``(J * K, ...)``.
+    :param place: tokens before the state's end, ``(J, K) + batch_shape``.
+    :param valid: whether the sample passed through the state and could end there, same shape. Entries
+        that are not repeat the sample. The last entry is the sample itself.
+    """
+
+    values: dict[str, Tensor]
+    place: Tensor
+    valid: Tensor
+
+    def of_samples(self, quantity: Tensor) -> Tensor:
+        """The samples' own entries of ``(J, K) + batch_shape``, of shape ``(K,) + batch_shape``."""
+        return quantity[-1]
+
+
+def ended_prefixes(trace: poutine.Trace, axes: tuple[int, ...], nesting: int, objective: str) -> States:
+    """The states of a guide's trace of ``K`` particles.
+
+    Texts that a stop token ends and no grammar binds have prefixes; other latents keep their values.
+
+    :raises ValueError: no such text; names an objective that takes the program.
+    """
+    latent = {name: site["value"] for name, site in trace.nodes.items() if is_latent(site)}
+    terminable, reasons = {}, []
+    for name, site in text_sites(trace).items():
+        fn = site["fn"]
+        if not isinstance(fn, AutoregressiveText) or not len(fn.law.stop):
+            reasons.append(f"latent site {name!r} has no stop token")
+        elif fn.law.grammar is not None:
+            reasons.append(f"latent site {name!r} has a grammar, so its prefixes may be no texts")
+        else:
+            terminable[name] = fn.law
+    if not terminable:
+        raise ValueError(
+            f"{objective} needs a latent text whose prefixes are texts, and {'; '.join(reasons)}. "
+            "Pass stop= and no grammar= at that site, or use TrajectoryBalance, which takes any program."
+        )
+    blocks: dict[str, list[Tensor]] = {name: [] for name in latent}
+    places, valid = [], []
+    before: Tensor | int = 0  # tokens of the former texts
+    for name, law in terminable.items():
+        assert law.max_tokens is not None
+        value = latent[name]
+        texts, reached = prefixes(value, law.stop, law.min_tokens, law.max_tokens)
+        for other, kept in latent.items():
+            blocks[other].append(texts if other == name else kept.expand((len(texts), *kept.shape)))
+        free = lengths(value) - torch.isin(value, law.stop).any(-1).long()
+        place = torch.arange(len(texts), device=value.device).reshape((-1,) + (1,) * (1 + len(axes)))
+        # The sample as a whole is one state, the last.
+        whole = _rows((texts == value).all(-1), axes, nesting, 1, torch.all)
+        ends = _rows(reached, axes, nesting, 1, torch.all) & ~whole
+        places.append((place + before).expand(ends.shape).clone())
+        valid.append(ends)
+        places[-1][-1] = _rows(free, axes, nesting, 0, torch.amax) + before
+        before = before + _rows(lengths(value), axes, nesting, 0, torch.amax)
+    valid[-1][-1] = True
+    values = {name: torch.cat(parts).flatten(0, 1) for name, parts in blocks.items()}
+    return States(values, torch.cat(places), torch.cat(valid))
+
+
+def _rows(
+    full: Tensor, axes: tuple[int, ...], nesting: int, front: int, reduce: Callable[[Tensor, list[int]], Tensor]
+) -> Tensor:
+    """A site's ``(..., K) + site batch``, reduced to ``(..., K) + batch_shape`` over inner plates.
+
+    :param front: dimensions in front of the particles'.
+    """
+    missing, split = nesting + 1 + front - full.dim(), front + 1
+    shaped = full.reshape(full.shape[:split] + (1,) * missing + full.shape[split:])
+    inner = [d for d in range(-nesting, 0) if d not in axes]
+    return reduce(shaped, inner) if inner else shaped
+
+
+def prefixes(value: Tensor, stop: Tensor, min_tokens: int, max_tokens: int) -> tuple[Tensor, Tensor]:
+    """Every prefix of texts, ended.
+
+    :param value: ``batch_shape + (T,)`` with ``T = max_tokens``.
+    :returns: texts ``(T + 1,) + batch_shape + (T,)``: entry ``j`` holds the first ``j`` tokens and a stop
+        token, entry ``T`` a text cut at ``max_tokens``; and which of them are texts that the sample
+        passed through, ``(T + 1,) + batch_shape``. Entries that are not repeat the sample itself.
+    """
+    length = lengths(value)
+    last = value.gather(-1, (length - 1).clamp(min=0)[..., None])[..., 0]
+    stopped = torch.isin(last, stop)
+    closing = torch.where(stopped, last, stop[0])
+    free = length - stopped.long()  # tokens before the stop token
+    place = torch.arange(max_tokens, device=value.device)
+    texts, valid = [], []
+    for j in range(max_tokens + 1):
+        if j < max_tokens:
+            kept = torch.where(place < j, value, PAD)
+            text = torch.where(place == j, closing[..., None], kept)
+            reached = (free >= j) & (j + 1 >= min_tokens)
+        else:
+            text, reached = value, ~stopped
+        texts.append(torch.where(reached[..., None], text, value))
+        valid.append(reached)
+    return torch.stack(texts), torch.stack(valid)

@@ -1,0 +1,147 @@
+"""The replay buffer: latents of each observation that training has seen, or was given."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmppl.network.text_tensors import widen
+from llmppl.programs.observation_keys import key
+from llmppl.programs.structure import Program, structure, text_sites
+
+PRIORITIES = ("log_joint", "log_weight", "uniform")
+
+
+@dataclass
+class ReplayBuffer:
+    """Latent configurations of each observation, none twice.
+
+    :param capacity: most configurations of one observation; the one of least priority leaves.
+    :param observations: most observations; the one least recently seen leaves with all its own.
+    :param priority: what is drawn more often and kept longer, by rank (a draw's probability falls as
+        one over the rank): ``"log_joint"``, likely texts; ``"log_weight"``, texts that the guide
+        underrates most; ``"uniform"``, all alike, the oldest leaving first.
+    """
+
+    capacity: int = 64
+    observations: int = 10_000
+    priority: str = "log_weight"
+    _entries: OrderedDict[str, dict[str, Entry]] = field(default_factory=OrderedDict, repr=False)
+    _clock: int = field(default=0, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.capacity < 1 or self.observations < 1:
+            raise ValueError(f"capacity={self.capacity} and observations={self.observations} must both be at least 1.")
+        if self.priority not in PRIORITIES:
+            raise ValueError(f"priority={self.priority!r} must be one of {PRIORITIES}.")
+
+    def __len__(self) -> int:
+        """Configurations of all observations."""
+        return sum(map(len, self._entries.values()))
+
+    def of(self, *args: Any) -> list[Entry]:
+        """The configurations of one observation, best first."""
+        return self._ranked(key(args))
+
+    def add(self, observation: str, values: dict[str, Tensor], log_joint: float, log_weight: float) -> None:
+        """Take a configuration in, or renew the scores of one that is there.
+
+        :param observation: its :func:`key`.
+        :param values: by site, one configuration.
+        """
+        self._clock += 1
+        own = self._entries.setdefault(observation, {})
+        self._entries.move_to_end(observation)
+        name = _fingerprint(values)
+        added = own[name].added if name in own else self._clock
+        own[name] = Entry({k: v.detach().cpu().clone() for k, v in values.items()}, log_joint, log_weight, added)
+        if len(own) > self.capacity:
+            del own[min(own, key=lambda n: self._rank_by(own[n]))]
+        if len(self._entries) > self.observations:
+            self._entries.popitem(last=False)
+
+    def seed(self, model: Program, args: tuple[Any, ...], **texts: Sequence[str]) -> None:
+        """Put given texts (demonstrations) of one observation into the buffer, before all others.
+
+        :param args: the program's arguments.
+        :param texts: for each latent text site its texts; equally many for each site.
+        :raises ValueError: a site that the program has not, or a text outside the site's support.
+        """
+        sites = text_sites(structure(model, args, {}))
+        if set(texts) != set(sites):
+            raise ValueError(f"texts are given for {sorted(texts)}; the program's latent text sites are {list(sites)}.")
+        if len({len(column) for column in texts.values()}) > 1 or any(isinstance(c, str) for c in texts.values()):
+            raise ValueError("give each site a list of texts, all lists of one length.")
+        for row in zip(*(texts[name] for name in sites), strict=True):
+            values = {}
+            for (name, site), text in zip(sites.items(), row, strict=True):
+                fn = site["fn"]
+                value = widen(fn.lm.encode(text), fn.event_shape[0])
+                if value.shape != fn.event_shape or not bool(fn.support.check(value)):
+                    raise ValueError(
+                        f"the text {text!r} is outside the support of site {name!r}, {fn.support}. It must end as "
+                        "the site's texts end: with its only stop token, within max_tokens."
+                    )
+                values[name] = value.expand(fn.batch_shape + fn.event_shape)
+            self.add(key(args), values, math.inf, math.inf)
+
+    def draw(self, observation: str, count: int) -> list[dict[str, Tensor]]:
+        """Up to ``count`` configurations of an observation, by priority, none twice."""
+        ranked = self._ranked(observation)
+        if not ranked or count < 1:
+            return []
+        weights = torch.ones(len(ranked))
+        if self.priority != "uniform":
+            weights = 1.0 / torch.arange(1, len(ranked) + 1)
+        chosen = torch.multinomial(weights, min(count, len(ranked)))
+        return [ranked[n].values for n in chosen.tolist()]
+
+    def _ranked(self, observation: str) -> list[Entry]:
+        return sorted(self._entries.get(observation, {}).values(), key=self._rank_by, reverse=True)
+
+    def _rank_by(self, entry: Entry) -> tuple[float, int]:
+        return (0.0 if self.priority == "uniform" else getattr(entry, self.priority)), entry.added
+
+    def settings(self) -> dict[str, Any]:
+        return {"capacity": self.capacity, "observations": self.observations, "priority": self.priority}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All entries, as tensors and numbers."""
+        rows = {
+            o: [(e.values, e.log_joint, e.log_weight, e.added) for e in own.values()]
+            for o, own in self._entries.items()
+        }
+        return {"clock": self._clock, "entries": rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`state_dict` gave."""
+        self._clock = state["clock"]
+        self._entries = OrderedDict(
+            (o, {_fingerprint(row[0]): Entry(*row) for row in rows}) for o, rows in state["entries"].items()
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"ReplayBuffer({len(self)} configurations of {len(self._entries)} observations, "
+            f"capacity={self.capacity} each, priority={self.priority!r})"
+        )
+
+
+@dataclass
+class Entry:
+    """One latent configuration of an observation, with its scores when last seen."""
+
+    values: dict[str, Tensor]
+    log_joint: float
+    log_weight: float
+    added: int
+
+
+def _fingerprint(values: dict[str, Tensor]) -> str:
+    return repr(sorted((name, value.tolist()) for name, value in values.items()))

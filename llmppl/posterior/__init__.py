@@ -1,0 +1,1 @@
+"""What inference returns: weighted samples, their doubts, brackets and gaps. No torch, no jax."""

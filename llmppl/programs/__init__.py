@@ -1,0 +1,1 @@
+"""Running programs: their sites, particles, simulated observations, random states."""

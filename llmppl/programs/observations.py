@@ -1,0 +1,92 @@
+"""A program with other values at its sites than those that it has itself, and a guide that is told so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from llmppl.programs.structure import Program, Site, is_latent, signature
+
+
+def observing(model: Program, guide: Program, observations: dict[str, Tensor]) -> tuple[Program, Program]:
+    """The program with other values at its observed sites, and the guide told so.
+
+    What is returned can be given yet other observations in the same way, which then count.
+
+    :param observations: by site, as :func:`simulate` returns them.
+    :raises TypeError: a guide that takes no ``observations=``.
+    """
+    check_takes_observations(guide)
+
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        with Observed(observations):
+            return model(*args, **kwargs)
+
+    def told(*args: Any, **kwargs: Any) -> Any:
+        return guide(*args, **{"observations": observations, **kwargs})
+
+    def log_partition(*args: Any, **kwargs: Any) -> Tensor:
+        return guide.log_partition(*args, **{"observations": observations, **kwargs})  # type: ignore[attr-defined]
+
+    if hasattr(guide, "log_partition"):
+        told.log_partition = log_partition  # type: ignore[attr-defined]
+    told.exactness = getattr(guide, "exactness", "marginal")  # type: ignore[attr-defined]
+    told.scores_given = getattr(guide, "scores_given", False)  # type: ignore[attr-defined]
+    told.__signature__ = signature(guide)  # type: ignore[attr-defined]
+    observed.__signature__ = signature(model)  # type: ignore[attr-defined]
+    observed.observes_instead_of = model  # type: ignore[attr-defined]
+    return observed, told
+
+
+def has_other_observations(model: Program) -> bool:
+    """Whether :func:`observing` made a program, so that its arguments do not say what it observes."""
+    return hasattr(model, "observes_instead_of")
+
+
+def original(model: Program) -> Program:
+    """The program that :func:`observing` was given."""
+    while has_other_observations(model):
+        model = model.observes_instead_of  # type: ignore[attr-defined]
+    return model
+
+
+def check_takes_observations(guide: Program) -> None:
+    """Refuse a guide that cannot be told other observations than the program's.
+
+    :raises TypeError: it takes no ``observations=``.
+    """
+    parameters = signature(guide).parameters
+    if "observations" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise TypeError(
+            "the guide must be told what was simulated or noised, and this one takes no observations= argument "
+            "(a dict of values by observed site). Add it."
+        )
+
+
+class Observed(Messenger):
+    """Puts values in the place of observed ones. A site's score broadcasts them against its batch."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["name"] in self.values and msg["is_observed"]:
+            msg["value"] = self.values[msg["name"]]
+
+
+class Given(Messenger):
+    """Puts values in the place of latent sites, broadcast to each site's shape; scores stay to be made."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Site) -> None:
+        if msg["name"] in self.values and is_latent(msg):
+            value, fn = self.values[msg["name"]], msg["fn"]
+            msg["value"] = value.expand(torch.broadcast_shapes(value.shape, fn.batch_shape + fn.event_shape))
+            msg["done"] = True

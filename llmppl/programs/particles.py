@@ -1,0 +1,216 @@
+"""Particles of a guide: drawn, scored with the program, summed per observation ``x``."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from llmppl.distributions.conditioned_text import score_together
+from llmppl.programs.plates import PARTICLES, in_particles
+from llmppl.programs.structure import Program, is_latent, is_text, plate_nesting, structure
+
+
+@dataclass
+class Particles:
+    """``K`` particles of a guide and the model's joint there.
+
+    :param log_p: log p(x, z), shape ``(K,) + batch_shape``, nats; ``batch_shape`` are the plates that
+        contain every site: their rows are separate observations ``x``.
+    :param log_q: log q(z | x), same shape.
+    :param log_q_drawn: of the guide as it draws, where dropout makes ``log_q`` another law.
+    """
+
+    log_p: Tensor
+    log_q: Tensor
+    model_trace: poutine.Trace
+    guide_trace: poutine.Trace
+    axes: tuple[int, ...]
+    nesting: int
+    log_q_drawn: Tensor | None = None
+
+    @property
+    def log_weights(self) -> Tensor:
+        return self.log_p - (self.log_q if self.log_q_drawn is None else self.log_q_drawn)
+
+
+def propose(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_particles: int,
+    behaviour: Messenger | None = None,
+    detach: bool = True,
+) -> tuple[poutine.Trace, tuple[int, ...], int]:
+    """One vectorised pass of the guide.
+
+    :param behaviour: a handler that puts other values in place of the guide's own draws.
+    :param detach: cut the gradient through sampled values.
+    :returns: the guide's trace, not scored; the dimensions that are observations; the plates' nesting.
+    :raises ValueError: the guide misses a latent site, or has one that the model has not.
+    """
+    sites = structure(model, args, kwargs)
+    nesting = plate_nesting(sites)
+    guide_in = in_particles(guide, num_particles, nesting)
+    with behaviour or nullcontext():
+        guide_trace = poutine.trace(guide_in).get_trace(*args, **kwargs)
+    if detach:
+        guide_trace.detach_()
+    check_sites(sites, guide_trace)
+    return guide_trace, common_axes(sites, guide_trace), nesting
+
+
+def run_particles(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_particles: int,
+    behaviour: Messenger | None = None,
+    detach: bool = True,
+    score_parts: bool = False,
+) -> Particles:
+    """One vectorised pass of the guide, one of the model, and all scores.
+
+    :param score_parts: compute Pyro's score parts of the guide's sites as well.
+
+    Other parameters and errors as of :func:`propose`.
+    """
+    guide_trace, axes, nesting = propose(model, guide, args, kwargs, num_particles, behaviour, detach)
+    model_in = in_particles(model, num_particles, nesting)
+    model_trace = poutine.trace(poutine.replay(model_in, trace=guide_trace)).get_trace(*args, **kwargs)
+    # Before the pass with gradients: what was recorded while drawing is there still.
+    drawn = log_q_drawn(guide_trace, axes, nesting, num_particles) if drops(guide_trace) else None
+    compute_log_prob(guide_trace, score_parts)
+    compute_log_prob(model_trace)
+    return Particles(
+        log_p=sum_sites(model_trace, axes, nesting, num_particles),
+        log_q=sum_sites(guide_trace, axes, nesting, num_particles),
+        model_trace=model_trace,
+        guide_trace=guide_trace,
+        axes=axes,
+        nesting=nesting,
+        log_q_drawn=drawn,
+    )
+
+
+def drops(guide_trace: poutine.Trace) -> bool:
+    """Whether gradients would now be those of another law than the guide draws from, by dropout."""
+    texts = [site["fn"] for site in guide_trace.nodes.values() if site["type"] == "sample" and is_text(site)]
+    return torch.is_grad_enabled() and any(fn.lm.adapters.drops(fn.adapter) for fn in texts)
+
+
+@torch.no_grad()
+def log_q_drawn(guide_trace: poutine.Trace, axes: tuple[int, ...], nesting: int, num_particles: int) -> Tensor:
+    """log q of a guide's trace without gradients or dropout, ``(K,) + batch_shape``; the trace is left unscored."""
+    scored = guide_trace.copy()
+    scored.nodes.update({name: dict(site) for name, site in guide_trace.nodes.items()})
+    compute_log_prob(scored)
+    return sum_sites(scored, axes, nesting, num_particles)
+
+
+def compute_log_prob(trace: poutine.Trace, score_parts: bool = False) -> None:
+    """Pyro's ``trace.compute_log_prob``, with all texts of the trace scored in one pass before.
+
+    :param score_parts: compute the score parts as well.
+    """
+    waiting = []
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and is_text(site) and "log_prob" not in site:
+            try:
+                waiting.append((site["fn"], site["fn"].pending(site["value"])))
+            except ValueError as error:
+                raise ValueError(f"Error while computing log_prob at site {name!r}:\n{error}") from error
+    score_together(waiting)
+    if score_parts:
+        trace.compute_score_parts()
+    else:
+        trace.compute_log_prob()
+
+
+def check_sites(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+    """Refuse a guide whose latent sites are not the model's.
+
+    :raises ValueError: naming the sites.
+    """
+    latent = {name for name, site in model_trace.nodes.items() if is_latent(site)}
+    guided = {
+        name for name, site in guide_trace.nodes.items() if is_latent(site) and not site["infer"].get("is_auxiliary")
+    }
+    if latent - guided:
+        raise ValueError(
+            f"the guide does not sample the model's latent sites {sorted(latent - guided)}; it samples "
+            f"{sorted(guided)}. Add them to the guide (a text guide takes a guide for other sites as others=)."
+        )
+    if guided - latent:
+        raise ValueError(
+            f"the guide samples {sorted(guided - latent)}, which the model does not have as latent "
+            f"sites; it has {sorted(latent)}. Rename or remove them."
+        )
+
+
+def common_axes(*traces: poutine.Trace) -> tuple[int, ...]:
+    """The dimensions (negative) of the plates that contain every site of every trace.
+
+    Given the program's arguments their rows are independent: each is an observation of its own.
+    """
+    common: set[int] | None = None
+    for trace in traces:
+        for site in trace.nodes.values():
+            if site["type"] != "sample" or site_is_subsample(site):
+                continue
+            dims = {f.dim for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES}
+            common = dims if common is None else common & dims
+    return tuple(sorted(common or ()))
+
+
+def sum_sites(trace: poutine.Trace, axes: tuple[int, ...], nesting: int, num_particles: int) -> Tensor:
+    """Log-density of a trace per particle and per row of ``axes``: ``(K,) + batch_shape``."""
+    total: Tensor | float = 0.0
+    for site in trace.nodes.values():
+        if site["type"] != "sample" or site_is_subsample(site):
+            continue
+        total = total + sum_site(site["log_prob"], axes, nesting)
+    if not isinstance(total, Tensor):
+        raise ValueError("the program has no sample site. Add one with pyro.sample.")
+    return total.expand((num_particles, *total.shape[1:]))
+
+
+def sum_site(log_prob: Tensor, axes: tuple[int, ...], nesting: int) -> Tensor:
+    """A site's log-density, summed over all dimensions but the particles' and ``axes``."""
+    full = log_prob.reshape((1,) * (nesting + 1 - log_prob.dim()) + log_prob.shape)
+    summed = tuple(dim for dim in range(-nesting, 0) if dim not in axes)
+    # Keep the particles in front, then the rows; a plate of the program between them is summed.
+    return full.sum(summed) if summed else full
+
+
+def check_finite(trace: poutine.Trace, allow_zero: bool = False) -> None:
+    """Refuse NaN, and unless ``allow_zero`` probability zero, naming the site and row.
+
+    :raises ValueError: with site, row and value.
+    """
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or site_is_subsample(site):
+            continue
+        log_prob = site["log_prob"]
+        bad = log_prob.isnan() | (log_prob == torch.inf)
+        if not allow_zero:
+            bad = bad | (log_prob == -torch.inf)
+        if not bool(bad.any()):
+            continue
+        row = tuple(bad.nonzero()[0].tolist())
+        value = log_prob[row].item()
+        mend = (
+            "A hard condition has no gradient: use a finite penalty while training, "
+            "e.g. pyro.factor(name, -50.0 * violated), and the hard one in importance()."
+            if value == -torch.inf
+            else "Check the model's weights and dtype (float16 overflows), and the factors of the program."
+        )
+        raise ValueError(f"site {name!r} has log-probability {value} at row {row}. {mend}")

@@ -1,0 +1,188 @@
+"""What strings a language model takes, as token ids: observed texts, pieces, stops, vocabularies, options.
+
+The checks and their sentences are the same whatever framework holds the ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from llmppl.text.tokenization import Codec
+
+
+class Spelling:
+    """The tokens of one language model.
+
+    :param codec: strings to ids and back.
+    :param vocabulary: ids from 0 to this less one are tokens that the model knows.
+    """
+
+    def __init__(self, codec: Codec, vocabulary: int) -> None:
+        self.codec, self.vocabulary = codec, vocabulary
+        self._containing: dict[str, list[int]] = {}
+
+    def ids(self, text: str, first: bool = False) -> list[int]:
+        """Of a piece; ``first``: it begins a text.
+
+        :raises ValueError: a token that the model has no embedding for.
+        """
+        ids = self.codec.encode(text, first=first)
+        wrong = next((n for n in ids if n >= self.vocabulary), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{describe(text)} holds the token id {wrong}, for which the model has no embedding: it knows "
+                f"{self.vocabulary} tokens. Load the tokenizer that belongs to the model."
+            )
+        return ids
+
+    def rows(self, text: Any) -> list[list[int]]:
+        """Of an observed text, or of several.
+
+        :raises TypeError: neither a string nor a list of strings.
+        :raises ValueError: no text, or one without tokens.
+        """
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) for t in texts):
+            raise TypeError(f"text must be a string or a list of strings, got {describe(text)}.")
+        if not texts:
+            raise ValueError("text is an empty list. Pass at least one string.")
+        rows = [self.ids(t) for t in texts]
+        for n, row in enumerate(rows):
+            if not row:
+                where = "text" if isinstance(text, str) else f"text[{n}]"
+                raise ValueError(
+                    f"{where}={texts[n]!r} has no tokens, and an observed text needs at least one. "
+                    "Pass a non-empty string, or leave the site out."
+                )
+        return rows
+
+    def piece(self, piece: Any, number: int, tensor: str, literal: str) -> list[list[int]]:
+        """Of a piece that is no tensor: a string, or several.
+
+        :param number: of the piece, from 0; the first is read as beginnings of texts are.
+        :param tensor: what the framework calls a text that is ids already.
+        :param literal: how it makes one.
+        :raises TypeError: neither a string nor a non-empty list of strings.
+        """
+        texts = [piece] if isinstance(piece, str) else piece
+        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) for t in texts):
+            raise TypeError(
+                f"piece {number} must be a string, a non-empty list of strings or a text {tensor}, got {piece!r}. "
+                f"Token ids go in as {literal}."
+            )
+        return [self.ids(text, first=number == 0) for text in texts]
+
+    def stops(self, stop: Any) -> list[int]:
+        """The tokens that end a text: those that contain a string, or ids.
+
+        :raises ValueError: a string that no token contains; ids outside the vocabulary; none at all.
+        """
+        if stop is None:
+            return []
+        if isinstance(stop, str):
+            ids = self.containing(stop)
+            if not ids:
+                raise ValueError(
+                    f"stop={stop!r} matches no token of this tokenizer. Pass stop token ids, or a "
+                    "string that some token contains, e.g. stop='.'"
+                )
+            return ids
+        ids = [stop] if isinstance(stop, int) else [int(n) for n in stop]
+        if not ids:
+            raise ValueError("stop= is empty. Pass stop token ids or a string, or leave it out.")
+        return self.known(ids, "stop")
+
+    def containing(self, text: str) -> list[int]:
+        """The tokens whose text contains a string."""
+        if text not in self._containing:
+            tokens = self.codec.token_texts[: self.vocabulary]
+            self._containing[text] = [n for n, token in enumerate(tokens) if text and text in token]
+        return self._containing[text]
+
+    def known(self, ids: Iterable[int], name: str) -> list[int]:
+        """Ids of the vocabulary.
+
+        :raises ValueError: one is none, naming it.
+        """
+        ids = list(ids)
+        wrong = next((n for n in ids if not 0 <= n < self.vocabulary), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{name}= holds the token id {wrong}, outside the vocabulary of {self.vocabulary} "
+                f"tokens. Ids go from 0 to {self.vocabulary - 1}."
+            )
+        return ids
+
+    def check_allowed(self, shape: tuple[int, ...], boolean: bool, integer: bool) -> None:
+        """Refuse what is neither a mask over the vocabulary nor a list of ids.
+
+        :raises TypeError, ValueError: with the shape.
+        """
+        if boolean:
+            if shape != (self.vocabulary,):
+                raise ValueError(
+                    f"allowed= is a mask of shape {shape}; it needs one entry for each of "
+                    f"the {self.vocabulary} tokens. Token ids work too."
+                )
+        elif len(shape) != 1 or not integer:
+            raise TypeError("allowed= must be a list of token ids or a boolean mask over the vocabulary.")
+
+    def options(self, options: Any) -> list[list[int]]:
+        """Of the options of a choice.
+
+        :raises TypeError, ValueError: no list of strings; fewer than two, equal ones, one the prefix of another.
+        """
+        if not isinstance(options, (list, tuple)):
+            raise TypeError(f"options must be a list of strings, got {describe(options)}.")
+        options = list(options)
+        if len(options) < 2:
+            raise ValueError(f"options={options!r}: a choice needs at least two options.")
+        rows = self.rows(options)
+        for i, first in enumerate(rows):
+            for j, second in enumerate(rows):
+                if i != j and second[: len(first)] == first:
+                    raise ValueError(
+                        f"option {options[i]!r} is a prefix of option {options[j]!r}. An option's weight "
+                        "is the probability that the text begins with it, so the first would also count "
+                        "the second. End every option alike, e.g. with a full stop."
+                    )
+        return rows
+
+
+def describe(piece: object) -> str:
+    """A piece as an error message names it."""
+    if isinstance(piece, str):
+        return repr(piece if len(piece) <= 40 else piece[:37] + "...")
+    if isinstance(piece, (list, tuple)):
+        return f"a list of {len(piece)} strings"
+    if hasattr(piece, "shape"):
+        return f"a text {'tensor' if hasattr(piece, 'requires_grad') else 'array'} of shape {tuple(piece.shape)}"
+    return f"a {type(piece).__name__}"
+
+
+def unbroadcastable(pieces: Sequence[object], shapes: Sequence[tuple[int, ...]], m: int, n: int) -> ValueError:
+    """Pieces ``m`` and ``n`` have batch shapes that do not broadcast."""
+    return ValueError(
+        f"pieces {m} and {n} do not broadcast: piece {m} is {describe(pieces[m])} "
+        f"with batch shape {tuple(shapes[m])}, piece {n} is "
+        f"{describe(pieces[n])} with batch shape {tuple(shapes[n])}. Give both the "
+        "same number of rows, or one of them a single text."
+    )
+
+
+def empty_context(row: tuple[int, ...]) -> ValueError:
+    """A context without tokens, where no token stands for the beginning of a text."""
+    where = f" in row {row}" if row else ""
+    return ValueError(
+        f"the context is empty{where}, and this model has no token for the beginning of a text "
+        "(its tokenizer has no bos_token). Give a non-empty first piece."
+    )
+
+
+def too_long(context: int, tokens: int, longest: int) -> ValueError:
+    """A prompt and a text that the model cannot read whole."""
+    return ValueError(
+        f"the prompt of {context} tokens and a text of up to {tokens} tokens do not fit the model's "
+        f"context of {longest} tokens. Shorten the prompt or lower max_tokens."
+    )

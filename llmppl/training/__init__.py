@@ -1,0 +1,1 @@
+"""The training loop: minibatches, evaluation, regularisation, the run's folder, resuming."""

@@ -1,0 +1,39 @@
+"""Minibatches as arguments of a program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmppl.network.text_tensors import pad_rows, unpad_rows
+from llmppl.training.minibatches import Data
+
+
+def collate(batch: Data) -> tuple[Any, ...]:
+    """A minibatch as one argument tuple: lists of strings, stacked tensors.
+
+    :raises TypeError, ValueError: arguments that cannot be batched; tuples of several lengths.
+    """
+    if len({len(item) for item in batch}) > 1:
+        raise ValueError("vectorize_data=True needs tuples of one length. Leave it out for others.")
+    columns: list[Any] = []
+    for n, column in enumerate(zip(*batch, strict=True)):
+        if all(isinstance(item, str) for item in column):
+            columns.append(list(column))
+        elif all(isinstance(item, Tensor) for item in column):
+            if all(item.dtype == torch.long and item.dim() == 1 for item in column):
+                rows = [unpad_rows(item[None])[0] for item in column]
+                columns.append(pad_rows(rows, device=column[0].device))
+            else:
+                columns.append(torch.stack(column))
+        elif all(isinstance(item, (int, float)) for item in column):
+            columns.append(torch.tensor(column))
+        else:
+            kinds = sorted({type(item).__name__ for item in column})
+            raise TypeError(
+                f"vectorize_data=True cannot batch argument {n} of types {kinds}: strings, numbers and tensors can be. "
+                "Leave vectorize_data out."
+            )
+    return tuple(columns)

@@ -1,0 +1,224 @@
+"""How far a guide in training is from the posteriors of held-out observations."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmppl.inference.bounds import bounds
+from llmppl.inference.importance import importance
+from llmppl.posterior.brackets import Bounds, Estimate
+from llmppl.posterior.posterior import Posterior
+from llmppl.programs.random_states import randomness_kept
+from llmppl.programs.structure import Program
+from llmppl.training.collation import collate
+from llmppl.training.history import Evaluated
+from llmppl.training.minibatches import checked
+from llmppl.training.run_identity import digest
+
+ROWS = 16
+"""Observations that are evaluated together where the data are vectorised."""
+
+
+@dataclass
+class Evaluation:
+    """What ``fit`` measures on held-out data, when, and when it stops because of it.
+
+    Every ``every`` steps, and before the first, the guide proposes ``num_samples`` latents for each
+    observation. The gap is log Z − ELBO, mean over the observations. For log Z of an observation stands
+    its largest log Ẑ of all evaluations so far; when a better one is found the gaps of earlier
+    evaluations are taken again with it, so that all gaps of a run are comparable: they differ as the
+    held-out ELBOs do. Each log Ẑ is below log Z in expectation, hence the gap is a lower bound of the
+    true one up to the luck of the largest; with ``references`` it has no such flaw.
+
+    The random numbers are the same at each evaluation and none of the training's: a run with and
+    without evaluations trains the same.
+
+    :param data: held-out argument tuples of the program.
+    :param every: steps between evaluations.
+    :param num_samples: ``K`` for each observation, at least 2.
+    :param patience: training stops after so many evaluations in a row without a smaller gap, and the
+        parameters of the smallest gap are put back; by default it does not stop.
+    :param simulations: simulated observations for each held-out one, on which both divergences are
+        bracketed by :func:`~llmppl.inference.bounds`; 0 leaves them out, as programs with factors need.
+    :param references: log Z of each observation where it is known, e.g. by enumeration.
+    :param seed: of the evaluations' random numbers.
+    :raises TypeError, ValueError: malformed data or numbers.
+    """
+
+    data: Sequence[tuple[Any, ...]]
+    every: int = 50
+    num_samples: int = 32
+    patience: int | None = None
+    simulations: int = 1
+    references: Sequence[float] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.data = checked(self.data, "Evaluation.data")
+        for name, least in (("every", 1), ("num_samples", 2), ("simulations", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1, got {self.patience}. Leave it out to train all steps.")
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must agree with."""
+        return {
+            "every": self.every,
+            "num_samples": self.num_samples,
+            "simulations": self.simulations,
+            "seed": self.seed,
+            "data": digest(self.data),
+            "references": None if self.references is None else digest([float(z) for z in self.references]),
+        }
+
+
+class HeldOut:
+    """An evaluation as a run goes on: the best log Ẑ so far, the best step and its parameters.
+
+    :param results: to which evaluations are appended.
+    """
+
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        model: Program,
+        guide: Program,
+        parameters: Mapping[str, Tensor],
+        vectorize_data: bool,
+        results: list[Evaluated],
+    ) -> None:
+        self.evaluation, self.model, self.guide = evaluation, model, guide
+        self.parameters, self.vectorize_data, self.results = parameters, vectorize_data, results
+        self.log_evidence: np.ndarray | None = None
+        self.log_evidence_error: np.ndarray | None = None
+        if evaluation.references is not None:
+            self.log_evidence = np.asarray([float(z) for z in evaluation.references])
+            self.log_evidence_error = np.zeros(len(self.log_evidence))
+        self.best_step: int | None = None
+        self.best_parameters: dict[str, Tensor] = {}
+
+    def due(self, step: int) -> bool:
+        return step % self.evaluation.every == 0
+
+    def exhausted(self) -> bool:
+        """Whether the gap has not become smaller for long enough."""
+        patience = self.evaluation.patience
+        return patience is not None and sum(item.step > (self.best_step or 0) for item in self.results) >= patience
+
+    def measure(self, step: int, seconds: float) -> Evaluated:
+        """Evaluate the guide as it is.
+
+        :param seconds: of the run so far.
+        """
+        start = time.monotonic()
+        run = importance(
+            self.model, self.guide, self.evaluation.num_samples, vectorize_data=self.vectorize_data, progress=False
+        )
+        # One seed a call: a guide whose texts are longer draws more, and the calls after it would differ.
+        posteriors: list[Posterior] = []
+        for args in self._calls():
+            with randomness_kept(self.evaluation.seed + len(posteriors)):
+                posteriors.append(run(*args))
+        elbo, elbo_error, log_evidence, error, ess = (
+            np.concatenate([np.reshape(getattr(posterior, name), -1) for posterior in posteriors])
+            for name in ("elbo", "elbo_error", "log_evidence", "log_evidence_error", "ess")
+        )
+        self._improve(log_evidence, error)
+        bracket = self._bracket()
+        result = Evaluated(
+            step=step,
+            gap=math.nan,
+            gap_error=math.nan,
+            elbo=float(elbo.mean()),
+            elbo_error=float(np.sqrt(np.square(elbo_error).sum()) / len(elbo)),
+            log_evidence=float(log_evidence.mean()),
+            ess=float(ess.mean()),
+            kl_q_p=_values(None if bracket is None else bracket.kl_q_p),
+            kl_p_q=_values(None if bracket is None else bracket.kl_p_q),
+            seconds=seconds + time.monotonic() - start,
+        )
+        # With one log Z for all, the gaps are ordered as the ELBOs are.
+        if all(not item.elbo >= result.elbo for item in self.results):
+            self.best_step = step
+            self.best_parameters = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.results.append(result)
+        self._compare()
+        return result
+
+    def restore(self) -> None:
+        """Put the best evaluated parameters back."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.best_parameters[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        known = self.log_evidence is not None
+        return {
+            "log_evidence": torch.from_numpy(self.log_evidence) if known else None,
+            "log_evidence_error": torch.from_numpy(self.log_evidence_error) if known else None,
+            "best_step": self.best_step,
+            "best_parameters": self.best_parameters,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["log_evidence"] is not None:
+            self.log_evidence = state["log_evidence"].numpy()
+            self.log_evidence_error = state["log_evidence_error"].numpy()
+        self.best_step, self.best_parameters = state["best_step"], state["best_parameters"]
+
+    def _calls(self) -> Iterator[tuple[Any, ...]]:
+        data, size = list(self.evaluation.data), ROWS
+        if not self.vectorize_data:
+            yield from data
+            return
+        for start in range(0, len(data), size):
+            yield collate(data[start : start + size])
+
+    def _improve(self, log_evidence: np.ndarray, error: np.ndarray) -> None:
+        if self.log_evidence is None or self.log_evidence_error is None:
+            self.log_evidence, self.log_evidence_error = log_evidence.copy(), error.copy()
+        if self.log_evidence.shape != log_evidence.shape:
+            raise ValueError(
+                f"references= has {len(self.log_evidence)} values of log Z, but there are {len(log_evidence)} held-out "
+                "observations. Give one for each."
+            )
+        if self.evaluation.references is None:
+            better = log_evidence > self.log_evidence
+            self.log_evidence[better], self.log_evidence_error[better] = log_evidence[better], error[better]
+
+    def _compare(self) -> None:
+        """The gaps of all evaluations against one log Z."""
+        assert self.log_evidence is not None
+        assert self.log_evidence_error is not None
+        mean = float(self.log_evidence.mean())
+        squares = float(np.square(self.log_evidence_error).sum()) / len(self.log_evidence) ** 2
+        for item in self.results:
+            item.gap = mean - item.elbo
+            item.gap_error = math.sqrt(item.elbo_error**2 + squares)
+
+    def _bracket(self) -> Bounds | None:
+        if not self.evaluation.simulations:
+            return None
+        run = bounds(
+            self.model, self.guide, self.evaluation.num_samples, self.evaluation.simulations, self.vectorize_data
+        )
+        parts: list[Bounds] = []
+        for args in self._calls():
+            with randomness_kept(self.evaluation.seed + len(parts)):
+                parts.append(run(*args))
+        return Bounds.join(parts)
+
+
+def _values(bracket: tuple[Estimate, Estimate | None] | None) -> tuple[float, float]:
+    if bracket is None or bracket[1] is None:
+        return math.nan, math.nan
+    return bracket[0].value, bracket[1].value

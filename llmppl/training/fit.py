@@ -1,0 +1,274 @@
+"""fit(): the training loop for guides."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.infer import ELBO
+from torch import nn
+from tqdm.auto import tqdm
+
+from llmppl.programs.plates import in_data_plate
+from llmppl.programs.random_states import randomness_kept
+from llmppl.programs.structure import Program
+from llmppl.training.collation import collate
+from llmppl.training.evaluation import Evaluation, HeldOut
+from llmppl.training.history import COLUMNS, History
+from llmppl.training.minibatches import Data, Minibatches, checked
+from llmppl.training.optimization import SCHEDULES, make_optimizer, make_scheduler, trained_parameters
+from llmppl.training.regularisation import Regularisation, Regularised
+from llmppl.training.resumable import Resumable
+from llmppl.training.run_identity import run_identity
+
+__all__ = ["History", "fit"]
+
+
+def fit(
+    model: Program,
+    guide: Program,
+    data: Data,
+    objective: ELBO,
+    steps: int,
+    batch_size: int = 1,
+    vectorize_data: bool = False,
+    learning_rate: float = 3e-4,
+    log_partition_learning_rate: float = 1e-1,
+    warmup_steps: int = 10,
+    weight_decay: float = 0.01,
+    clip_norm: float = 1.0,
+    seed: int | None = None,
+    progress: bool = True,
+    callback: Callable[[int, History], None] | None = None,
+    accumulate: int = 1,
+    schedule: str = "constant",
+    target_temperature: Callable[[int], float] | float = 1.0,
+    evaluation: Evaluation | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 50,
+    resume: bool = False,
+    regularisation: Regularisation | None = None,
+) -> History:
+    """Train a guide on minibatches of data with AdamW.
+
+    With a ``folder`` the run can be resumed: called again with ``resume=True`` and otherwise as before it
+    goes on from its newest whole checkpoint, bit for bit as if it had not stopped. Killed at any moment it
+    loses the steps since that checkpoint. The same call with ``resume=True`` starts a run, too, so that
+    one command can be repeated until it is through.
+
+    :param data: the program's argument tuples; each is drawn once before any is drawn again.
+    :param objective: any pyro ``ELBO``. One with ``state_dict()`` and ``load_state_dict(state)``, of
+        tensors, numbers, strings, lists and dicts, has its state in the checkpoints.
+    :param batch_size: tuples a minibatch; their gradients are averaged.
+    :param vectorize_data: call the program once for a whole minibatch, with a list in place of each
+        string argument (tensors are stacked, text tensors padded first), inside a plate: faster, for
+        programs that treat rows alike.
+    :param learning_rate: after ``warmup_steps`` steps of linear warm-up.
+    :param log_partition_learning_rate: for a guide's learned log-partition.
+    :param weight_decay: of AdamW: each step multiplies the guide's weights (not those of a learned
+        log-partition) by one minus this times the learning rate, which pulls an adapter back to the prompt
+        guide. It regularises, as what ``regularisation`` holds does.
+    :param clip_norm: the global gradient norm is clipped at this.
+    :param seed: of every random number of the run; by default Pyro's current state is used.
+    :param callback: called as ``callback(step, history)`` after each step.
+    :param accumulate: minibatches a step, one after another in memory; the gradients of all are averaged.
+    :param schedule: of the learning rate after warm-up, ``"constant"`` or ``"cosine"``, which falls to zero
+        at ``steps``.
+    :param target_temperature: of objectives that can temper the posterior they aim at; a number, or a
+        function of the step, from 0. Evaluations are at temperature 1.
+    :param evaluation: what is measured on held-out data; with ``patience`` it ends the training early.
+    :param folder: keeps the newest two checkpoints, ``metrics.jsonl`` with a line a step, and TensorBoard's
+        events where ``tensorboard`` is installed. Made if it does not exist.
+    :param checkpoint_every: steps between checkpoints; the last step has one in any case.
+    :param resume: go on from the folder's newest checkpoint, where it has one. ``steps`` may grow under the
+        constant schedule.
+    :param regularisation: input noise, adapter dropout and simulated observations against overfitting, see
+        :class:`~llmppl.Regularisation`; none by default.
+    :returns: the history, of the resumed run from its first step.
+    :raises TypeError, ValueError: malformed data or numbers; a loss that is not finite; a folder with
+        checkpoints without ``resume``, of another run, or with damaged ones only; a regularisation that the
+        program, the guide or the objective cannot have.
+    """
+    data = checked(data)
+    _check_numbers(steps=steps, batch_size=batch_size, accumulate=accumulate, checkpoint_every=checkpoint_every)
+    if not isinstance(objective, ELBO):
+        raise TypeError(f"objective must be an ELBO such as TrajectoryBalance(num_particles=16), got {objective!r}.")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r} must be one of {SCHEDULES}.")
+    if resume and folder is None:
+        raise ValueError("resume=True needs folder=, where the run's checkpoints are.")
+    if seed is not None:
+        pyro.set_rng_seed(seed)
+    batches = Minibatches(data, batch_size, torch.initial_seed() % 2**32 if seed is None else seed)
+    program, proposal = (in_data_plate(model), in_data_plate(guide)) if vectorize_data else (model, guide)
+    # What an earlier run or backward pass left behind is none of this one's gradient.
+    for _, parameter in pyro.get_param_store().named_parameters():
+        parameter.grad = None
+    if isinstance(guide, nn.Module):
+        guide.zero_grad()
+
+    first = collate(batches.upcoming()) if vectorize_data else batches.upcoming()[0]
+    with randomness_kept():
+        parameters = trained_parameters(program, proposal, guide, first)
+        regularised = Regularised(regularisation, program, proposal, guide, objective, first)
+    optimizer = make_optimizer(parameters, guide, learning_rate, log_partition_learning_rate, weight_decay)
+    scheduler = make_scheduler(optimizer, schedule, warmup_steps, steps)
+    history = History()
+    held_out = (
+        None
+        if evaluation is None
+        else HeldOut(evaluation, model, guide, parameters, vectorize_data, history.evaluations)
+    )
+    parts: dict[str, Any] = {"batches": batches, "optimizer": optimizer, "scheduler": scheduler, "history": history}
+    parts |= {} if held_out is None else {"held_out": held_out}
+    parts |= {"objective": objective} if hasattr(objective, "state_dict") else {}
+    identity = run_identity(
+        guide,
+        parameters,
+        objective,
+        data,
+        batch_size=batches.batch_size,
+        accumulate=accumulate,
+        vectorize_data=vectorize_data,
+        schedule=schedule,
+        steps="any" if schedule == "constant" else steps,
+        learning_rate=learning_rate,
+        log_partition_learning_rate=log_partition_learning_rate,
+        warmup_steps=warmup_steps,
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
+        target_temperature="a function" if callable(target_temperature) else float(target_temperature),
+        evaluation=None if evaluation is None else evaluation.settings(),
+        **{f"regularisation's {name}": value for name, value in regularised.options.settings().items()},
+    )
+    run = Resumable(identity, parameters, guide, parts, folder)
+    step = run.open(resume)
+    start = time.monotonic() - (history.seconds[-1] if history.seconds else 0.0)
+
+    def evaluate(step: int) -> None:
+        if held_out is not None and held_out.due(step):
+            result = held_out.measure(step, time.monotonic() - start)
+            run.record("evaluation", step, asdict(result))
+
+    with (
+        _tempering(objective, target_temperature) as temper,
+        run,
+        tqdm(
+            total=steps, initial=min(step, steps), desc=f"fit {type(objective).__name__}", disable=not progress
+        ) as bar,
+    ):
+        if step == 0:
+            evaluate(0)
+        while step < steps and not (held_out is not None and held_out.exhausted()):
+            temper(step)
+            optimizer.zero_grad()
+            loss, reports = _accumulated(objective, regularised, batches, accumulate, vectorize_data, step)
+            for parameter in parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad /= accumulate * batches.batch_size
+            norm = nn.utils.clip_grad_norm_(parameters.values(), clip_norm)
+            rate = optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            scheduler.step()
+            step += 1
+            history.append(
+                loss=loss,
+                elbo=_mean(reports, "elbo"),
+                ess=_mean(reports, "ess"),
+                gradient_norm=float(norm),
+                learning_rate=rate,
+                seconds=time.monotonic() - start,
+            )
+            run.record("step", step, {name: getattr(history, name)[-1] for name in COLUMNS})
+            evaluate(step)
+            stopped = held_out is not None and held_out.exhausted()
+            if step % checkpoint_every == 0 or step == steps or stopped:
+                run.save(step)
+            shown = {"loss": f"{history.loss[-1]:.2f}"}
+            if not math.isnan(history.elbo[-1]):  # simulated pairs have none
+                shown |= {"ELBO": f"{history.elbo[-1]:.2f}", "ESS": f"{history.ess[-1]:.1f}"}
+            if history.evaluations:
+                shown["gap"] = f"{history.evaluations[-1].gap:.2f}"
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+            if callback is not None:
+                callback(step, history)
+        if held_out is not None and held_out.exhausted():
+            held_out.restore()
+            history.restored = held_out.best_step
+            bar.set_postfix_str(f"stopped early, back to step {held_out.best_step}")
+    return history
+
+
+def _accumulated(
+    objective: ELBO,
+    regularised: Regularised,
+    batches: Minibatches,
+    accumulate: int,
+    vectorize_data: bool,
+    step: int,
+) -> tuple[float, list[dict[str, float]]]:
+    """The loss of a step, for one observation, and what the objective reported at each of its calls; the
+    summed gradients are left in the parameters.
+
+    :raises ValueError: a loss that is not finite.
+    """
+    total, reports = 0.0, []
+    simulates = regularised.simulates()
+    for _ in range(accumulate):
+        batch = batches.draw()
+        for args in [collate(batch)] if vectorize_data else batch:
+            with regularised.call(args, simulates) as (model, guide):
+                # Some of Pyro's objectives have no differentiable loss, and some return several.
+                loss = float(np.sum(objective.loss_and_grads(model, guide, *args)))
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"the loss is {loss} at step {step + 1}, on {args!r}. Lower learning_rate, or check the "
+                    "program's factors."
+                )
+            total += loss / (accumulate * len(batch))
+            rows = len(batch) if vectorize_data else 1
+            reports.append(getattr(objective, "diagnostics", None) or {"elbo": -loss / rows})
+    return total, reports
+
+
+@contextmanager
+def _tempering(objective: Any, temperature: Callable[[int], float] | float) -> Iterator[Callable[[int], None]]:
+    """Sets the objective's temperature before a step, and 1 in the end."""
+    if not callable(temperature) and temperature == 1.0:
+        yield lambda step: None
+        return
+    if not hasattr(objective, "target_temperature"):
+        raise TypeError(
+            f"target_temperature= is for objectives that can temper their target, and {type(objective).__name__} "
+            "cannot. Leave it out, or use an off-policy objective such as TrajectoryBalance."
+        )
+
+    def temper(step: int) -> None:
+        value = float(temperature(step) if callable(temperature) else temperature)
+        if not 0 < value < math.inf:
+            raise ValueError(f"target_temperature must be positive, got {value} at step {step}.")
+        objective.target_temperature = value
+
+    try:
+        yield temper
+    finally:
+        objective.target_temperature = 1.0
+
+
+def _check_numbers(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if not value >= 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def _mean(reports: list[dict[str, float]], key: str) -> float:
+    return float(np.mean([report.get(key, math.nan) for report in reports]))

@@ -1,0 +1,100 @@
+"""What a training run reported."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llmppl.display.plots import plot_history
+
+COLUMNS = ("loss", "elbo", "ess", "gradient_norm", "learning_rate", "seconds")
+
+
+@dataclass
+class Evaluated:
+    """One evaluation, means over the held-out observations, nats.
+
+    :param gap: log Z − ELBO; see :class:`~llmppl.Evaluation` for what stands for log Z.
+    :param gap_error: Monte Carlo standard error of the gap, for these observations.
+    :param elbo, elbo_error: of the guide, with its standard error.
+    :param log_evidence: the mean log Ẑ of this evaluation alone.
+    :param ess: effective sample size, of ``num_samples``.
+    :param kl_q_p: lower and upper estimate of KL(q‖p) on simulated observations; NaN without simulations.
+    :param kl_p_q: the same of KL(p‖q).
+    :param seconds: of the run at the end of this evaluation.
+    """
+
+    step: int
+    gap: float
+    gap_error: float
+    elbo: float
+    elbo_error: float
+    log_evidence: float
+    ess: float
+    kl_q_p: tuple[float, float]
+    kl_p_q: tuple[float, float]
+    seconds: float
+
+
+@dataclass(repr=False)
+class History:
+    """What a training run reported at each step.
+
+    :param loss: of the objective, for one observation.
+    :param elbo: nats, mean over the step's observations; NaN where the objective reports none.
+    :param ess: effective sample size of the step's on-policy particles, mean over observations.
+    :param gradient_norm: before clipping.
+    :param seconds: since the start, without the pauses between a stop and its resumption.
+    :param learning_rate: of the step.
+    :param evaluations: on held-out data, where ``fit`` was given an :class:`~llmppl.Evaluation`.
+    :param restored: the step whose parameters were put back where training stopped early.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    elbo: list[float] = field(default_factory=list)
+    ess: list[float] = field(default_factory=list)
+    gradient_norm: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)
+    evaluations: list[Evaluated] = field(default_factory=list)
+    restored: int | None = None
+
+    def append(self, **values: float) -> None:
+        """Add a step's numbers."""
+        for name in COLUMNS:
+            getattr(self, name).append(float(values[name]))
+
+    def state_dict(self) -> dict[str, Any]:
+        columns = {name: list(getattr(self, name)) for name in COLUMNS}
+        return {**columns, "evaluations": [asdict(item) for item in self.evaluations]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in COLUMNS:
+            setattr(self, name, list(state[name]))
+        # In place: the evaluations of a run go on in this list.
+        self.evaluations[:] = [Evaluated(**item) for item in state["evaluations"]]
+
+    def __repr__(self) -> str:
+        if not self.loss:
+            return "History(no steps)"
+        last = max(len(self.loss) // 5, 1)
+        text = (
+            f"History({len(self.loss)} steps in {self.seconds[-1]:.0f} s, mean of the last {last}: "
+            f"loss {np.mean(self.loss[-last:]):.2f}"
+        )
+        known = ~np.isnan(self.elbo[-last:])
+        if known.any():
+            elbo, ess = (np.asarray(column[-last:])[known].mean() for column in (self.elbo, self.ess))
+            text += f", ELBO {elbo:.2f} nats, ESS {ess:.1f}"
+        if self.evaluations:
+            first, newest = self.evaluations[0], self.evaluations[-1]
+            text += f"; held-out gap {first.gap:.2f} at step {first.step}, {newest.gap:.2f} at step {newest.step}"
+        if self.restored is not None:
+            text += f"; stopped early, the parameters are those of step {self.restored}"
+        return text + ")"
+
+    def plot(self, ax: Any = None) -> Any:
+        """See :func:`llmppl.display.plots.plot_history`."""
+        return plot_history(self, ax)

@@ -1,0 +1,78 @@
+"""A run whose state is written to its folder, and put in place from there."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmppl.programs.random_states import random_state, set_random_state
+from llmppl.programs.structure import Program
+from llmppl.training.run_folder import RunFolder
+from llmppl.training.run_identity import check_identity
+
+
+class Resumable:
+    """A run's checkpoints and metrics, or neither where it has no folder.
+
+    :param parts: what has ``state_dict()`` and ``load_state_dict(state)``, by name.
+    """
+
+    def __init__(
+        self,
+        identity: dict[str, str],
+        parameters: dict[str, Tensor],
+        guide: Program,
+        parts: dict[str, Any],
+        folder: str | os.PathLike[str] | None,
+    ) -> None:
+        self.identity, self.parts = identity, parts
+        self.folder = None if folder is None else RunFolder(folder)
+        buffers = dict(guide.named_buffers()) if isinstance(guide, nn.Module) else {}
+        self.tensors = {**parameters, **{f"buffer {name}": buffer for name, buffer in buffers.items()}}
+
+    def open(self, resume: bool) -> int:
+        """The step to go on from: 0, or that of the newest whole checkpoint, whose state is put in place."""
+        if self.folder is None:
+            return 0
+        if not resume and self.folder.checkpoints():
+            raise ValueError(
+                f"{self.folder.path} holds the checkpoints of a run already. Pass resume=True to go on with it, or "
+                "choose another folder."
+            )
+        state = self.folder.load() if resume else None
+        if state is not None:
+            check_identity(state["identity"], self.identity, f"the checkpoint in {self.folder.path}")
+            with torch.no_grad():
+                for name, tensor in self.tensors.items():
+                    tensor.copy_(state["tensors"][name])
+            for name, part in self.parts.items():
+                part.load_state_dict(state["parts"][name])
+            set_random_state(state["random"])
+        step = 0 if state is None else int(state["step"])
+        self.folder.begin(step)
+        return step
+
+    def save(self, step: int) -> None:
+        if self.folder is not None:
+            state = {
+                "identity": self.identity,
+                "step": step,
+                "tensors": {name: tensor.detach() for name, tensor in self.tensors.items()},
+                "parts": {name: part.state_dict() for name, part in self.parts.items()},
+                "random": random_state(),
+            }
+            self.folder.save(step, state)
+
+    def record(self, event: str, step: int, values: dict[str, Any]) -> None:
+        if self.folder is not None:
+            self.folder.record(event, step, values)
+
+    def __enter__(self) -> Resumable:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.folder is not None:
+            self.folder.close()

@@ -1,0 +1,15 @@
+"""What a ready program asks of its language model, so that it stands once for Pyro and NumPyro."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class Maker(Protocol):
+    """A language model of either framework: :class:`llmppl.LM` or :class:`llmppl.numpyro.LM`."""
+
+    primitives: Any
+    """``pyro`` or ``numpyro``: the ``sample``, ``factor`` and ``deterministic`` of its programs."""
+
+    def __call__(self, *pieces: Any, **law: Any) -> Any: ...
+    def encode(self, text: Any) -> Any: ...
