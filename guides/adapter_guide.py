@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +10,6 @@ from torch import Tensor, nn
 from llmppl.distributions.conditioned_text import ConditionedText
 from llmppl.guides.saved_guide import SavedGuide
 from llmppl.guides.text_guide import program_name, register_module
-
-_numbers = itertools.count()
 
 
 class AdapterGuide(SavedGuide):
@@ -34,7 +31,7 @@ class AdapterGuide(SavedGuide):
         :param seed: of its initial weights; drawn from torch's generator by default.
         :param add: adds an adapter of a name.
         """
-        self.adapter = adapter or f"{type(self).__name__}_{next(_numbers)}"
+        self.adapter = adapter or self.lm.adapters.free_name(type(self).__name__)
         # forget the seeded state afterwards, unless the caller's generator is what seeds it
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
@@ -43,6 +40,12 @@ class AdapterGuide(SavedGuide):
         self.weights = nn.ParameterDict(
             {key.replace(".", "/"): p for key, p in self.lm.adapters.parameters(self.adapter).items()}
         )
+
+    def own_adapters(self) -> tuple[str, ...]:
+        return (self.adapter,)
+
+    def became_a_copy(self, names: Mapping[str, str]) -> None:
+        self.adapter = names.get(self.adapter, self.adapter)
 
     def distribution(self, name: str, prior: ConditionedText, context: Tensor) -> ConditionedText:
         return prior.with_context(context, self.adapter)

@@ -48,6 +48,12 @@ class NetworkGuide(SavedGuide):
             raise ValueError("network= belongs to another language model. Make it with the lm of this guide.")
         self.network = network
 
+    def own_adapters(self) -> tuple[str, ...]:
+        return () if self.network.adapter is None else (self.network.adapter,)
+
+    def became_a_copy(self, names: Mapping[str, str]) -> None:
+        self.network.rename(names)
+
     def register(self) -> None:
         register_module(self._name, self.network)
 

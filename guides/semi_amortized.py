@@ -66,6 +66,7 @@ class SemiAmortizedGuide(DirectGuide):
     """
 
     exactness = "conditional"
+    transient = ("_start", "_refined")
 
     def __init__(
         self,
@@ -318,6 +319,9 @@ class InstanceGuide(TextGuide):
                 "the guide that it was made from, or its fine_tune()."
             )
         return super().forward(*args, **kwargs)
+
+    def became_a_copy(self, names: Mapping[str, str]) -> None:
+        self._number = next(_numbers)
 
     def distribution(self, name: str, prior: ConditionedText, context: Tensor) -> FactorisedText:
         assert isinstance(prior, ProcessText)

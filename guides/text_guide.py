@@ -13,6 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from llmppl.distributions.conditioned_text import ConditionedText
+from llmppl.guides.copies import independent, reduced
 from llmppl.language_model import LM
 from llmppl.network.text_tensors import Piece, left_aligned
 from llmppl.programs.structure import Program, Site, any_text, is_latent, is_text, signature, structure
@@ -53,6 +54,9 @@ class TextGuide(nn.Module):
     two_sided = False
     """Whether the guide fills a gap (:meth:`fill`), or continues a text (:meth:`distribution`)."""
 
+    transient: tuple[str, ...] = ()
+    """Attributes of one run, which no copy has."""
+
     def __init__(
         self,
         model: Program,
@@ -83,6 +87,20 @@ class TextGuide(nn.Module):
     def fill(self, name: str, prior: ConditionedText, left: Tensor, right: Tensor) -> ConditionedText:
         """The proposal of a site between two contexts of shapes ``prior.batch_shape + (L,)``."""
         raise NotImplementedError
+
+    def own_adapters(self) -> tuple[str, ...]:
+        """Names of the adapters on the language model that are this guide's."""
+        return ()
+
+    def became_a_copy(self, names: Mapping[str, str]) -> None:
+        """Called of a copy, with the names of its adapters by those of the original."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """An independent guide on the same language model: a copy trains, and the original stays as it is."""
+        return independent(self, memo)
+
+    def __reduce__(self) -> Any:
+        return reduced(self)
 
     def register(self) -> None:
         """Make the guide's parameters known to Pyro's parameter store."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from llmppl.distributions.autoregressive_text import AutoregressiveText
 from llmppl.distributions.choice import Choice
 from llmppl.network.adapters import Adapters
 from llmppl.network.low_precision import Sampler
+from llmppl.network.pickling import packed, unpacked
 from llmppl.network.scoring import Request, score
 from llmppl.network.text_law import TextLaw
 from llmppl.network.text_tensors import Piece, check_text, join, pad_rows
@@ -50,14 +52,8 @@ class LM:
     """The framework whose ``sample`` and ``factor`` a ready program takes."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.transformer = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.codec = Codec(tokenizer)
-        self.vocabulary = min(self.codec.vocabulary, model.get_input_embeddings().weight.shape[0])
-        self.adapters = Adapters(self.transformer)
-        self.network = Network(self.transformer)
-        self.spelling = Spelling(self.codec, self.vocabulary)
-        self._samplers: dict[tuple[str | None, torch.dtype], Sampler] = {}
+        model = model.eval().requires_grad_(False)
+        self._become(model, tokenizer, Adapters(model))
 
     @classmethod
     def from_pretrained(
@@ -90,6 +86,26 @@ class LM:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         return cls(model.to(device), tokenizer)
+
+    # --- copies --------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LM:
+        """Another language model with a transformer of its own, adapters included."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin._become(*(copy.deepcopy(part, memo) for part in (self.transformer, self.tokenizer, self.adapters)))
+        return twin
+
+    def __reduce__(self) -> Any:
+        return _unpickled, (type(self), packed((self.transformer, self.tokenizer, self.adapters)))
+
+    def _become(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapters: Adapters) -> None:
+        self.transformer, self.tokenizer, self.adapters = model, tokenizer, adapters
+        self.codec = Codec(tokenizer)
+        self.vocabulary = min(self.codec.vocabulary, model.get_input_embeddings().weight.shape[0])
+        self.spelling = Spelling(self.codec, self.vocabulary)
+        self.network = Network(self.transformer)
+        self._samplers: dict[tuple[str | None, torch.dtype], Sampler] = {}
 
     # --- strings and tensors -----------------------------------------------------------------
 
@@ -305,3 +321,9 @@ class LM:
             f"{weights / 1e6:.1f} M parameters, vocabulary={self.vocabulary}, "
             f"dtype={str(self.dtype).removeprefix('torch.')}, device={self.device}{adapters})"
         )
+
+
+def _unpickled(kind: type[LM], content: bytes) -> LM:
+    lm = kind.__new__(kind)
+    lm._become(*unpacked(content))
+    return lm

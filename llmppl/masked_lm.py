@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,6 @@ from llmppl.text import PAD
 
 if TYPE_CHECKING:
     from types import EllipsisType
-
-_numbers = itertools.count()
 
 
 class MaskedLM(nn.Module):
@@ -85,7 +83,7 @@ class MaskedLM(nn.Module):
         # Before the adapter is added: a refused call leaves the model as it was.
         check_count("max_tokens", max_tokens)
         check_count("rank", rank)
-        name = adapter or f"MaskedLM_{next(_numbers)}"
+        name = adapter or lm.adapters.free_name("MaskedLM")
         scale = float(2 * rank if alpha is None else alpha)
         probe_bidirectional(lm.transformer)
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
@@ -154,6 +152,27 @@ class MaskedLM(nn.Module):
             for key, parameter in self.weights.items():
                 if key.replace("/", ".") in fresh:
                     parameter.copy_(fresh[key.replace("/", ".")])
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Take the adapter of a copy, whose name is another."""
+        if self.adapter is not None:
+            self.adapter = names.get(self.adapter, self.adapter)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MaskedLM:
+        """An independent network on the same language model: an adapter of its own with the same values, or a
+        transformer of its own. In a guide's copy the guide has seen to it."""
+        lm, names = self.lm, dict[str, str]()
+        if id(lm) not in memo:
+            memo.update({id(part): part for part in (lm, lm.transformer, lm.adapters)})
+            if self.adapter is not None:
+                names[self.adapter] = lm.adapters.duplicate(self.adapter)
+                theirs = lm.adapters.parameters(names[self.adapter])
+                memo.update({id(p): theirs[key] for key, p in lm.adapters.parameters(self.adapter).items()})
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        twin.rename(names)
+        return twin
 
     def settings(self) -> dict[str, object]:
         """What saved weights must agree with."""

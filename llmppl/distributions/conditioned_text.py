@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -63,6 +64,9 @@ class Memo:
             return scores
         return scores.detach()
 
+    def detached(self) -> Memo:
+        return Memo(self.value, None if self.scores is None else self.scores.detach(), self.version)
+
 
 @dataclass(frozen=True)
 class Pending:
@@ -103,6 +107,19 @@ class ConditionedText:
         """What ``log_prob(value)`` asks of the network; ``None`` where it is known already."""
         raise NotImplementedError
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the graphs of what was scored: a copy is scored anew where gradients are wanted."""
+        return {key: _without_graph(value) for key, value in self.__dict__.items()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy on the same language model, or on the model's copy where that is being copied, too."""
+        for part in (self.lm, getattr(self, "model", None)):
+            memo.setdefault(id(part), part)
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()})
+        return twin
+
     @property
     def _wants_gradient(self) -> bool:
         return torch.is_grad_enabled() and self.lm.trains(self.adapter)
@@ -120,3 +137,9 @@ class ConditionedText:
         flat = value.expand(shape + value.shape[-1:]).reshape(-1, value.shape[-1])
         context = self.context.expand(shape + self.context.shape[-1:])
         return flat, context.reshape(-1, context.shape[-1]), shape
+
+
+def _without_graph(value: Any) -> Any:
+    if isinstance(value, Tensor) and not value.is_leaf:
+        return value.detach()
+    return value.detached() if hasattr(value, "detached") else value

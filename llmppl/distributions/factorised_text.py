@@ -165,6 +165,10 @@ class _Table:
     _found: tuple[Tensor, Tensor] | None = None
     _made: tuple[bool, int] = (False, 0)
 
+    def detached(self) -> _Table:
+        logits = self.logits.detach() if isinstance(self.logits, Tensor) else self.logits
+        return _Table(logits, self.context, self.version)
+
     def get(self) -> tuple[Tensor, Tensor]:
         if isinstance(self.logits, Tensor):
             own = self.logits.shape[:-2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_numbers = itertools.count()
 
 
 class Adapters:
@@ -20,6 +23,7 @@ class Adapters:
     def __init__(self, transformer: nn.Module) -> None:
         self.transformer = transformer
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
+        self._made: dict[str, tuple[int, float, list[str] | None]] = {}
         self._active: str | None = None
         self._layers: list[Any] = []
         self._virtual: VirtualTokens | None = None
@@ -53,6 +57,7 @@ class Adapters:
             # Several adapters on one model are what this class is for.
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             inject_adapter_in_model(config, self.transformer, adapter_name=name)
+        self._made[name] = (rank, alpha, target_modules)
         # A forward pass in training mode would switch dropout on, were there any.
         self.transformer.eval()
         self._parameters[name] = {
@@ -82,6 +87,10 @@ class Adapters:
         self._parameters.setdefault(name, {})["virtual_tokens"] = learned
         first = self._virtual.first
         return range(first, first + len(learned))
+
+    def free_name(self, stem: str) -> str:
+        """A name that no adapter has yet, here or on another model of this process: Pyro's store is one for all."""
+        return next(name for n in _numbers if (name := f"{stem}_{n}") not in self._parameters)
 
     def _check_new(self, name: str) -> None:
         if name in self._parameters:
@@ -165,6 +174,35 @@ class Adapters:
         """Copy tensors, keyed as in :meth:`parameters`, into an adapter."""
         for key, parameter in self._parameters[name].items():
             parameter.copy_(tensors[key])
+
+    # --- copies ------------------------------------------------------------------------------------
+
+    def duplicate(self, name: str) -> str:
+        """Another adapter with the values of one; its name."""
+        return self.restore(name, self.state(name))
+
+    def state(self, name: str) -> dict[str, Any]:
+        """What :meth:`restore` makes an adapter from, in plain tensors and numbers."""
+        tensors = {key: parameter.detach().clone() for key, parameter in self._parameters[name].items()}
+        return {
+            "made": self._made.get(name),
+            "tensors": tensors,
+            "trained": {key: parameter.requires_grad for key, parameter in self._parameters[name].items()},
+        }
+
+    def restore(self, name: str, state: dict[str, Any]) -> str:
+        """Add an adapter with the values of a :meth:`state`, under a name that is free here; returns that name."""
+        free = next(new for n in itertools.count() if (new := f"{name}_copy{n}" if n else name) not in self._parameters)
+        tensors = state["tensors"]
+        with torch.random.fork_rng(devices=[]):  # its initial values are not kept
+            if state["made"] is not None:
+                self.add(free, *state["made"])
+        if "virtual_tokens" in tensors:
+            self.add_virtual_tokens(free, tensors["virtual_tokens"])
+        self.load(free, tensors)
+        for key, parameter in self._parameters[free].items():
+            parameter.requires_grad_(state["trained"][key])
+        return free
 
 
 class GradientDropout(nn.Module):

@@ -76,6 +76,9 @@ class Grammar:
             self._bound[id(lm)] = BoundGrammar(self, lm)
         return self._bound[id(lm)]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bound": {}}
+
     def __repr__(self) -> str:
         return f"Grammar({self.description})"
 
@@ -143,6 +146,9 @@ class BoundGrammar:
     def reachable(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
         """Which texts the masked law can produce, ``(n,)``."""
         return np.array([all(self._mask(tuple(row[:t]))[token] for t, token in enumerate(row)) for row in texts], bool)
+
+    def __reduce__(self) -> Any:
+        return Grammar.bind, (self.grammar, self.lm)
 
     def __eq__(self, other: object) -> bool:
         """The same grammar over the tokens of the same model, so that it need not be compiled anew."""

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from pyro.infer import ELBO
-from torch import Tensor, nn
+from torch import Tensor
 
+from llmppl.network.digests import weights_digest
 from llmppl.programs.structure import Program
 
 # Set by Pyro, or by fit, while a run goes on.
@@ -32,7 +33,7 @@ def run_identity(
     if hasattr(guide, "lm"):
         lm = guide.lm
         record |= {f"language model's {key}": value for key, value in lm.fingerprint().items()}
-        record["language model's weights"] = _digest_of_weights(lm.transformer)
+        record["language model's weights"] = weights_digest(lm.transformer)
     record["guide"] = type(guide).__name__
     if hasattr(guide, "settings"):
         record |= {f"guide's {key}": value for key, value in guide.settings().items()}
@@ -83,18 +84,6 @@ def _feed(state: Any, value: Any) -> None:
         state.update(f"{type(value).__name__} {len(text)}:".encode() + text)
     else:
         state.update(f"{type(value).__qualname__};".encode())
-
-
-def _digest_of_weights(transformer: nn.Module, points: int = 32) -> str:
-    """A few numbers of every frozen weight: another model of the same shape differs in them."""
-    state = hashlib.sha256()
-    for name, weight in transformer.named_parameters():
-        if "lora_" not in name:
-            flat = weight.detach().flatten()
-            sample = flat[:: max(len(flat) // points, 1)][:points]
-            # Adapters that were added since wrap the layer.
-            state.update(name.replace(".base_layer", "").encode() + sample.double().cpu().numpy().tobytes())
-    return state.hexdigest()[:16]
 
 
 def _settings(objective: ELBO) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -64,6 +65,15 @@ class TextGuide:
         self.model, self.lm, self.prompt, self.others = model, lm, checked_prompts(prompt), others
         self.params: dict[str, Any] = {}
         """Trained values of parameters that are not the guide's own, those of ``others`` say, by their name."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """An independent guide on the same language model: a copy trains, and the original stays as it is."""
+        for part in (self.lm, self.model):
+            memo.setdefault(id(part), part)
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        return twin
 
     def distribution(self, name: str, prior: Text, context: Context) -> Text:
         """The proposal of a site, on a context as :meth:`LM.context` gives it."""
