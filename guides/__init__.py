@@ -7,6 +7,7 @@ from llmppl.guides.refinement import RefinementGuide
 from llmppl.guides.semi_amortized import InstanceGuide, SemiAmortizedGuide
 from llmppl.guides.soft_prompt import SoftPromptGuide
 from llmppl.guides.text_guide import TextGuide
+from llmppl.guides.word_guide import WordGuide
 
 __all__ = [
     "AutoregressiveGuide",
@@ -18,4 +19,5 @@ __all__ = [
     "SemiAmortizedGuide",
     "SoftPromptGuide",
     "TextGuide",
+    "WordGuide",
 ]

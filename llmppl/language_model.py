@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmppl.distributions.autoregressive_text import AutoregressiveText
 from llmppl.distributions.choice import Choice
+from llmppl.distributions.content_word import ContentWord
 from llmppl.network.adapters import Adapters
 from llmppl.network.low_precision import Sampler
 from llmppl.network.pickling import packed, unpacked
@@ -26,6 +27,8 @@ from llmppl.network.transformer import Network
 from llmppl.text import PAD
 from llmppl.text.spelling import Spelling, empty_context
 from llmppl.text.tokenization import Codec
+from llmppl.text.word_automaton import WordTokens
+from llmppl.text.words import SHORTEST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -188,6 +191,19 @@ class LM:
         rows = self.spelling.options(options)
         return Choice(self, self.context(*pieces), pad_rows(rows, device=self.device))
 
+    @cached_property
+    def word_tokens(self) -> WordTokens:
+        """The vocabulary as :mod:`llmppl.text.word_automaton` reads it; made in about a second."""
+        return WordTokens(self.codec.token_texts[: self.vocabulary])
+
+    def content_word(self, text: Piece, shortest: int = SHORTEST) -> ContentWord:
+        """The distribution over the content words of a text, each with the same probability.
+
+        :param text: as a piece of :meth:`__call__`.
+        :param shortest: letters of a content word, at least.
+        """
+        return ContentWord(self, self._piece(text, 1), shortest)
+
     def context(self, *pieces: Piece) -> Tensor:
         """The joined pieces as a context: a text tensor with padding anywhere, behind whatever the
         tokenizer puts before every text.
@@ -269,7 +285,8 @@ class LM:
     def score(self, requests: Sequence[Request], adapter: str | None = None) -> list[Tensor]:
         """Log-probability of each token of each request's texts, ``(N, width)``, in nats; see
         :func:`llmppl.network.scoring.score`. With gradients where the adapter trains."""
-        with self.using(adapter), torch.set_grad_enabled(torch.is_grad_enabled() and self.trains(adapter)):
+        gradient = self.trains(adapter)
+        with self.using(adapter), torch.set_grad_enabled(torch.is_grad_enabled() and gradient):
             return score(self.network, requests)
 
     @contextmanager

@@ -2,5 +2,6 @@
 
 from llmppl.models.continuation import continuation
 from llmppl.models.infilling import ending_first, infilling
+from llmppl.models.keyword import keyword
 
-__all__ = ["continuation", "ending_first", "infilling"]
+__all__ = ["continuation", "ending_first", "infilling", "keyword"]

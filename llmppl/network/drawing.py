@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,11 @@ CACHE_BYTES = 512 * 2**20
 """Memory of the key-value cache and logits of the rows that are drawn together."""
 
 
+Twist = Callable[[Tensor, list[int], Tensor], Tensor]
+"""From log-probabilities over the vocabulary ``(P, V)``, the numbers of their rows and the texts so far ``(P, t)``,
+other log-probabilities."""
+
+
 class NotFiniteError(ValueError):
     """The network gave no probabilities."""
 
@@ -29,6 +34,7 @@ def draw(
     law: TextLaw,
     contexts: Sequence[Sequence[int]],
     temperature: Tensor | None = None,
+    twist: Twist | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One text for each context.
 
@@ -38,6 +44,7 @@ def draw(
     :param contexts: ``N`` token lists, none empty.
     :param temperature: ``(N,)``, an extra temperature to draw at (a behaviour policy). The recorded
         log-probabilities are those of ``law`` all the same.
+    :param twist: another law of the next token, made from ``law``'s; the recorded log-probabilities are its.
     :returns: texts ``(N, max_tokens)`` and the log-probability of each token ``(N, max_tokens)``, nats.
     """
     order = sorted(range(len(contexts)), key=lambda n: list(contexts[n]))
@@ -46,7 +53,7 @@ def draw(
     for start in range(0, len(order), block):
         rows = order[start : start + block]
         heat = None if temperature is None else temperature[rows]
-        parts.append(_draw_block(transformer, law, [contexts[n] for n in rows], heat))
+        parts.append(_draw_block(transformer, law, [contexts[n] for n in rows], heat, twist, rows))
     back = torch.tensor(order).argsort().to(parts[0][0].device)
     tokens = torch.cat([tokens for tokens, _ in parts])
     log_probs = torch.cat([log_probs for _, log_probs in parts])
@@ -69,6 +76,8 @@ def _draw_block(
     law: TextLaw,
     contexts: Sequence[Sequence[int]],
     temperature: Tensor | None,
+    twist: Twist | None,
+    numbers: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     parameter = next(transformer.parameters())
     device, dtype = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
@@ -91,6 +100,8 @@ def _draw_block(
                 f"the network's log-probabilities are NaN at row {row}, token {step}. Check the model's weights "
                 "and dtype: float16 overflows."
             )
+        if twist is not None:
+            log_probs = twist(log_probs, [numbers[n] for n in active.tolist()], values[active, :step])
         weights = log_probs if temperature is None else log_probs / temperature[active, None]
         token = choose(weights)
         alive = open_row[active]

@@ -10,7 +10,7 @@ chunk is given the keys and values of the one path of the former chunks that it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,10 @@ HEAD_ROWS = 512
 """States whose logits over the vocabulary exist at one time."""
 
 
+Reader = Callable[[Tensor, Sequence[int], Sequence[int]], None]
+"""Takes log-probabilities over the vocabulary ``(N, V)``, and the row and the column of the token that each is of."""
+
+
 @dataclass(frozen=True)
 class Request:
     """Texts of one law, each to be scored after its context.
@@ -40,12 +44,14 @@ class Request:
     :param contexts: ``N`` token lists, none empty.
     :param texts: ``N`` token lists.
     :param width: number of columns ``T`` of the result.
+    :param reader: is shown the law of every token, normalised, as it is made.
     """
 
     law: TextLaw
     contexts: Sequence[Sequence[int]]
     texts: Sequence[Sequence[int]]
     width: int
+    reader: Reader | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,8 @@ def _score_chunk(
     for entry in entries:
         # The next-token law depends on the node, and on whether the text may end here.
         step = min(entry.column, r.law.min_tokens)
-        key = (entry.node, step) if r.law.grammar is None else (entry.row, entry.column)
+        shared = r.law.grammar is None and r.reader is None
+        key = (entry.node, step) if shared else (entry.row, entry.column)
         by_law.setdefault(key, []).append(entry)
     groups = list(by_law.values())
     scores = []
@@ -160,7 +167,10 @@ def _normalised(network: Network, r: Request, states: Tensor, groups: list[list[
     scaled = r.law.scaled_logits(network.logits(states), steps, prefixes)  # (groups, V)
     row = torch.tensor([n for n, group in enumerate(groups) for _ in group], device=states.device)
     token = torch.tensor([entry.token for group in groups for entry in group], device=states.device)
-    return scaled[row, token] - scaled.logsumexp(-1)[row]
+    total = scaled.logsumexp(-1)
+    if r.reader is not None:
+        r.reader(scaled - total[:, None], [entry.row for entry in firsts], [entry.column for entry in firsts])
+    return scaled[row, token] - total[row]
 
 
 def check_length(contexts: Tensor, max_tokens: int, model_length: int | None) -> None:

@@ -37,7 +37,8 @@ class Denoising(ParticleObjective):
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         self.diagnostics = diagnostics(torch.empty(0))  # a simulated pair has no ELBO of the data
-        trace, axes, nesting = simulated_pairs(model, guide, args, kwargs, self.num_particles)
+        pairs = simulated_pairs(model, guide, args, kwargs, self.num_particles)
+        trace, axes, nesting = pairs.trace, pairs.axes, pairs.nesting
         masked = [n for n, site in trace.nodes.items() if is_latent(site) and isinstance(site["fn"], MaskedText)]
         if not masked:
             raise TypeError(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
+from llmppl.network.text_tensors import pad_rows
 from llmppl.objectives.particle_objective import ParticleObjective, diagnostics
 from llmppl.programs.particles import check_finite, common_axes, compute_log_prob, sum_sites
-from llmppl.programs.plates import in_particles
+from llmppl.programs.plates import PARTICLES, in_particles
 from llmppl.programs.simulation import Simulated
-from llmppl.programs.structure import Program, plate_nesting, structure
+from llmppl.programs.structure import Program, is_latent, plate_nesting, structure
 
 
 class WakeSleep(ParticleObjective):
@@ -29,19 +32,25 @@ class WakeSleep(ParticleObjective):
 
     :param num_particles: ``K``, for either phase.
     :param insomnia: share of the wake-φ term, from 0 (sleep only) to 1 (wake-φ only).
+    :param exhaust: in the sleep phase, observed sites whose expectation given the simulated latents is taken and not
+        sampled: every value that the site may have there teaches the guide, with its probability. For sites whose
+        distribution lists its values (:class:`~llmppl.distributions.ContentWord`): a simulated sentence then teaches
+        all of its words at once. A guide whose proposals share the network's passes does not pay for it.
 
     References
 
     [1] Le, Kosiorek, Siddharth, Teh, Wood (2019), `Revisiting reweighted wake-sleep`, sec. 3.
     """
 
-    def __init__(self, num_particles: int = 8, insomnia: float = 0.5) -> None:
+    def __init__(self, num_particles: int = 8, insomnia: float = 0.5, exhaust: Sequence[str] = ()) -> None:
         if not 0 <= insomnia <= 1:
             raise ValueError(f"insomnia={insomnia} must lie between 0 (sleep only) and 1 (wake-φ only).")
         if insomnia > 0 and num_particles < 2:
             raise ValueError("num_particles=1: self-normalised weights need at least 2 particles.")
         super().__init__(num_particles)
-        self.insomnia = insomnia
+        if isinstance(exhaust, str):
+            raise TypeError(f"exhaust={exhaust!r} is a string. Give a list of site names, e.g. [{exhaust!r}].")
+        self.insomnia, self.exhaust = insomnia, tuple(exhaust)
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor | float = 0.0
@@ -59,28 +68,58 @@ class WakeSleep(ParticleObjective):
         return -(weights * particles.log_q).sum()
 
     def _sleep(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        trace, axes, nesting = simulated_pairs(model, guide, args, kwargs, self.num_particles)
-        compute_log_prob(trace)
-        check_finite(trace)
-        return -sum_sites(trace, axes, nesting, self.num_particles).mean(0).sum()
+        pairs = simulated_pairs(model, guide, args, kwargs, self.num_particles, self.exhaust)
+        compute_log_prob(pairs.trace)
+        check_finite(pairs.trace)
+        log_q = sum_sites(pairs.trace, pairs.axes, pairs.nesting, pairs.count)
+        return -(log_q * pairs.weights.to(log_q)).sum(0).sum()
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Simulated latents with observations, and the guide run on them.
+
+    :param trace: of the guide at the simulated latents, not scored.
+    :param axes: the dimensions that are observations.
+    :param nesting: of the plates.
+    :param count: particles of the trace.
+    :param weights: of each pair, ``(count,) + batch_shape``, summing to one over the particles.
+    """
+
+    trace: poutine.Trace
+    axes: tuple[int, ...]
+    nesting: int
+    count: int
+    weights: Tensor
 
 
 def simulated_pairs(
-    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], num_particles: int
-) -> tuple[poutine.Trace, tuple[int, ...], int]:
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_particles: int,
+    exhaust: Sequence[str] = (),
+) -> Pairs:
     """Latents and observations drawn from the program, and the guide run on them.
 
-    :returns: the guide's trace at the simulated latents, not scored; the dimensions that are observations; the plates'
-        nesting.
+    :param exhaust: observed sites of which every value counts, with its probability.
     :raises TypeError: a guide that takes no ``observations=``.
+    :raises ValueError: ``exhaust`` names a site that is not observed, or whose values cannot be listed.
     """
     nesting = plate_nesting(structure(model, args, kwargs))
     with torch.no_grad(), poutine.block(), Simulated() as simulated:
         program = in_particles(model, num_particles, nesting)
         drawn = poutine.trace(program).get_trace(*args, **kwargs)
-    guide_in = poutine.replay(in_particles(guide, num_particles, nesting), trace=drawn)
+    observations, count = dict(simulated.observations), num_particles
+    axes = common_axes(drawn)
+    weights = torch.full((count, *(1,) * len(axes)), 1.0 / count)
+    for name in exhaust:
+        drawn, observations, weights = _exhausted(drawn, observations, name, weights, axes, nesting)
+        count = len(weights)
+    guide_in = poutine.replay(in_particles(guide, count, nesting), trace=drawn)
     try:
-        trace = poutine.trace(guide_in).get_trace(*args, observations=simulated.observations, **kwargs)
+        trace = poutine.trace(guide_in).get_trace(*args, observations=observations, **kwargs)
     except TypeError as error:
         if "observations" not in str(error):
             raise
@@ -88,4 +127,50 @@ def simulated_pairs(
             "the sleep phase tells the guide what was simulated, and this guide takes no observations= argument. Add "
             "it, or use WakeSleep(insomnia=1.0)."
         ) from error
-    return trace, common_axes(drawn, trace), nesting
+    return Pairs(trace, common_axes(drawn, trace), nesting, count, weights)
+
+
+def _exhausted(
+    drawn: poutine.Trace,
+    observations: dict[str, Tensor],
+    name: str,
+    weights: Tensor,
+    axes: tuple[int, ...],
+    nesting: int,
+) -> tuple[poutine.Trace, dict[str, Tensor], Tensor]:
+    """Every particle once for each value of a site. Rows with fewer values than others repeat one with weight zero."""
+    fn = drawn.nodes[name]["fn"] if name in observations else None
+    if fn is None or not hasattr(fn, "options"):
+        able = [n for n in observations if hasattr(drawn.nodes[n]["fn"], "options")]
+        raise ValueError(
+            f"exhaust= names {name!r}, which is no observed site whose values can be listed; those are {able}. Leave "
+            "it out, and the site is sampled."
+        )
+    if len(fn.batch_shape) > nesting + 1:
+        raise ValueError(f"exhaust= names {name!r}, which has dimensions beside the program's plates. Leave it out.")
+    rows = fn.options()
+    most = max(map(len, rows))
+    full = (1,) * (nesting + 1 - len(fn.batch_shape)) + tuple(fn.batch_shape)  # (K, plates)
+    padded = [[own[n] if n < len(own) else own[0] for own in rows] for n in range(most)]
+    values = torch.stack([pad_rows(part, fn.event_shape[0], fn.context.device) for part in padded])
+    values = values.reshape(most, *full, -1).transpose(0, 1).flatten(0, 1)  # (K * most, plates, W)
+    share = torch.tensor([[1.0 / len(own) if n < len(own) else 0.0 for own in rows] for n in range(most)])
+    share = share.reshape(most, *full).transpose(0, 1).flatten(0, 1)
+    inner = [dim for dim in range(-nesting, 0) if dim not in axes]
+    if any(share.shape[dim] > 1 for dim in inner):
+        raise ValueError(
+            f"exhaust= names {name!r}, which stands in a plate inside an observation: its values would have to be "
+            "combined. Leave it out, and the site is sampled."
+        )
+    share = share.reshape(len(share), *(share.shape[dim] for dim in axes))
+    again = drawn.copy()
+    again.nodes.update({key: dict(site) for key, site in drawn.nodes.items()})
+    again.remove_node(PARTICLES)  # there are more of them now
+    for site in again.nodes.values():
+        if is_latent(site) and site["value"].dim() - site["fn"].event_dim == nesting + 1:
+            site["value"] = site["value"].repeat_interleave(most, 0)
+    repeated = {
+        n: v.repeat_interleave(most, 0) if v.dim() - drawn.nodes[n]["fn"].event_dim == nesting + 1 else v
+        for n, v in observations.items()
+    }
+    return again, {**repeated, name: values}, weights.repeat_interleave(most, 0) * share

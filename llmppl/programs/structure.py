@@ -70,9 +70,10 @@ def any_text(fn: ConditionedText) -> Tensor:
     """Some value of the support, of shape ``batch_shape + event_shape``, without asking the network."""
     if isinstance(fn, Choice):
         value = fn.options[0]
-    else:
-        assert isinstance(fn, ProcessText)
+    elif isinstance(fn, ProcessText):
         value = _any_tokens(fn.law)
+    else:
+        return fn.sample()  # type: ignore[attr-defined]
     return value.expand(fn.batch_shape + value.shape)
 
 
