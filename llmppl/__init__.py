@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from llmppl.text.grammar import Grammar
     from llmppl.training.evaluation import Evaluation
     from llmppl.training.fit import fit
+    from llmppl.training.gain import held_out_gain
     from llmppl.training.regularisation import Regularisation
+    from llmppl.training.simulated_set import SimulatedSet, simulate
 
 __version__ = "0.1.0"
 
@@ -37,6 +39,7 @@ _PUBLIC = {
     "Posterior": "llmppl.posterior.posterior",
     "Regularisation": "llmppl.training.regularisation",
     "ReplayBuffer": "llmppl.objectives.replay_buffer",
+    "SimulatedSet": "llmppl.training.simulated_set",
     "bounds": "llmppl.inference.bounds",
     "calibrate": "llmppl.diagnostics.calibration",
     "diagnose": "llmppl.diagnostics.verdict",
@@ -45,9 +48,11 @@ _PUBLIC = {
     "expected_coverage": "llmppl.diagnostics.calibration",
     "fit": "llmppl.training.fit",
     "gap_report": "llmppl.diagnostics.gap_report",
+    "held_out_gain": "llmppl.training.gain",
     "importance": "llmppl.inference.importance",
     "inference_gap": "llmppl.posterior.inference_gap",
     "mcmc": "llmppl.inference.mcmc",
+    "simulate": "llmppl.training.simulated_set",
     "smc": "llmppl.inference.smc",
 }
 
@@ -60,6 +65,7 @@ __all__ = [
     "Posterior",
     "Regularisation",
     "ReplayBuffer",
+    "SimulatedSet",
     "__version__",
     "bounds",
     "calibrate",
@@ -69,9 +75,11 @@ __all__ = [
     "expected_coverage",
     "fit",
     "gap_report",
+    "held_out_gain",
     "importance",
     "inference_gap",
     "mcmc",
+    "simulate",
     "smc",
 ]
 

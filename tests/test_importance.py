@@ -17,6 +17,7 @@ from test_objectives import perturbed
 
 from llmppl import LM, exact_posterior, fit, importance, inference_gap
 from llmppl.guides import AutoregressiveGuide, PromptGuide
+from llmppl.inference import blocks
 from llmppl.inference import importance as module
 from llmppl.models import infilling
 from llmppl.objectives import TrajectoryBalance
@@ -280,14 +281,14 @@ def test_blocks_shrink_with_the_rows_and_the_law_of_the_samples_does_not_change(
     guide = PromptGuide(story.program, story.lm)
     texts, log_joint = story.joint()
     log_q = structure(guide, story.args, {}).nodes["middle"]["fn"].log_prob(texts)
-    monkeypatch.setattr(module, "BLOCK_BYTES", module.TOKEN_BYTES * 400)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", blocks.TOKEN_BYTES * 400)
     tokens = (2 + 3) + (2 + 3 + 2)  # middle and ending with their contexts
-    assert module.block_size(story.program, story.args, {}) == 400 // tokens
+    assert blocks.block_size(story.program, story.args, {}) == 400 // tokens
     in_rows = in_data_plate(story.program)
-    assert module.block_size(in_rows, (["ab"] * 10, ["cd"] * 10), {}) == 400 // (10 * tokens)
-    assert module.block_size(in_rows, (["ab"] * 99, ["cd"] * 99), {}) == 1
+    assert blocks.block_size(in_rows, (["ab"] * 10, ["cd"] * 10), {}) == 400 // (10 * tokens)
+    assert blocks.block_size(in_rows, (["ab"] * 99, ["cd"] * 99), {}) == 1
     for size in (400, 40_000):
-        monkeypatch.setattr(module, "BLOCK_BYTES", module.TOKEN_BYTES * size)
+        monkeypatch.setattr(blocks, "BLOCK_BYTES", blocks.TOKEN_BYTES * size)
         posterior = importance(story.program, guide, 3000)(*story.args)
         index = (torch.as_tensor(posterior.samples["middle"])[:, None] == texts).all(-1).long().argmax(-1)
         # each sample has its own score, whichever block it was drawn in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -208,7 +209,15 @@ def test_calibration_draws_the_ecdf_less_uniform_and_its_band() -> None:
 
 def test_the_training_history_has_the_gaps_band() -> None:
     found = [
-        Evaluated(**{**dict.fromkeys(Evaluated.__dataclass_fields__, 0), "step": n, "gap": 3.0 - n, "gap_error": 0.5})
+        Evaluated(
+            **{
+                **dict.fromkeys(Evaluated.__dataclass_fields__, 0),
+                "step": n,
+                "gap": 3.0 - n,
+                "gap_error": 0.5,
+                "gain": math.nan,
+            }
+        )
         for n in (1, 2)
     ]
     ax = plot_history(History(elbo=[-9.0, -8.0, -7.0], evaluations=found))

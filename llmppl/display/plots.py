@@ -189,25 +189,33 @@ def plot_calibration(calibration: Ranks, name: str, ax: Any = None) -> Any:
 
 
 def plot_history(history: TrainingRun, ax: Any = None) -> Any:
-    """The ELBO of the training batches against steps, with its running mean; where there are evaluations
-    the held-out gap with its standard error, on an axis of its own."""
+    """The ELBO of the training batches against steps, with its running mean; where none was reported (simulated pairs
+    have none) the loss. Where there are evaluations the held-out gain with its standard error, or else the gap, on an
+    axis of its own."""
     ax = _axes(ax)
     elbo = np.asarray(history.elbo, dtype=float)
+    name = "ELBO"
+    if len(elbo) and np.isnan(elbo).all():
+        elbo, name = np.asarray(history.loss, dtype=float), "loss"
     steps = np.arange(1, len(elbo) + 1)
-    ax.plot(steps, elbo, color="0.7", linewidth=1, label="ELBO of the step")
+    ax.plot(steps, elbo, color="0.7", linewidth=1, label=f"{name} of the step")
     window = max(len(elbo) // 10, 1)
     if len(elbo) >= window:
         mean = np.convolve(elbo, np.ones(window) / window, mode="valid")
         ax.plot(steps[window - 1 :], mean, label=f"mean of {window} steps")
-    ax.set(xlabel="step", ylabel="ELBO (nats)")
+    ax.set(xlabel="step", ylabel=f"{name} (nats)")
     lines = list(ax.get_lines())
     if history.evaluations:
-        points = np.array([(item.step, item.gap, item.gap_error) for item in history.evaluations])
-        at, gap, error = points[np.isfinite(points).all(1)].T
+        gains = any(math.isfinite(item.gain) for item in history.evaluations)
+        what = "gain" if gains else "gap"
+        points = np.array(
+            [(item.step, getattr(item, what), getattr(item, f"{what}_error")) for item in history.evaluations]
+        )
+        at, value, error = points[np.isfinite(points).all(1)].T
         right = ax.twinx()
-        lines += right.plot(at, gap, color="C3", marker=".", label="held-out gap ± s.e.")
-        right.fill_between(at, gap - error, gap + error, color="C3", alpha=0.2, linewidth=0)
-        right.set(ylabel="gap (nats)", ylim=(np.min(gap - error, initial=0.0), None))
+        lines += right.plot(at, value, color="C3", marker=".", label=f"held-out {what} ± s.e.")
+        right.fill_between(at, value - error, value + error, color="C3", alpha=0.2, linewidth=0)
+        right.set(ylabel=f"{what} (nats)", ylim=(np.min(value - error, initial=0.0), None))
     ax.legend(handles=lines)
     return ax
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +29,12 @@ BOOSTED = 4
 """Classes with a learned boost: all but ``OTHER``, whose boost is zero, and ``DEAD``."""
 
 NUM_FEATURES = 15
+MOST_READ = 50_000
+"""Texts with their words whose reading is kept, at most: about 2 kB each."""
+
+Key = tuple[Any, tuple[int, ...], tuple[int, ...], str]
+"""A law, a context, a text and a word."""
+
 LEAST = -16.0
 """Stands for the log-probability of a class without tokens, nats."""
 
@@ -54,6 +62,8 @@ class WordTwist(nn.Module):
         self.layers = nn.Sequential(
             nn.Linear(NUM_FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, BOOSTED)
         )
+        self.read: OrderedDict[Key, Record] = OrderedDict()
+        """What the network has said of texts; of simulated sets that are read again nothing is asked twice."""
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -64,6 +74,9 @@ class WordTwist(nn.Module):
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "read": OrderedDict()}
 
     def forward(self, features: Tensor) -> Tensor:
         """Boosts ``(..., 6)`` of all classes, from features ``(..., 15)``."""
@@ -167,21 +180,37 @@ class TwistedText(AutoregressiveText):
             return None
         if self._validate_args:
             self._validate_text(value)
-        # One text may be scored for several words: the network reads it once.
-        distinct, row = torch.unique(torch.cat([context, flat], -1), dim=0, return_inverse=True)
-        contexts, texts = distinct.split([context.shape[-1], flat.shape[-1]], -1)
-        reading = _Reading(self, self._strings(shape), row.tolist(), unpad_rows(texts), value.shape[-1])
+        texts, contexts, words = unpad_rows(flat), unpad_rows(context), self._strings(shape)
+        law = (self.law.max_tokens, self.law.min_tokens, self.law.temperature, id(self.law.grammar))
+        keys = [(law, tuple(c), tuple(t), w) for c, t, w in zip(contexts, texts, words, strict=True)]
+        # The network is frozen unless an adapter is on, and what it says of a text then stays.
+        known = self.twist.read if self.adapter is None else {}
+        missing = list(dict.fromkeys(key for key in keys if key not in known))
         gradient = torch.is_grad_enabled() and any(p.requires_grad for p in self.twist.parameters())
 
-        def finish(scores: Tensor) -> None:
-            scores = scores.masked_fill(~self.support.check(texts)[:, None], -torch.inf)[row]
+        def finish() -> None:
             with torch.set_grad_enabled(gradient):
-                scores = scores + reading.correction()
+                scores = _corrected(self.twist, [known[key] for key in keys], value.shape[-1])
+            scores = scores.masked_fill(~self.support.check(flat)[:, None], -torch.inf)
             self.remember(value, scores.reshape(shape + value.shape[-1:]))
 
-        return Pending(
-            Request(self.law, unpad_rows(contexts), unpad_rows(texts), value.shape[-1], reading.read), finish
+        if not missing:
+            finish()
+            return None
+        # One text may be scored for several words: the network reads it once.
+        distinct = list(dict.fromkeys(key[1:3] for key in missing))
+        reading = _Reading(self, missing, {pair: n for n, pair in enumerate(distinct)})
+
+        def take(scores: Tensor) -> None:
+            known.update(zip(missing, reading.records(scores), strict=True))
+            finish()
+            while len(self.twist.read) > MOST_READ:
+                self.twist.read.popitem(last=False)
+
+        request = Request(
+            self.law, [list(c) for c, _ in distinct], [list(t) for _, t in distinct], value.shape[-1], reading.take
         )
+        return Pending(request, take)
 
     def remember(self, value: Tensor, scores: Tensor) -> None:
         super().remember(value, scores)
@@ -292,55 +321,89 @@ class _Walk(_Classes):
         return twisted.log_softmax(-1)
 
 
+@dataclass(frozen=True)
+class Record:
+    """What the network says of one text and one word: all that the twist needs.
+
+    :param base: log-probability of each token, ``(T,)``, nats.
+    :param masses: log-probability of every class at each token, ``(T, 6)``; without rows where there is no word.
+    :param features: ``(T, 15)``, likewise.
+    :param kinds: the class of each token, ``(T,)``, likewise.
+    """
+
+    base: Tensor
+    masses: Tensor
+    features: Tensor
+    kinds: Tensor
+
+
 class _Reading(_Classes):
     """The masses of all classes at every token of given texts, taken down as the network gives the laws.
 
-    :param row: which of the distinct texts each row has.
+    :param keys: law, context, text and word of each row.
+    :param number: of the distinct contexts and texts.
     """
 
-    def __init__(self, fn: TwistedText, words: list[str], row: list[int], texts: list[list[int]], width: int) -> None:
-        super().__init__(fn, words)
-        self.shape = (len(row), width)
+    def __init__(self, fn: TwistedText, keys: Sequence[Key], number: Mapping[tuple[Any, Any], int]) -> None:
+        super().__init__(fn, [key[3] for key in keys])
+        self.texts = [key[2] for key in keys]
+        self._of = [number[key[1:3]] for key in keys]
         self._rows: dict[int, list[int]] = {}
-        for n, of in enumerate(row):
+        for n, of in enumerate(self._of):
             self._rows.setdefault(of, []).append(n)
-        self.states = [self.tokens.states(w, BETWEEN, texts[of]) if w else [] for w, of in zip(words, row, strict=True)]
-        self.texts = [texts[of] for of in row]
-        self._at: list[tuple[int, int]] = []
-        self._masses: list[Tensor] = []
+        self.places = [
+            [(word, state) for state in self.tokens.states(word, BETWEEN, text)[:-1]] if word else []
+            for word, text in zip(self.words, self.texts, strict=True)
+        ]
+        self._masses: dict[tuple[int, int], Tensor] = {}
 
-    def read(self, log_probs: Tensor, rows: Sequence[int], columns: Sequence[int]) -> None:
-        at, which = [], []
-        for place, (of, column) in enumerate(zip(rows, columns, strict=True)):
-            for n in self._rows[of]:
-                if self.words[n]:
-                    at.append((n, column))
-                    which.append(place)
+    def take(self, log_probs: Tensor, rows: Sequence[int], columns: Sequence[int]) -> None:
+        at = [
+            (n, column, place)
+            for place, (of, column) in enumerate(zip(rows, columns, strict=True))
+            for n in self._rows[of]
+            if self.words[n]
+        ]
         if at:
-            places = [(self.words[n], self.states[n][column]) for n, column in at]
-            self._masses.append(self.masses(log_probs.detach(), which, places))
-            self._at += at
+            places = [self.places[n][column] for n, column, _ in at]
+            masses = self.masses(log_probs.detach(), [place for _, _, place in at], places)
+            self._masses.update({(n, column): row for (n, column, _), row in zip(at, masses, strict=True)})
 
-    def correction(self) -> Tensor:
-        """log q − log p of each token, ``(rows, width)``, nats."""
-        twist = self.fn.twist
-        weight = next(twist.parameters())
-        table = torch.zeros(self.shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
-        if not self._at:
-            return table
-        masses = torch.cat(self._masses)
-        places = [(self.words[n], self.states[n][column]) for n, column in self._at]
-        boosts = twist(self.features(masses, places, [column for _, column in self._at]))
+    def records(self, scores: Tensor) -> list[Record]:
+        """One for each row, from the log-probabilities ``(distinct, width)`` of the tokens."""
+        return [self._record(n, scores[of].detach()) for n, of in enumerate(self._of)]
+
+    def _record(self, n: int, base: Tensor) -> Record:
+        text, places = self.texts[n], self.places[n]
+        if not places:
+            nothing = base.new_empty(0, NUM_CLASSES)
+            return Record(base[: len(text)], nothing, base.new_empty(0, NUM_FEATURES), torch.empty(0, dtype=torch.long))
+        masses = torch.stack([self._masses[n, t] for t in range(len(text))])
+        features = self.features(masses, places, range(len(text)))
         kinds = []
-        for (n, column), place in zip(self._at, places, strict=True):
+        for token, place in zip(text, places, strict=True):
             ids, classes = self.of(*place)
-            found = classes[ids == self.texts[n][column]]
+            found = classes[ids == token]
             kinds.append(int(found[0]) if len(found) else OTHER)
-        own = boosts.gather(-1, torch.tensor(kinds, device=boosts.device)[:, None])[:, 0]
-        # A class of no mass adds nothing, whatever its boost; written without infinities, whose gradient is NaN.
-        present = masses > -torch.inf
-        alive = present & (boosts > -torch.inf)
-        terms = torch.where(alive, masses.clamp(min=-700) + boosts.clamp(min=-700), -torch.inf)
-        values = own - terms.logsumexp(-1).to(own.dtype)
-        index = torch.tensor(self._at, device=table.device).T
-        return table.index_put((index[0], index[1]), values.to(table.dtype))
+        own = torch.tensor(kinds, device=base.device)
+        return Record(base[: len(text)], masses.to(base.dtype), features.to(base.dtype), own)
+
+
+def _corrected(twist: WordTwist, records: Sequence[Record], width: int) -> Tensor:
+    """Log-probability of each token under the twisted law, ``(N, width)``, nats, zero behind the end."""
+    base = torch.zeros(len(records), width, dtype=records[0].base.dtype, device=records[0].base.device)
+    for n, record in enumerate(records):
+        base[n, : len(record.base)] = record.base
+    index = [(n, t) for n, record in enumerate(records) for t in range(len(record.kinds))]
+    if not index:
+        return base
+    masses, features, kinds = (
+        torch.cat([getattr(record, name) for record in records]) for name in ("masses", "features", "kinds")
+    )
+    boosts = twist(features)
+    own = boosts.gather(-1, kinds[:, None])[:, 0]
+    # A class of no mass adds nothing, whatever its boost; written without infinities, whose gradient is NaN.
+    alive = (masses > -torch.inf) & (boosts > -torch.inf)
+    terms = torch.where(alive, masses.clamp(min=-700) + boosts.clamp(min=-700), -torch.inf)
+    row, column = torch.tensor(index, device=base.device).T
+    return base.index_put((row, column), (own - terms.logsumexp(-1)).to(base.dtype), accumulate=True)

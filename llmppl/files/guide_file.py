@@ -27,13 +27,22 @@ def write(
     :param settings: of the guide.
     :param save_file: of ``safetensors.torch`` or ``safetensors.numpy``.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": FORMAT, "model": json.dumps(dict(model)), "settings": json.dumps(dict(settings))}
+    written_whole(Path(path), tensors, metadata, save_file)
+
+
+def written_whole(
+    path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str], save_file: Callable[..., None]
+) -> None:
+    """A safetensors file, written whole or not at all.
+
+    :param save_file: of ``safetensors.torch`` or ``safetensors.numpy``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".tmp-")
     os.close(handle)
     try:
-        save_file(tensors, temporary, metadata=metadata)
+        save_file(dict(tensors), temporary, metadata=dict(metadata))
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

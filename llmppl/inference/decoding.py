@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from llmppl.distributions.autoregressive_text import AutoregressiveText
+from llmppl.inference.blocks import block_size
 from llmppl.inference.gathering import Gathering, check_unscaled
-from llmppl.inference.importance import block_size
 from llmppl.inference.stages import Stages, Values
 from llmppl.network.drawing import NotFiniteError, Stream, choose
 from llmppl.network.text_tensors import unpad_rows

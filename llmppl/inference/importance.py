@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from pyro.poutine.util import site_is_subsample
 from tqdm.auto import tqdm
 
+from llmppl.inference.blocks import block_size
 from llmppl.inference.gathering import Gathering, check_unscaled
-from llmppl.posterior.exactness import check_weights
+from llmppl.inference.simulated_pairs import score_given
+from llmppl.inference.stages import latents_of
+from llmppl.posterior.exactness import check_scores_given, check_weights
 from llmppl.posterior.posterior import Posterior
-from llmppl.posterior.running_error import BLOCK, RunningError, check_target, plan
-from llmppl.programs.particles import Particles, check_finite, run_particles
+from llmppl.posterior.running_error import RunningError, check_target, plan
+from llmppl.programs.particles import check_finite, log_prior, run_particles
 from llmppl.programs.plates import in_data_plate
-from llmppl.programs.random_states import randomness_kept
-from llmppl.programs.structure import Program, is_text, structure
+from llmppl.programs.structure import Program, is_latent
 
-BLOCK_BYTES = 256 * 2**20
-"""Memory of the tokens of the particles that are drawn and scored together. (The network's own is bounded apart:
-``sampling.CACHE_BYTES``, ``scoring.MAX_NODES``.)"""
 
-TOKEN_BYTES = 512
-"""Of one token of a particle while it is drawn and scored, as measured."""
+class NoWeightError(ValueError):
+    """None of the samples has positive weight.
+
+    :param posterior: all the same.
+    """
+
+    def __init__(self, posterior: Posterior, message: str) -> None:
+        super().__init__(message)
+        self.posterior = posterior
 
 
 def importance(
@@ -35,6 +41,7 @@ def importance(
     vectorize_data: bool = False,
     progress: bool = True,
     target_error: float | None = None,
+    defensive: float = 0.0,
 ) -> Callable[..., Posterior]:
     r"""Importance sampling: a function of the program's arguments that returns a :class:`Posterior`.
 
@@ -51,21 +58,40 @@ def importance(
     :math:`\varepsilon`, as is the :math:`-\varepsilon^2/2` that the logarithm has anyway. This is asymptotic:
     where k̂ is above 0.7 the error itself is too small, stopping comes too early, and a fixed number is safer.
 
+    With ``defensive`` :math:`\alpha` a share of the samples comes from the program's own latents, and every weight is
+    that of the mixture [1]:
+
+    .. math:: w = p(x, z) / \big((1 - \alpha)\, q(z|x) + \alpha\, p(z)\big)
+
+    Exact like any other, and bounded by :math:`1/\alpha` of the likelihood: where the condition is easy a guide is
+    then never much worse than the prior. The shares are kept exactly in each block (the balance heuristic [2]).
+
     :param num_samples: ``K`` for each observation; with ``target_error`` the most that are drawn.
     :param vectorize_data: the returned function takes a list in place of each argument, one entry an
         observation, and runs the program once inside a plate, as :func:`~llmppl.fit` does.
     :param progress: show a progress bar if it takes more than a few seconds.
     :param target_error: stop as soon as the standard error of the log evidence is at most this, nats, for
         every observation. By default all ``num_samples`` are drawn.
+    :param defensive: share of the samples from the prior, from 0 to below 1.
     :raises ValueError: log-probabilities that are NaN (with site and row), a scaled site, a guide that
         misses sites or has no exact density, no sample of positive weight, or a ``target_error`` that is not
-        a positive number or cannot be decided on with so few samples.
+        a positive number or cannot be decided on with so few samples; ``defensive`` outside [0, 1), or with a guide
+        that does not score what it did not draw.
+
+    References
+
+    [1] Hesterberg (1995), `Weighted average importance sampling and defensive mixture distributions`.
+    [2] Veach, Guibas (1995), `Optimally combining sampling techniques for Monte Carlo rendering`.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
     if target_error is not None:
         check_target(target_error, num_samples)
+    if not 0 <= defensive < 1:
+        raise ValueError(f"defensive={defensive} is a share of the samples: from 0 to below 1, e.g. 0.1.")
     exactness = check_weights(guide)
+    if defensive:
+        check_scores_given(guide, "defensive=")
 
     if vectorize_data:
         model, guide = in_data_plate(model), in_data_plate(guide)
@@ -76,39 +102,26 @@ def importance(
             torch.no_grad(),
             tqdm(total=num_samples, desc="importance", disable=not progress, delay=5, leave=False) as bar,
         ):
-            error = RunningError()
+            error, drawn = RunningError(), 0
             for count, decides in plan(num_samples, block_size(model, args, kwargs)):
-                _take(gathering, model, guide, args, kwargs, count)
+                share = round(defensive * (drawn + count)) - round(defensive * drawn)
+                drawn, taken = drawn + count, len(gathering.parts)
+                _take(gathering, model, guide, args, kwargs, count, share)
                 bar.update(count)
-                error.add(gathering.parts[-1]["log_p"] - gathering.parts[-1]["log_q"])
+                for part in gathering.parts[taken:]:
+                    error.add(part["log_p"] - part["log_q"])
                 if target_error is not None and decides and error.largest() <= target_error:
                     break
         posterior = gathering.posterior("importance", exactness)
         if np.isneginf(posterior.log_evidence).any():
-            raise ValueError(
+            raise NoWeightError(
+                posterior,
                 f"none of the {posterior.num_samples} samples has positive weight: a factor or an allowed= of the "
-                "program excludes them all. Take more samples, or a guide that satisfies the condition."
+                "program excludes them all. Take more samples, or a guide that satisfies the condition.",
             )
         return posterior
 
     return run
-
-
-def block_size(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Particles that are drawn and scored together: :data:`BLOCK`, fewer where plates have many rows."""
-    with randomness_kept():
-        trace = structure(model, args, kwargs)
-    tokens = 0
-    for site in trace.nodes.values():
-        if site["type"] != "sample" or site_is_subsample(site):
-            continue
-        if is_text(site) and isinstance(site["value"], torch.Tensor):
-            # Each row is read with its context.
-            width = site["fn"].context.shape[-1] + site["value"].shape[-1]
-            tokens += math.prod(torch.broadcast_shapes(site["fn"].batch_shape, site["value"].shape[:-1])) * width
-        else:
-            tokens += site["value"].numel() if isinstance(site["value"], torch.Tensor) else 1
-    return min(max(BLOCK_BYTES // (TOKEN_BYTES * max(tokens, 1)), 1), BLOCK)
 
 
 def _take(
@@ -118,10 +131,23 @@ def _take(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     count: int,
+    share: int,
 ) -> None:
+    """Draw a block of samples, ``share`` of them from the prior."""
     # A function of its own, so that the particles of one block are gone before the next is drawn.
-    particles: Particles = run_particles(model, guide, args, kwargs, count)
-    check_unscaled(particles)
-    check_finite(particles.guide_trace)
-    check_finite(particles.model_trace, allow_zero=True)
-    gathering.add(particles)
+    parts = []
+    if count > share:
+        particles = run_particles(model, guide, args, kwargs, count - share)
+        parts.append((particles, log_prior(particles), particles.log_q))
+    if share:
+        particles = run_particles(model, latents_of(model), args, kwargs, share)
+        latents = {name: site["value"] for name, site in particles.model_trace.nodes.items() if is_latent(site)}
+        parts.append((particles, particles.log_q, score_given(model, guide, args, kwargs, latents, share).log_q))
+    for particles, of_prior, of_guide in parts:
+        check_unscaled(particles)
+        check_finite(particles.guide_trace)
+        check_finite(particles.model_trace, allow_zero=True)
+        if share:
+            shares = (math.log(share / count), math.log1p(-share / count) if share < count else -math.inf)
+            particles = replace(particles, log_q=torch.logaddexp(of_prior + shares[0], of_guide + shares[1]))
+        gathering.add(particles)

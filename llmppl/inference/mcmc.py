@@ -15,8 +15,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from llmppl.distributions.autoregressive_text import AutoregressiveText
+from llmppl.inference.blocks import block_size
 from llmppl.inference.gathering import Gathering, check_unscaled
-from llmppl.inference.importance import block_size, importance
+from llmppl.inference.importance import importance
 from llmppl.inference.rewriting import alternatives, propose
 from llmppl.inference.stages import Stages, Values, latents_of
 from llmppl.network.drawing import choose

@@ -13,8 +13,8 @@ from pyro import poutine
 from torch import Tensor
 
 from llmppl.distributions.process_text import ProcessText
+from llmppl.inference.blocks import block_size
 from llmppl.inference.gathering import check_unscaled, gather
-from llmppl.inference.importance import block_size
 from llmppl.posterior.posterior import Posterior
 from llmppl.programs.observations import Given, observing
 from llmppl.programs.particles import (

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmppl.network.text_tensors import pad_rows
 from llmppl.objectives.particle_objective import ParticleObjective, diagnostics
+from llmppl.programs.observations import Given, Observed
 from llmppl.programs.particles import check_finite, common_axes, compute_log_prob, sum_sites
 from llmppl.programs.plates import PARTICLES, in_particles
 from llmppl.programs.simulation import Simulated
@@ -103,15 +104,23 @@ def simulated_pairs(
 ) -> Pairs:
     """Latents and observations drawn from the program, and the guide run on them.
 
+    A program of :func:`~llmppl.programs.simulated_pair.with_pair` has been simulated already: then that is the pair.
+
     :param exhaust: observed sites of which every value counts, with its probability.
     :raises TypeError: a guide that takes no ``observations=``.
     :raises ValueError: ``exhaust`` names a site that is not observed, or whose values cannot be listed.
     """
     nesting = plate_nesting(structure(model, args, kwargs))
-    with torch.no_grad(), poutine.block(), Simulated() as simulated:
-        program = in_particles(model, num_particles, nesting)
-        drawn = poutine.trace(program).get_trace(*args, **kwargs)
-    observations, count = dict(simulated.observations), num_particles
+    pair = getattr(model, "simulated_pair", None)
+    if pair is None:
+        with torch.no_grad(), poutine.block(), Simulated() as simulated:
+            program = in_particles(model, num_particles, nesting)
+            drawn = poutine.trace(program).get_trace(*args, **kwargs)
+        observations, count = dict(simulated.observations), num_particles
+    else:
+        with torch.no_grad(), poutine.block(), Given(pair.latents), Observed(pair.observations):
+            drawn = poutine.trace(in_particles(model, 1, nesting)).get_trace(*args, **kwargs)
+        observations, count = dict(pair.observations), 1
     axes = common_axes(drawn)
     weights = torch.full((count, *(1,) * len(axes)), 1.0 / count)
     for name in exhaust:

@@ -42,8 +42,9 @@ def pareto_tail(log_weights: NDArray[np.floating]) -> Tail | float:
     :param log_weights: ``(K,)``, nats.
     """
     values = np.sort(np.asarray(log_weights, dtype=np.float64))
+    values = values[values > -np.inf]  # a weight of zero is no part of any tail
     count = int(np.ceil(min(0.2 * len(values), 3 * math.sqrt(len(values)))))
-    if count < FEWEST_TAIL or not np.isfinite(values[-1]):
+    if count < FEWEST_TAIL or not np.isfinite(values).all():
         return math.nan
     # Rounding in the log-weights (1e-5 relative in float32) is no spread.
     if values[-1] - values[0] < 1e-4:

@@ -194,6 +194,13 @@ class Posterior:
         return np.array(counts).reshape(self.batch_shape)
 
     @property
+    def impossible(self) -> Array:
+        """How many of the samples have weight zero, of shape ``batch_shape``: a hard condition of the program or a mask
+        excludes them. They count in :attr:`log_evidence` and :attr:`ess`, and k̂ is that of the others."""
+        self._need_weights("impossible")
+        return np.isneginf(self.log_weights).sum(0)
+
+    @property
     def khat(self) -> Array:
         """Pareto k̂ of the weights (Vehtari et al. 2024): below 0.7 they can be relied on, if no mode
         was missed. −inf for equal weights; NaN where there are too few samples, by enumeration, and by SMC,
@@ -388,7 +395,10 @@ class Posterior:
         return (
             f"{head}: log evidence {_span(self.log_evidence)} ± {_span(self.log_evidence_error)}, "
             f"ELBO {_span(self.elbo)} ± {_span(self.elbo_error)}, ESS {_span(self.ess, 1)} of {self.num_samples}, "
-            f"k̂ {_span(self.khat)}" + (f". NOT TO BE TRUSTED: {'; '.join(self.doubts)}" if self.masked else "") + ")"
+            f"k̂ {_span(self.khat)}"
+            + (f", {_span(self.impossible, 0)} draws impossible" if self.impossible.any() else "")
+            + (f". NOT TO BE TRUSTED: {'; '.join(self.doubts)}" if self.masked else "")
+            + ")"
             # Of importance sampling the numbers speak for themselves, but for what no weight can show.
         )
 

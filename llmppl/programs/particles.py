@@ -191,6 +191,13 @@ def sum_site(log_prob: Tensor, axes: tuple[int, ...], nesting: int) -> Tensor:
     return full.sum(summed) if summed else full
 
 
+def log_prior(particles: Particles) -> Tensor:
+    """log p(z) of the latents, ``(K,) + batch_shape``, nats."""
+    sites = [site for site in particles.model_trace.nodes.values() if is_latent(site)]
+    total = sum(sum_site(site["log_prob"], particles.axes, particles.nesting) for site in sites)
+    return torch.as_tensor(total).expand(particles.log_p.shape)
+
+
 def check_finite(trace: poutine.Trace, allow_zero: bool = False) -> None:
     """Refuse NaN, and unless ``allow_zero`` probability zero, naming the site and row.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmppl.network.text_tensors import pad_rows, unpad_rows
+from llmppl.programs.simulated_pair import SimulatedPair, stacked
 from llmppl.training.minibatches import Data
 
 
@@ -16,6 +17,18 @@ def collate(batch: Data) -> tuple[Any, ...]:
 
     :raises TypeError, ValueError: arguments that cannot be batched; tuples of several lengths.
     """
+    if all(isinstance(item, SimulatedPair) for item in batch):
+        return SimulatedPair.of(
+            _columns(batch),
+            *(
+                {name: stacked([getattr(item, kind)[name] for item in batch]) for name in getattr(batch[0], kind)}
+                for kind in ("latents", "observations")
+            ),
+        )
+    return _columns(batch)
+
+
+def _columns(batch: Data) -> tuple[Any, ...]:
     if len({len(item) for item in batch}) > 1:
         raise ValueError("vectorize_data=True needs tuples of one length. Leave it out for others.")
     columns: list[Any] = []

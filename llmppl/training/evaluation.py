@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from llmppl.inference.bounds import bounds
-from llmppl.inference.importance import importance
+from llmppl.inference.importance import NoWeightError, importance
 from llmppl.posterior.brackets import Bounds, Estimate
 from llmppl.posterior.posterior import Posterior
 from llmppl.programs.random_states import randomness_kept
+from llmppl.programs.simulated_pair import SimulatedPair
 from llmppl.programs.structure import Program
 from llmppl.training.collation import collate
+from llmppl.training.gain import held_out_gain
 from llmppl.training.history import Evaluated
 from llmppl.training.minibatches import checked
 from llmppl.training.run_identity import digest
@@ -41,6 +43,10 @@ class Evaluation:
     The random numbers are the same at each evaluation and none of the training's: a run with and
     without evaluations trains the same.
 
+    With ``pairs`` the held-out gain is measured as well (:class:`~llmppl.training.gain.Gain`), and ``patience`` rests
+    on it: it works where a hard condition makes ELBO and gap infinite, and differs from one evaluation to the next by
+    what the guide has learned, not by luck. ``data`` may then be left out.
+
     :param data: held-out argument tuples of the program.
     :param every: steps between evaluations.
     :param num_samples: ``K`` for each observation, at least 2.
@@ -50,19 +56,27 @@ class Evaluation:
         bracketed by :func:`~llmppl.inference.bounds`; 0 leaves them out, as programs with factors need.
     :param references: log Z of each observation where it is known, e.g. by enumeration.
     :param seed: of the evaluations' random numbers.
+    :param pairs: simulated pairs that training never sees, of :func:`~llmppl.simulate`.
     :raises TypeError, ValueError: malformed data or numbers.
     """
 
-    data: Sequence[tuple[Any, ...]]
+    data: Sequence[tuple[Any, ...]] = ()
     every: int = 50
     num_samples: int = 32
     patience: int | None = None
     simulations: int = 1
     references: Sequence[float] | None = None
     seed: int = 0
+    pairs: Sequence[SimulatedPair] | None = None
 
     def __post_init__(self) -> None:
-        self.data = checked(self.data, "Evaluation.data")
+        if self.pairs is None or len(self.data):
+            self.data = checked(self.data, "Evaluation.data")
+        pairs = self.pairs
+        if pairs is not None and not all(isinstance(pairs[n], SimulatedPair) for n in range(len(pairs))):
+            raise TypeError(
+                "Evaluation.pairs must be simulated pairs: simulate(program, data, num_pairs=64) draws some."
+            )
         for name, least in (("every", 1), ("num_samples", 2), ("simulations", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
@@ -77,6 +91,7 @@ class Evaluation:
             "simulations": self.simulations,
             "seed": self.seed,
             "data": digest(self.data),
+            **({} if self.pairs is None else {"pairs": digest([dict(p.latents) for p in self.pairs])}),
             "references": None if self.references is None else digest([float(z) for z in self.references]),
         }
 
@@ -110,7 +125,7 @@ class HeldOut:
         return step % self.evaluation.every == 0
 
     def exhausted(self) -> bool:
-        """Whether the gap has not become smaller for long enough."""
+        """Whether the gap has not become smaller, or the gain larger, for long enough."""
         patience = self.evaluation.patience
         return patience is not None and sum(item.step > (self.best_step or 0) for item in self.results) >= patience
 
@@ -120,6 +135,35 @@ class HeldOut:
         :param seconds: of the run so far.
         """
         start = time.monotonic()
+        gain = None
+        if self.evaluation.pairs is not None:
+            with randomness_kept(self.evaluation.seed):
+                gain = held_out_gain(self.model, self.guide, self.evaluation.pairs, self.vectorize_data)
+        elapsed = seconds + time.monotonic() - start
+        result = self._of_gain(step, elapsed) if not len(self.evaluation.data) else self._measured(step, seconds, start)
+        if gain is not None:
+            result.gain, result.gain_error = gain.mean, gain.error
+        better = (
+            all(not item.gain >= result.gain for item in self.results)
+            if gain is not None
+            # With one log Z for all, the gaps are ordered as the ELBOs are.
+            else all(not item.elbo >= result.elbo for item in self.results)
+        )
+        if better:
+            self.best_step = step
+            self.best_parameters = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.results.append(result)
+        if len(self.evaluation.data):
+            self._compare()
+        return result
+
+    def _of_gain(self, step: int, seconds: float) -> Evaluated:
+        """An evaluation of the gain alone."""
+        unknown = (math.nan, math.nan)
+        nan = math.nan
+        return Evaluated(step, nan, nan, nan, nan, nan, nan, kl_q_p=unknown, kl_p_q=unknown, seconds=seconds)
+
+    def _measured(self, step: int, seconds: float, start: float) -> Evaluated:
         run = importance(
             self.model, self.guide, self.evaluation.num_samples, vectorize_data=self.vectorize_data, progress=False
         )
@@ -127,7 +171,10 @@ class HeldOut:
         posteriors: list[Posterior] = []
         for args in self._calls():
             with randomness_kept(self.evaluation.seed + len(posteriors)):
-                posteriors.append(run(*args))
+                try:
+                    posteriors.append(run(*args))
+                except NoWeightError as refusal:
+                    posteriors.append(refusal.posterior)
         elbo, elbo_error, log_evidence, error, ess = (
             np.concatenate([np.reshape(getattr(posterior, name), -1) for posterior in posteriors])
             for name in ("elbo", "elbo_error", "log_evidence", "log_evidence_error", "ess")
@@ -146,12 +193,7 @@ class HeldOut:
             kl_p_q=_values(None if bracket is None else bracket.kl_p_q),
             seconds=seconds + time.monotonic() - start,
         )
-        # With one log Z for all, the gaps are ordered as the ELBOs are.
-        if all(not item.elbo >= result.elbo for item in self.results):
-            self.best_step = step
-            self.best_parameters = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.results.append(result)
-        self._compare()
+        result.impossible = float(np.mean([np.mean(p.impossible) / p.num_samples for p in posteriors]))
         return result
 
     def restore(self) -> None:

@@ -17,8 +17,10 @@ from pyro.infer import ELBO
 from torch import nn
 from tqdm.auto import tqdm
 
+from llmppl.programs.observations import observing
 from llmppl.programs.plates import in_data_plate
 from llmppl.programs.random_states import randomness_kept
+from llmppl.programs.simulated_pair import SimulatedPair, with_pair
 from llmppl.programs.structure import Program
 from llmppl.training.collation import collate
 from llmppl.training.evaluation import Evaluation, HeldOut
@@ -196,7 +198,8 @@ def fit(
             if not math.isnan(history.elbo[-1]):  # simulated pairs have none
                 shown |= {"ELBO": f"{history.elbo[-1]:.2f}", "ESS": f"{history.ess[-1]:.1f}"}
             if history.evaluations:
-                shown["gap"] = f"{history.evaluations[-1].gap:.2f}"
+                last = history.evaluations[-1]
+                shown |= {"gap": f"{last.gap:.2f}"} if math.isnan(last.gain) else {"gain": f"{last.gain:.2f}"}
             bar.set_postfix(shown, refresh=False)
             bar.update()
             if callback is not None:
@@ -227,6 +230,8 @@ def _accumulated(
         batch = batches.draw()
         for args in [collate(batch)] if vectorize_data else batch:
             with regularised.call(args, simulates) as (model, guide):
+                if isinstance(args, SimulatedPair):
+                    model, guide = _on_pair(model, guide, args, objective)
                 # Some of Pyro's objectives have no differentiable loss, and some return several.
                 loss = float(np.sum(objective.loss_and_grads(model, guide, *args)))
             if not math.isfinite(loss):
@@ -238,6 +243,13 @@ def _accumulated(
             rows = len(batch) if vectorize_data else 1
             reports.append(getattr(objective, "diagnostics", None) or {"elbo": -loss / rows})
     return total, reports
+
+
+def _on_pair(model: Program, guide: Program, pair: SimulatedPair, objective: ELBO) -> tuple[Program, Program]:
+    """Program and guide for a stored pair: the sleep phase takes it as it is, others train on its observations."""
+    if getattr(objective, "insomnia", 1) == 0:
+        return with_pair(model, pair), guide
+    return observing(model, guide, dict(pair.observations))
 
 
 @contextmanager

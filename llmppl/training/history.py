@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,6 +25,10 @@ class Evaluated:
     :param kl_q_p: lower and upper estimate of KL(q‖p) on simulated observations; NaN without simulations.
     :param kl_p_q: the same of KL(p‖q).
     :param seconds: of the run at the end of this evaluation.
+    :param gain, gain_error: mean of log q(z|x) − log p(z) over simulated pairs that training never sees, with its
+        standard error; NaN without ``pairs``.
+    :param impossible: share of the guide's draws that a hard condition of the program excludes. Where there are any,
+        ELBO and gap are infinite, and the gain is what to look at.
     """
 
     step: int
@@ -36,6 +41,9 @@ class Evaluated:
     kl_q_p: tuple[float, float]
     kl_p_q: tuple[float, float]
     seconds: float
+    gain: float = math.nan
+    gain_error: float = math.nan
+    impossible: float = 0.0
 
 
 @dataclass(repr=False)
@@ -90,7 +98,14 @@ class History:
             text += f", ELBO {elbo:.2f} nats, ESS {ess:.1f}"
         if self.evaluations:
             first, newest = self.evaluations[0], self.evaluations[-1]
-            text += f"; held-out gap {first.gap:.2f} at step {first.step}, {newest.gap:.2f} at step {newest.step}"
+            steps = f"at step {first.step}", f"at step {newest.step}"
+            if not math.isnan(newest.gain):
+                newest_gain = f"{newest.gain:.2f} ± {newest.gain_error:.2f}"
+                text += f"; held-out gain {first.gain:.2f} nats {steps[0]}, {newest_gain} {steps[1]}"
+            if math.isfinite(newest.gap):
+                text += f"; held-out gap {first.gap:.2f} {steps[0]}, {newest.gap:.2f} {steps[1]}"
+            elif newest.impossible:
+                text += f"; {newest.impossible:.0%} of the held-out draws are impossible, so the gap is infinite"
         if self.restored is not None:
             text += f"; stopped early, the parameters are those of step {self.restored}"
         return text + ")"
