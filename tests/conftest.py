@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
+
+# Where the environment forbids bytecode beside the sources, every worker, notebook and child process would compile the
+# libraries anew, most of the time that an import takes: what one has compiled the others read from pytest's own cache.
+if sys.dont_write_bytecode:
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(Path(__file__).parent.parent / ".pytest_cache" / "d" / "bytecode")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 
 # Before torch starts its pools: two threads on two busy cores are slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,21 +27,65 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pyro
 import pytest
-import torch
-from torch import Tensor
 
-from llmppl import LM
-from llmppl.testing import tiny_lm
+# The process that only hands out the tests to workers imports this file too, and needs none of these.
+if TYPE_CHECKING:
+    import pyro
+    from torch import Tensor
 
-torch.set_num_threads(1)
+    from llmppl import LM
+
+
+# Files of long tests, the longest first: CPU seconds, roughly.
+LONG = {
+    "test_tutorials.py": 130,
+    "test_objectives.py": 60,
+    "test_numpyro_inference.py": 45,
+    "test_numpyro_smc.py": 40,
+    "test_demo.py": 33,
+    "test_numpyro_decoder.py": 30,
+    "test_numpyro_objectives.py": 30,
+    "test_numpyro_text.py": 26,
+    "test_long_runs.py": 25,
+    "test_numpyro_interop.py": 20,
+    "test_states.py": 15,
+    "test_gap_report.py": 15,
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two workers start with a half of the tests each: long files first in both halves, equal in sum, so that what is
+    left in the end, to be shared out, is short."""
+    files: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path.name, []).append(item)
+    halves: tuple[list[pytest.Item], list[pytest.Item]] = ([], [])
+    seconds = [0, 0]
+    for name in sorted(LONG, key=LONG.__getitem__, reverse=True):
+        less = seconds.index(min(seconds))
+        halves[less].extend(files.pop(name, []))
+        seconds[less] += LONG[name]
+    for tests in files.values():
+        min(halves, key=len).extend(tests)
+    items[:] = halves[0] + halves[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     """Every test starts from one seed and an empty parameter store, and leaks no global state."""
+    import pyro
+    import torch
+
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     before = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads())
@@ -44,11 +98,17 @@ def seeded() -> Iterator[None]:
 @pytest.fixture
 def lm() -> LM:
     """A six-token model in float64. Fresh for every test: guides add adapters to it."""
+    import torch
+
+    from llmppl.testing import tiny_lm
+
     return tiny_lm(vocabulary=6, seed=0, dtype=torch.float64)
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> LM:
+    from llmppl import LM
+
     return LM.from_pretrained("smollm2-135m")
 
 
@@ -78,6 +138,8 @@ class Story:
 
 @pytest.fixture
 def story(lm: LM) -> Story:
+    import pyro
+
     def program(beginning: str, ending: str) -> Tensor:
         middle = pyro.sample("middle", lm(beginning, max_tokens=3, stop="."))
         pyro.sample("ending", lm(beginning, middle), obs=lm.encode(ending))

@@ -1,7 +1,7 @@
 """A small training run that can be killed; tests start it in processes of their own.
 
-``python tests/long_run.py FOLDER SEED`` trains in child processes, kills each by SIGKILL after a random
-time or as soon as it writes a checkpoint, resumes, and lets the last one finish.
+``python tests/long_run.py FOLDER SEED`` trains in child processes, kills each by SIGKILL a random time into its
+steps or as soon as it writes a checkpoint, resumes, and lets the last one finish.
 """
 
 from __future__ import annotations
@@ -63,12 +63,23 @@ def train(folder: str | None = None, rank: int = 2, lm_seed: int = 0, **changes:
     return guide, fit(program, guide, **arguments)
 
 
-def wait_for_a_checkpoint(folder: str, seconds: float = 20.0) -> None:
-    """Until a file of a checkpoint appears, whole or not."""
-    before, end = set(os.listdir(folder)), time.monotonic() + seconds
-    while time.monotonic() < end:
-        if any(name.startswith("step-") for name in set(os.listdir(folder)) - before):
+def wait(child: int, until: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Until something is true, or the child has ended."""
+    end = time.monotonic() + seconds
+    while not until() and time.monotonic() < end:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             return
+
+
+def checkpoints(folder: str) -> set[str]:
+    """Files of checkpoints, whole or not."""
+    return {name for name in os.listdir(folder) if name.startswith("step-")}
+
+
+def written(folder: str) -> int:
+    """Bytes of metrics."""
+    path = f"{folder}/metrics.jsonl"
+    return os.path.getsize(path) if os.path.exists(path) else 0
 
 
 def main(folder: str, seed: int) -> None:
@@ -86,9 +97,13 @@ def main(folder: str, seed: int) -> None:
             os._exit(0)
         if attempt < KILLS:
             if attempt % 2:
-                wait_for_a_checkpoint(folder)
+                before = checkpoints(folder)
+                wait(child, lambda before=before: bool(checkpoints(folder) - before))
             else:
-                time.sleep(rng.uniform(0.3, 1.2))
+                # A step takes some 30 milliseconds: up to six steps after the first, at any moment of one.
+                size = written(folder)
+                wait(child, lambda size=size: written(folder) != size)
+                time.sleep(rng.uniform(0.0, 0.2))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         print("killed" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}", sorted(os.listdir(folder)))

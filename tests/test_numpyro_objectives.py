@@ -6,6 +6,8 @@ only. Two rows with different posteriors would show pooling over observations.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -215,9 +217,11 @@ def test_learned_log_partition_has_its_own_rate() -> None:
 lm = tiny_lm(vocabulary=5, seed=3)
 
 
-def story(beginning: str, ending: str) -> None:
+def story(beginning: Any, ending: Any) -> None:
     middle = numpyro.sample("middle", lm(beginning, max_tokens=3, stop="."))
-    numpyro.sample("ending", lm(beginning, middle), obs=lm.encode(ending))
+    # Token ids are read as they are, a string padded to 16 tokens.
+    seen = ending if isinstance(ending, (jax.Array, np.ndarray)) else lm.encode(ending)
+    numpyro.sample("ending", lm(beginning, middle), obs=seen)
 
 
 def kls(guide: AutoregressiveGuide) -> tuple[float, float]:
@@ -247,9 +251,8 @@ def test_trained_guide_is_the_exact_posterior() -> None:
     guide = AutoregressiveGuide(story, lm, rank=4)
     assert min(kls(guide)) > 1
     objective = TrajectoryBalance(32, behaviour=Behaviour(tempered=0.5, temperatures=(1.5, 3.0)))
-    history = fit(
-        story, guide, [("ab", "cd")], objective, steps=600, learning_rate=3e-3, schedule="cosine", progress=False
-    )
+    data = [(lm.encode("ab"), lm.encode("cd"))]
+    history = fit(story, guide, data, objective, steps=600, learning_rate=3e-3, schedule="cosine", progress=False)
     assert max(kls(guide)) < 0.05
     assert len(history.loss) == 600
     assert history.ess[-1] > 12  # of the 16 that are the guide's own
