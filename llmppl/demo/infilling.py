@@ -38,9 +38,13 @@ WARMUP_STEPS = 5
 
 def stories() -> list[tuple[str, str]]:
     """The shipped stories as (beginning, ending): the fourth sentence of five is left out."""
+    return [(" ".join(s[:3]), " " + s[4]) for s in sentences_of_stories()]
+
+
+def sentences_of_stories() -> list[list[str]]:
+    """The shipped stories, five sentences each."""
     lines = resources.files("llmppl.demo").joinpath("stories.jsonl").read_text(encoding="utf-8").splitlines()
-    sentences = [json.loads(line)["sentences"] for line in lines]
-    return [(" ".join(s[:3]), " " + s[4]) for s in sentences]
+    return [json.loads(line)["sentences"] for line in lines]
 
 
 def split(data: Sequence[tuple[str, str]], held_out: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

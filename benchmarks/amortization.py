@@ -1,0 +1,143 @@
+"""Where amortization pays: sentences with a keyword, by the prior, a prompt, search and guides.
+
+    python benchmarks/amortization.py references --out llmppl/demo/keyword_references.json
+    python benchmarks/amortization.py compare --guide llmppl/demo/adapters/keyword.safetensors
+
+``references`` simulates one (beginning, keyword) pair behind each of 24 held-out beginnings, none selected, and runs
+importance sampling with a guide for log Z. From the same weighted sentences follow, without a draw of the prior, the
+prior's hit rate Z E[1/L] and its relative effective sample size Z / E[L], where L = p(keyword | sentence) and E is over
+the posterior. ``compare`` runs every proposal on the 24 pairs in one run, on one thread, and prints hits, relative
+effective sample size against the reference log Z, CPU seconds for each effective sample by bins of the prior's hit rate,
+and after how many queries training has paid. A proposal's relative effective sample size is 1 / E_q[w²] with Z from the
+reference; of the zero-shot prompt, whose few hits say little, it is Z / E[w], E over posterior sentences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pyro
+import torch
+
+from llmppl import LM, importance, simulate
+from llmppl.demo import keyword as demo
+from llmppl.guides import WordGuide
+from llmppl.inference.simulated_pairs import score_given
+from llmppl.models import keyword
+from llmppl.posterior.posterior import Posterior
+
+BINS = {"≥ 5 %": (0.05, 1.1), "1 to 5 %": (0.01, 0.05), "< 1 %": (0.0, 0.01)}
+
+
+def references(lm: LM, guide_path: Path, samples: int, seed: int) -> list[demo.HeldOutPair]:
+    program = keyword(lm)
+    guide = WordGuide(program, lm)
+    guide.load(guide_path)
+    texts = demo.beginnings(held_out=True)
+    pairs = simulate(program, [(text, demo.SOME_WORD) for text in texts], 3 * len(texts), seed=seed, progress=False)
+    found: dict[str, demo.HeldOutPair] = {}
+    for n in range(len(pairs)):
+        beginning, word = pairs[n][0], lm.decode(pairs[n].observations["keyword"])
+        if beginning in found or not word:
+            continue  # a sentence without a content word
+        pyro.set_rng_seed(seed + n)
+        posterior = importance(program, guide, samples, progress=False, defensive=demo.DEFENSIVE)(beginning, word)
+        likelihood, weights = np.exp(posterior.log_likelihood["keyword"]), posterior.weights
+        log_z, kept = float(posterior.log_evidence), weights > 0
+        own = lm.content_word(pairs[n].latents["sentence"]).log_prob(pairs[n].observations["keyword"])
+        found[beginning] = demo.HeldOutPair(
+            beginning,
+            word,
+            log_z,
+            float(posterior.log_evidence_error),
+            math.exp(log_z) * float((weights[kept] / likelihood[kept]).sum()),
+            math.exp(log_z) / float((weights * likelihood).sum()),
+            float(own) - log_z,
+        )
+        print(found[beginning], f"ESS {float(posterior.ess):.0f}", flush=True)
+    return sorted(found.values(), key=lambda pair: -pair.hit_rate)
+
+
+def compare(lm: LM, guides: dict[str, Path], samples: int, seed: int) -> None:
+    program, pairs = keyword(lm), demo.held_out_pairs()
+    proposals = {"prior": (demo.prior(program, lm), 0.0), "zero-shot prompt": (demo.zero_shot(program, lm), 0.0)}
+    for name, path in guides.items():
+        guide = WordGuide(program, lm)
+        guide.load(path)
+        proposals[name] = (guide, 0.0)
+        proposals[f"{name}, defensive"] = (guide, demo.DEFENSIVE)
+    rows: dict[str, list[demo.Proposal]] = {name: [] for name in proposals}
+    posteriors: list[Posterior] = []
+    for n, pair in enumerate(pairs):
+        for name, (guide, defensive) in proposals.items():
+            rows[name].append(demo.propose(name, program, guide, pair, samples, seed + n, defensive))
+        posteriors.append(rows[list(proposals)[-1]][-1].posterior)
+        asked, kind = rows["zero-shot prompt"][-1], proposals["zero-shot prompt"][0]
+        rows["zero-shot prompt"][-1].relative_ess = _from_the_posterior(program, kind, pair, posteriors[-1])
+        print(n, pair.keyword, f"{pair.hit_rate:.4f}", {k: f"{v[-1].relative_ess:.4f}" for k, v in rows.items()},
+              f"zero-shot hits {asked.hits:.2f}", flush=True)  # fmt: skip
+        rows["prior"][-1].relative_ess = pair.prior_ess
+    _print(rows, pairs)
+
+
+def _from_the_posterior(program, guide, pair: demo.HeldOutPair, posterior: Posterior, count: int = 16) -> float:
+    """Z / E[w] of a proposal, from sentences of the posterior."""
+    drawn = posterior.resample(count)
+    latents = {"sentence": torch.as_tensor(drawn.samples["sentence"])}
+    with torch.no_grad():
+        particles = score_given(program, guide, (pair.beginning, pair.keyword), {}, latents, count)
+    mean = float(torch.logsumexp(particles.log_weights.double(), 0)) - math.log(count)
+    return math.exp(pair.log_evidence - mean)
+
+
+def _print(rows: dict[str, list[demo.Proposal]], pairs: list[demo.HeldOutPair]) -> None:
+    print("\n" + demo.table(rows, pairs))
+    mutual = np.array([pair.mutual for pair in pairs])
+    print(
+        f"\nmutual information of these pairs: {mutual.mean():.2f} ± {mutual.std(ddof=1) / len(pairs) ** 0.5:.2f} nats"
+    )
+    rates = np.array([pair.hit_rate for pair in pairs])
+    print("\nCPU s for each effective sample, geometric means, by the prior's hit rate:")
+    for label, (low, high) in BINS.items():
+        some = (rates >= low) & (rates < high)
+        if not some.any():
+            continue
+        cost = {
+            name: math.exp(
+                np.mean(np.log([p.seconds_an_effective_sample for p, s in zip(column, some, strict=True) if s]))
+            )
+            for name, column in rows.items()
+        }
+        others = min(cost["prior"], cost["zero-shot prompt"])
+        print(f"  {label} ({some.sum()} pairs): " + ", ".join(
+            f"{name} {value:.2f}" + (f" ({others / value:.1f} ×)" if name not in ("prior", "zero-shot prompt") else "")
+            for name, value in cost.items()))  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=["references", "compare"])
+    parser.add_argument("--guide", type=Path, action="append", help="a saved guide; several for compare")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    guides = options.guide or [demo.shipped_guide()]
+    lm, start = LM.from_pretrained("smollm2-135m"), time.process_time()
+    if options.task == "references":
+        found = references(lm, guides[0], options.samples, options.seed)
+        options.out.write_text(json.dumps([asdict(pair) for pair in found], indent=1, ensure_ascii=False) + "\n")
+    else:
+        compare(lm, {path.stem: path for path in guides}, options.samples, options.seed)
+    print(f"{time.process_time() - start:.0f} CPU s")
+
+
+if __name__ == "__main__":
+    main()
