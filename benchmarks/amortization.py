@@ -5,11 +5,11 @@
 
 ``references`` simulates one (beginning, keyword) pair behind each of 24 held-out beginnings, none selected, and runs
 importance sampling with a guide for log Z. From the same weighted sentences follow, without a draw of the prior, the
-prior's hit rate Z E[1/L] and its relative effective sample size Z / E[L], where L = p(keyword | sentence) and E is over
-the posterior. ``compare`` runs every proposal on the 24 pairs in one run, on one thread, and prints hits, relative
-effective sample size against the reference log Z, CPU seconds for each effective sample by bins of the prior's hit rate,
-and after how many queries training has paid. A proposal's relative effective sample size is 1 / E_q[w²] with Z from the
-reference; of the zero-shot prompt, whose few hits say little, it is Z / E[w], E over posterior sentences.
+prior's hit rate Z E[1/L] and its relative effective sample size Z / E[L], where L = p(keyword | sentence) and E is
+over the posterior. ``compare`` runs every proposal on the 24 pairs in one run, on one thread, and prints hits, relative
+effective sample size against the reference log Z, and CPU seconds for each effective sample by bins of the prior's hit
+rate. A proposal's relative effective sample size is Z² / E_q[w²] with Z from the reference; of the zero-shot prompt,
+whose few hits say little, it is Z / E[w], E over posterior sentences.
 """
 
 from __future__ import annotations
@@ -99,9 +99,8 @@ def _from_the_posterior(program, guide, pair: demo.HeldOutPair, posterior: Poste
 def _print(rows: dict[str, list[demo.Proposal]], pairs: list[demo.HeldOutPair]) -> None:
     print("\n" + demo.table(rows, pairs))
     mutual = np.array([pair.mutual for pair in pairs])
-    print(
-        f"\nmutual information of these pairs: {mutual.mean():.2f} ± {mutual.std(ddof=1) / len(pairs) ** 0.5:.2f} nats"
-    )
+    error = mutual.std(ddof=1) / len(pairs) ** 0.5
+    print(f"\nmutual information of these pairs: {mutual.mean():.2f} ± {error:.2f} nats")
     rates = np.array([pair.hit_rate for pair in pairs])
     print("\nCPU s for each effective sample, geometric means, by the prior's hit rate:")
     for label, (low, high) in BINS.items():
@@ -109,9 +108,7 @@ def _print(rows: dict[str, list[demo.Proposal]], pairs: list[demo.HeldOutPair]) 
         if not some.any():
             continue
         cost = {
-            name: math.exp(
-                np.mean(np.log([p.seconds_an_effective_sample for p, s in zip(column, some, strict=True) if s]))
-            )
+            name: math.exp(np.log([p.seconds_an_effective_sample for p in np.array(column, dtype=object)[some]]).mean())
             for name, column in rows.items()
         }
         others = min(cost["prior"], cost["zero-shot prompt"])

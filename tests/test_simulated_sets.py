@@ -141,7 +141,7 @@ def test_a_hard_condition_leaves_the_gain_and_tells_the_share_of_impossible_draw
 
 
 def test_a_defensive_share_is_exact_and_bounds_the_weights(story: Story) -> None:
-    """Ẑ / Z over 120 runs of 16 samples is 1 within four standard errors; every weight is at most the likelihood over the
+    """Ẑ / Z over 120 runs of 16 samples is 1 within four standard errors; no weight is above the likelihood over the
     share."""
     guide = AutoregressiveGuide(story.program, story.lm, rank=2, seed=0)
     with torch.no_grad():
