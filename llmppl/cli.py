@@ -1,4 +1,4 @@
-"""The command line: ``llmppl demo``, ``llmppl infill``, ``llmppl report``."""
+"""The command line: ``llmppl demo``, ``llmppl write``, ``llmppl infill``, ``llmppl report``."""
 
 from __future__ import annotations
 
@@ -24,17 +24,62 @@ Threads = Annotated[int, typer.Option(min=1, help="Threads of torch; the number 
 
 @app.command()
 def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Training steps, of about 15 seconds on two cores.")] = 16,
-    samples: Samples = 24,
-    held_out: Annotated[int, typer.Option(min=1, max=12, help="Held-out stories to report on.")] = 8,
+    program: Annotated[
+        str, typer.Option(help="keyword: a sentence with a word in it; infilling: a missing sentence.")
+    ] = ("keyword"),
+    pairs: Annotated[int, typer.Option(min=1, help="Simulated sentences to train on, of the keyword program.")] = 256,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps: 240 quick ones of keyword, 16 of 15 s of infilling.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=2, help="Importance samples of each proposal.")] = 24,
+    held_out: Annotated[int, typer.Option(min=1, max=12, help="Held-out observations to report on.")] = 8,
     seed: Seed = 0,
-    save: Annotated[Path | None, typer.Option(help="Write the trained adapter to this file.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the trained guide to this file.")] = None,
     threads: Threads = CORES,
 ) -> None:
-    """Train a guide that infills missing sentences, and report how far it is from the posterior."""
-    from llmppl.demo.infilling import run
+    """Train a guide on a real language model, and report how far it is from the posterior."""
+    if program == "keyword":
+        from llmppl.demo.keyword import run as run_keyword
 
-    run(steps, samples, held_out, seed, save, threads)
+        run_keyword(pairs, steps or 240, samples, held_out, seed, save, threads)
+    elif program == "infilling":
+        from llmppl.demo.infilling import run as run_infilling
+
+        run_infilling(steps or 16, samples, held_out, seed, save, threads)
+    else:
+        raise typer.BadParameter(f"{program!r} is neither keyword nor infilling.", param_hint="--program")
+
+
+@app.command()
+def write(
+    beginning: Annotated[str, typer.Argument(help="The text so far.")],
+    keyword: Annotated[str, typer.Option(help="The word that the next sentence shall have.")],
+    guide: Annotated[
+        Path | None, typer.Option(help="A guide saved by `llmppl demo --save`; the shipped one by default.")
+    ] = None,
+    samples: Samples = 32,
+    seed: Seed = 0,
+    threads: Threads = CORES,
+) -> None:
+    """Go on with BEGINNING in a sentence that has a word in it, by a saved guide."""
+    if not beginning.strip():
+        raise typer.BadParameter("it is empty; give some text.", param_hint="BEGINNING")
+
+    from llmppl.demo.keyword import shipped_guide
+    from llmppl.demo.keyword import write as run
+
+    try:
+        posterior = run(beginning, keyword, guide or shipped_guide(), samples, seed, threads)
+    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
+        typer.echo(f"llmppl write: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(
+        f"log Ẑ {posterior.log_evidence:.2f} ± {posterior.log_evidence_error:.2f} nats, ESS {posterior.ess:.1f} of "
+        f"{samples}, {posterior.impossible} draws without the word"
+    )
+    for text, weight in posterior.top("sentence", 6):
+        if weight > 0:
+            typer.echo(f"  {weight:6.1%}  {text.strip()!r}")
 
 
 @app.command()
@@ -43,7 +88,7 @@ def infill(
     ending: Annotated[str, typer.Argument(help="Its last sentence.")],
     guide: Annotated[
         Path | None,
-        typer.Option(help="An adapter saved by `llmppl demo --save`; the shipped one by default."),
+        typer.Option(help="An adapter saved by `llmppl demo --program infilling --save`; the shipped one by default."),
     ] = None,
     samples: Samples = 32,
     seed: Seed = 0,
@@ -81,7 +126,9 @@ def infill(
 def report(
     adapter: Annotated[
         Path | None,
-        typer.Argument(help="An adapter saved by `llmppl demo --save`; the shipped one by default."),
+        typer.Argument(
+            help="An adapter saved by `llmppl demo --program infilling --save`; the shipped one by default."
+        ),
     ] = None,
     data: Annotated[
         Path | None,

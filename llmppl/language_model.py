@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -109,6 +110,8 @@ class LM:
         self.spelling = Spelling(self.codec, self.vocabulary)
         self.network = Network(self.transformer)
         self._samplers: dict[tuple[str | None, torch.dtype], Sampler] = {}
+        self.drawn: OrderedDict[Any, Tensor] = OrderedDict()
+        self._frozen = [p for name, p in model.named_parameters() if "lora_" not in name]
 
     # --- strings and tensors -----------------------------------------------------------------
 
@@ -281,6 +284,10 @@ class LM:
         if adapter is None:
             return 0
         return sum(p._version for p in self.adapters.parameters(adapter).values())
+
+    def weights_version(self) -> int:
+        """A number that grows whenever one of the model's own weights changes in place."""
+        return sum(p._version for p in self._frozen)
 
     def score(self, requests: Sequence[Request], adapter: str | None = None) -> list[Tensor]:
         """Log-probability of each token of each request's texts, ``(N, width)``, in nats; see

@@ -213,3 +213,25 @@ def test_reprs_tell(lm: LM) -> None:
     )
     assert repr(lm).startswith("LM(LlamaForCausalLM")
     assert "vocabulary=6" in repr(lm)
+
+
+def test_a_draw_of_the_frozen_model_is_not_scored_again(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its recorded log-probability is the rescored one; nothing is asked of the network until a weight changes."""
+    fn = lm(["ab", "cd"], max_tokens=3, stop=".", temperature=0.7)
+    drawn = fn.sample((20,))
+    calls: list[int] = []
+    score = lm.score
+    monkeypatch.setattr(lm, "score", lambda requests, adapter=None: calls.append(1) or score(requests, adapter))
+    again = lm(["ab", "cd"], max_tokens=3, stop=".", temperature=0.7).log_prob(drawn)
+    assert not calls
+    other = lm(["ab", "cd"], max_tokens=3, stop=".", temperature=0.8).log_prob(drawn)
+    assert calls
+    assert (other - again).abs().max() > 1e-3
+    lm.drawn.clear()
+    torch.testing.assert_close(lm(["ab", "cd"], max_tokens=3, stop=".", temperature=0.7).log_prob(drawn), again)
+    drawn = fn.sample((20,))
+    before = lm("ab", max_tokens=3, stop=".", temperature=0.7).log_prob(drawn[:, 0])
+    with torch.no_grad():
+        lm.transformer.get_output_embeddings().weight.mul_(1.5)
+    after = lm("ab", max_tokens=3, stop=".", temperature=0.7).log_prob(drawn[:, 0])
+    assert (after - before).abs().max() > 1e-3, "other weights, other probabilities"

@@ -124,9 +124,9 @@ def test_the_twisted_law_sums_to_one_and_is_the_formula(small: LM, word: str, st
     assert bool(torch.isfinite(log_q[has]).all())
     # Token by token from the base law: p(v) exp(b(class of v)), normalised over the vocabulary.
     walk_log_q = torch.zeros(len(texts), dtype=torch.float64)
-    from llmppl.distributions.twisted_text import _Walk
+    from llmppl.distributions.word_classes import WordWalk
 
-    walk = _Walk(fn, [word] * len(texts))
+    walk = WordWalk(small, fn.law, [word] * len(texts), fn.twist)
     for t in range(4):
         here = texts[:, t] >= 0
         logits = torch.stack([_next(small, text[:t]) for text in texts])

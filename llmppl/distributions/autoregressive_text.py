@@ -12,7 +12,10 @@ from llmppl.distributions.process_text import ProcessText
 from llmppl.network.drawing import NotFiniteError, draw
 from llmppl.network.scoring import Request, check_length
 from llmppl.network.text_law import TextLaw
-from llmppl.network.text_tensors import check_text, unpad_rows
+from llmppl.network.text_tensors import check_text, pad_scores, unpad_rows
+
+MOST_RECALLED = 4096
+"""Draws of the frozen model whose log-probabilities are kept, at most."""
 
 
 class AutoregressiveText(ProcessText):
@@ -81,6 +84,8 @@ class AutoregressiveText(ProcessText):
                 tokens, token_log_probs = draw(transformer, self.law, rows, heat)
         except NotFiniteError as error:
             raise ValueError(f"site {self.site!r}: {error}" if self.site else str(error)) from None
+        if self.sampling_dtype is None:
+            self.recall(rows, tokens, token_log_probs)
         tokens = tokens.reshape(shape + self.event_shape)
         token_log_probs = token_log_probs.reshape(tokens.shape)
         self.remember(tokens, token_log_probs)
@@ -107,12 +112,51 @@ class AutoregressiveText(ProcessText):
         # Equal rows are many where particles are: each is scored once.
         distinct, row = torch.unique(torch.cat([context, flat], -1), dim=0, return_inverse=True)
         context, flat = distinct.split([context.shape[-1], flat.shape[-1]], -1)
+        contexts, texts = unpad_rows(context), unpad_rows(flat)
+        recalled = self._recalled(contexts, texts)
+        if recalled is not None:
+            scores = pad_scores(recalled, value.shape[-1])
+            self.remember(value, scores[row].reshape(shape + value.shape[-1:]))
+            return None
 
         def finish(scores: Tensor) -> None:
             scores = scores.masked_fill(~self.support.check(flat)[:, None], -torch.inf)
             self.remember(value, scores[row].reshape(shape + value.shape[-1:]))
 
-        return Pending(Request(self.law, unpad_rows(context), unpad_rows(flat), value.shape[-1]), finish)
+        return Pending(Request(self.law, contexts, texts, value.shape[-1]), finish)
+
+    def recall(self, contexts: list[list[int]], texts: Tensor, scores: Tensor) -> None:
+        """Keep what the model itself said of texts while they were drawn: the prior need not score a draw again, be it
+        its own or that of a guide that twists it."""
+        law = self._law_key()
+        if law is not None:
+            for context, text, own in zip(contexts, unpad_rows(texts), scores, strict=True):
+                self.lm.drawn[law, tuple(context), tuple(text)] = own[: len(text)]
+            while len(self.lm.drawn) > MOST_RECALLED:
+                self.lm.drawn.popitem(last=False)
+
+    def _recalled(self, contexts: list[list[int]], texts: list[list[int]]) -> list[Tensor] | None:
+        law = self._law_key()
+        if law is None or not self.lm.drawn:
+            return None
+        found = []
+        for context, text in zip(contexts, texts, strict=True):
+            known = self.lm.drawn.get((law, tuple(context), tuple(text)))
+            if known is None:
+                return None
+            found.append(known)
+        return found
+
+    def _law_key(self) -> tuple[Any, ...] | None:
+        """The law by value, of the frozen model; ``None`` where draws are not kept."""
+        law = self.law
+        if self.adapter is not None or law.allowed is not None or law.grammar is not None or law.max_tokens is None:
+            return None
+        return self.lm.weights_version(), law.max_tokens, law.min_tokens, law.temperature, tuple(law.stop.tolist())
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.promote_types(self.lm.dtype, torch.float32)
 
     def remember(self, value: Tensor, scores: Tensor) -> None:
         self._memo.value, self._memo.scores = value.clone(), scores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ class LanguageModel(Protocol):
     transformer: Any
     vocabulary: int
     adapters: Adapters
+    drawn: OrderedDict[Any, Tensor]
 
     @property
     def max_length(self) -> int | None: ...
@@ -31,6 +33,7 @@ class LanguageModel(Protocol):
     def drawing(self, adapter: str | None, dtype: torch.dtype | None) -> AbstractContextManager[Any]: ...
     def trains(self, adapter: str | None) -> bool: ...
     def version(self, adapter: str | None) -> int: ...
+    def weights_version(self) -> int: ...
     def encode(self, text: str | Sequence[str]) -> Tensor: ...
     def decode(self, value: Any) -> Any: ...
 

@@ -35,6 +35,7 @@ def draw(
     contexts: Sequence[Sequence[int]],
     temperature: Tensor | None = None,
     twist: Twist | None = None,
+    own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One text for each context.
 
@@ -45,6 +46,7 @@ def draw(
     :param temperature: ``(N,)``, an extra temperature to draw at (a behaviour policy). The recorded
         log-probabilities are those of ``law`` all the same.
     :param twist: another law of the next token, made from ``law``'s; the recorded log-probabilities are its.
+    :param own: ``(N, max_tokens)``, takes the log-probabilities under ``law`` itself.
     :returns: texts ``(N, max_tokens)`` and the log-probability of each token ``(N, max_tokens)``, nats.
     """
     order = sorted(range(len(contexts)), key=lambda n: list(contexts[n]))
@@ -53,7 +55,7 @@ def draw(
     for start in range(0, len(order), block):
         rows = order[start : start + block]
         heat = None if temperature is None else temperature[rows]
-        parts.append(_draw_block(transformer, law, [contexts[n] for n in rows], heat, twist, rows))
+        parts.append(_draw_block(transformer, law, [contexts[n] for n in rows], heat, twist, rows, own))
     back = torch.tensor(order).argsort().to(parts[0][0].device)
     tokens = torch.cat([tokens for tokens, _ in parts])
     log_probs = torch.cat([log_probs for _, log_probs in parts])
@@ -78,6 +80,7 @@ def _draw_block(
     temperature: Tensor | None,
     twist: Twist | None,
     numbers: Sequence[int],
+    own: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     parameter = next(transformer.parameters())
     device, dtype = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
@@ -100,6 +103,7 @@ def _draw_block(
                 f"the network's log-probabilities are NaN at row {row}, token {step}. Check the model's weights "
                 "and dtype: float16 overflows."
             )
+        untwisted = log_probs
         if twist is not None:
             log_probs = twist(log_probs, [numbers[n] for n in active.tolist()], values[active, :step])
         weights = log_probs if temperature is None else log_probs / temperature[active, None]
@@ -107,6 +111,9 @@ def _draw_block(
         alive = open_row[active]
         values[active[alive], step] = token[alive]
         recorded[active[alive], step] = log_probs.gather(-1, token[:, None])[alive, 0]
+        if own is not None:
+            rows = torch.tensor(numbers, device=device)[active[alive]]
+            own[rows, step] = untwisted.gather(-1, token[:, None])[alive, 0]
         open_row[active] &= ~law.is_stop(token)
         alive = open_row[active]
         if step + 1 == law.max_tokens or not bool(alive.any()):

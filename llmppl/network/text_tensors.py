@@ -44,6 +44,14 @@ def unpad_rows(value: Tensor) -> list[list[int]]:
     return [[token for token in row if token != PAD] for row in value.tolist()]
 
 
+def pad_scores(rows: Sequence[Tensor], width: int) -> Tensor:
+    """Stack scores of single texts, zero behind the end: ``(len(rows), width)``."""
+    table = rows[0].new_zeros(len(rows), width)
+    for n, row in enumerate(rows):
+        table[n, : len(row)] = row
+    return table
+
+
 def widen(value: Tensor, width: int) -> Tensor:
     """Pad the last dimension on the right up to ``width`` tokens."""
     missing = width - value.shape[-1]
