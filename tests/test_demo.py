@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from llmppl import LM, Behaviour
 from llmppl.cli import app
 from llmppl.demo import infilling as demo
+from llmppl.demo import keyword as keyword_demo
 from llmppl.guides import PromptGuide
 from llmppl.models import infilling
 
@@ -29,6 +31,31 @@ def test_the_stories_are_five_sentences_and_the_held_out_ones_are_not_trained_on
         assert ending.count(".") == 1
 
 
+def test_the_keyword_demo_trains_and_reports(tmp_path: Path) -> None:
+    path = str(tmp_path / "guide.safetensors")
+    arguments = ["demo", "--pairs", "6", "--steps", "8", "--samples", "4", "--held-out", "2", "--save", path]
+    result = CliRunner().invoke(app, [*arguments, "--threads", "1"])
+    assert result.exit_code == 0, result.output
+    for text in ("prior", "zero-shot prompt", "trained here", "held-out gain", "relative ESS", "times cheaper"):
+        assert text in result.output
+    result = CliRunner().invoke(
+        app,
+        ["write", "Tom could not find the key. So he could not open the", "--keyword", "Door", "--guide", path, "--samples", "8",
+         "--threads", "1"],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "door" in result.output.lower()
+
+
+def test_the_held_out_pairs_are_of_stories_that_no_guide_has_seen() -> None:
+    pairs, seen = keyword_demo.held_out_pairs(), set(keyword_demo.beginnings())
+    assert pairs
+    assert all(pair.beginning in keyword_demo.beginnings(held_out=True) for pair in pairs)
+    assert not {pair.beginning for pair in pairs} & seen
+    assert [pair.hit_rate for pair in pairs] == sorted((pair.hit_rate for pair in pairs), reverse=True)
+    assert all(pair.prior_ess <= pair.hit_rate + 1e-9 for pair in pairs), "unequal weights only lower it"
+
+
 def test_the_demo_trains_and_reports(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: object
 ) -> None:
@@ -37,7 +64,22 @@ def test_the_demo_trains_and_reports(
     monkeypatch.setattr(demo, "BEHAVIOUR", Behaviour())
     path = f"{tmp_path}/guide.safetensors"
     result = CliRunner().invoke(
-        app, ["demo", "--steps", "1", "--samples", "4", "--held-out", "1", "--save", path, "--threads", "1"]
+        app,
+        [
+            "demo",
+            "--program",
+            "infilling",
+            "--steps",
+            "1",
+            "--samples",
+            "4",
+            "--held-out",
+            "1",
+            "--save",
+            path,
+            "--threads",
+            "1",
+        ],
     )
     assert result.exit_code == 0, result.output
     for text in ("prompt guide", "trained here, 1 steps", "shipped adapter", "CPU s/sample", "gap"):
@@ -84,6 +126,9 @@ def test_the_shipped_adapter_beats_the_prompt_guide_and_the_prior(smollm2: LM) -
     [
         (["infill", " ", "He left."], "BEGINNING"),
         (["infill", "Tom sat.", "He left.", "--guide", "/nothing"], "no adapter file"),
+        (["write", " ", "--keyword", "garden"], "BEGINNING"),
+        (["write", "Tom sat.", "--keyword", "garden", "--guide", "/nothing"], "no adapter file"),
+        (["demo", "--program", "poem"], "neither keyword nor infilling"),
         (["demo", "--steps", "0"], "steps"),
         (["demo", "--held-out", "13"], "held-out"),
     ],
