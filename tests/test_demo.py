@@ -40,7 +40,8 @@ def test_the_keyword_demo_trains_and_reports(tmp_path: Path) -> None:
         assert text in result.output
     result = CliRunner().invoke(
         app,
-        ["write", "Tom could not find the key. So he could not open the", "--keyword", "Door", "--guide", path, "--samples", "8",
+        ["write", "Tom could not find the key. So he could not open the", "--keyword", "Door", "--guide", path,
+         "--samples", "8",
          "--threads", "1"],
     )  # fmt: skip
     assert result.exit_code == 0, result.output
