@@ -187,7 +187,7 @@ def _other_texts(text: str, spelling: Spelling) -> list[str]:
         tried += [spelling.codec.decode([(n + shift) % vocabulary for n in ids]) for shift in (1, 2)]
     except ValueError:
         pass
-    tried.append(spelling.codec.decode([vocabulary // 2]))
+    tried += [spelling.codec.decode([vocabulary // 2]), f" {text} "]
     # Other numbers in the same places, for programs that read them.
     tried.append("".join(str((int(c) + 1) % 10) if c in "0123456789" else c for c in text))
     return [other for n, other in enumerate(tried) if other.strip() and other != text and other not in tried[:n]]
