@@ -14,17 +14,22 @@ from torch import Tensor, nn
 
 from llmppl.distributions.conditioned_text import ConditionedText
 from llmppl.guides.copies import independent, reduced
+from llmppl.guides.observed_values import ObservedValues, as_tensor
 from llmppl.language_model import LM
 from llmppl.network.text_tensors import Piece, left_aligned
-from llmppl.programs.structure import Program, Site, any_text, is_latent, is_text, signature, structure
-from llmppl.text.prompts import (
-    arguments_of,
-    call_prompt,
-    check_text_sites,
-    checked_prompts,
-    no_guide_for,
-    wrong_batch,
+from llmppl.programs.structure import (
+    Program,
+    Site,
+    any_text,
+    is_computed,
+    is_latent,
+    is_observation,
+    is_text,
+    signature,
+    structure,
 )
+from llmppl.text.prompts import Framework, Telling, checked_prompts, wrong_batch
+from llmppl.text.relations import Relations
 
 Prompt = Callable[..., Sequence[Piece]]
 
@@ -41,9 +46,15 @@ class TextGuide(nn.Module):
     :param model: the program.
     :param lm: the language model.
     :param prompt: for a latent site, a function that returns the pieces it is told instead. Its
-        parameters are taken by name: arguments of the program, observed text sites, earlier latents.
-        Return texts as pieces, not inside an f-string: ``lambda beginning, ending: [ending, beginning]``.
+        parameters are taken by name: arguments of the program; observed sites of any distribution; latents
+        sampled before, text or not, and those of ``others``. Arguments come as they were passed, sites as
+        tensors. Return texts as pieces, not inside an f-string: ``lambda beginning, ending: [ending, beginning]``.
         Guides that fill gaps are told both sides, with ``...`` between them: ``[beginning, ..., ending]``.
+
+        Where observations are simulated (the sleep phase, bounds, calibration), what carries one is told as
+        simulated, with a row for each particle: the site, and an argument that is the site's ``obs=``, as it is or
+        by ``lm.encode``. An argument that an observation is made from otherwise is refused: ask for the site. Which
+        it is, runs of the program with other values of the argument show, once for each kind of call.
     :param others: a guide for the program's other latent sites, e.g. an AutoGuide of
         ``poutine.block(model, hide=[...])``. Those sites are sampled first.
     """
@@ -71,6 +82,7 @@ class TextGuide(nn.Module):
         self._program = (model, lm)
         self.prompt = checked_prompts(prompt)
         self.others = others
+        self._relations = Relations()
 
     @property
     def model(self) -> Program:
@@ -134,9 +146,7 @@ class TextGuide(nn.Module):
         observations: Mapping[str, Tensor],
     ) -> dict[str, Any]:
         """The program with a proposer's distributions at its latent texts; all latent values."""
-        with poutine.block(), poutine.condition(data=given):
-            sites = structure(self.model, args, kwargs)
-        proposer = kind(self, sites, given, args, kwargs, observations)
+        proposer = kind(self, given, args, kwargs, observations)
         with proposer:
             self.model(*args, **kwargs)
         return {**given, **proposer.proposed}
@@ -175,7 +185,6 @@ class _Proposer(Messenger):
     def __init__(
         self,
         guide: TextGuide,
-        sites: poutine.Trace,
         given: dict[str, Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -183,25 +192,21 @@ class _Proposer(Messenger):
     ) -> None:
         super().__init__()
         self.guide, self.given, self.proposed = guide, given, dict[str, Tensor]()
-        self.observations = observations
-        self.observed: dict[str, tuple[Tensor, Site]] = {}
-        text_sites = []
-        for name, site in sites.nodes.items():
-            if site["type"] != "sample" or site_is_subsample(site) or name in given:
-                continue
-            if is_latent(site):
-                if _is_enumerated(site):
-                    continue
-                if is_text(site):
-                    text_sites.append(name)
-                else:
-                    raise no_guide_for(name, type(site["fn"]).__name__, "poutine")
-            elif is_text(site):
-                self.observed[name] = (observations.get(name, site["value"]), site)
-        check_text_sites(text_sites, list(sites.nodes)[1:-1], guide.prompt, "pyro.sample")
-        self.arguments = arguments_of(signature(guide.model), args, kwargs)
-        self.places = list(sites.nodes)
-        self.simulated = {name for name in observations if name in self.observed}
+        self.observations, self.computed = observations, dict[str, Any]()
+
+        def dry(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Site]:
+            with poutine.block(), poutine.condition(data=given):
+                return dict(structure(guide.model, args, kwargs).nodes)
+
+        sites = dry(args, kwargs)
+        observed = _PYRO.observed_sites(sites, given, guide.prompt)
+        told = {name: observations.get(name, site["value"]) for name, site in observed.items()}
+        self.observed = {name: (told[name], site) for name, site in observed.items() if is_text(site)}
+        self.places = list(sites)
+        own = ObservedValues(guide.lm, observed, signature(guide.model), args, kwargs, dry, guide._relations)
+        told = {name: as_tensor(value) for name, value in told.items()}
+        simulated = {name: value for name, value in told.items() if name in observations}
+        self.telling = Telling(own.arguments, told, simulated, own.relation)
 
     def _pyro_sample(self, msg: Site) -> None:
         if site_is_subsample(msg):
@@ -210,6 +215,8 @@ class _Proposer(Messenger):
         if not is_latent(msg) or name in self.given:
             if name in self.given:
                 msg["value"], msg["done"] = self.given[name], True
+            elif is_computed(msg):
+                self.computed[name] = msg["value"]
             elif name in self.observations:
                 # Later latents may be told it by the program.
                 msg["value"] = self.observations[name]
@@ -269,10 +276,13 @@ class _Proposer(Messenger):
         return lm.context(*told, left_aligned(prior.context[..., len(lm.codec.start) :]))
 
     def _call_prompt(self, name: str) -> list[Piece]:
-        known = {**{n: v for n, (v, _) in self.observed.items()}, **self.proposed}
-        # A string that the program was given reads better in a prompt than its tokens.
-        known.update({n: v for n, v in self.arguments.items() if n not in self.simulated})
-        return call_prompt(name, self.guide.prompt[name], known, lambda v: None if isinstance(v, str) else str(v))
+        latents = {**self.computed, **self.given, **self.proposed}
+        return self.telling.pieces(name, self.guide.prompt[name], latents, _shown)
+
+
+def _shown(value: Any) -> str | None:
+    """How a value looks inside a string; strings and numbers may stand there."""
+    return None if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
 def _expanded(name: str, prior: ConditionedText, context: Tensor) -> Tensor:
@@ -290,6 +300,9 @@ def _expanded(name: str, prior: ConditionedText, context: Tensor) -> Tensor:
 def _is_enumerated(site: Site) -> bool:
     """Whether the objective sums the site out, so that the guide must not have it."""
     return site["infer"].get("enumerate") == "parallel"
+
+
+_PYRO = Framework(is_latent, is_text, _is_enumerated, is_observation, "poutine", "pyro.sample")
 
 
 def _rows_of(value: Tensor, site: Site, latent: Site) -> Tensor:

@@ -8,13 +8,12 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from llmppl.distributions.autoregressive_text import AutoregressiveText
 from llmppl.network.text_law import TextLaw
 from llmppl.network.text_tensors import lengths
-from llmppl.programs.structure import Program, Site, is_latent, structure
+from llmppl.programs.structure import Program, Site, is_latent, is_observation, structure
 from llmppl.text import PAD
 
 
@@ -44,13 +43,13 @@ class Simulated(Messenger):
         self.observations: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Site) -> None:
-        if not msg["is_observed"] or site_is_subsample(msg) or isinstance(msg["fn"], pyro.distributions.Delta):
-            return
-        if isinstance(msg["fn"], pyro.distributions.Unit):
+        if msg["is_observed"] and isinstance(msg["fn"], pyro.distributions.Unit):
             raise ValueError(
                 f"factor {msg['name']!r}: the sleep phase simulates the program, and a factor cannot be "
                 "simulated. Use WakeSleep(insomnia=1.0), or another objective."
             )
+        if not is_observation(msg):
+            return
         fn, observed = msg["fn"], msg["value"]
         if isinstance(fn, AutoregressiveText) and fn.law.max_tokens is None:
             law = TextLaw(

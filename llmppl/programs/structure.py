@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -31,6 +32,22 @@ def is_latent(site: Site) -> bool:
 
 def is_text(site: Site) -> bool:
     return isinstance(site["fn"], ConditionedText)
+
+
+def is_observation(site: Site) -> bool:
+    """Whether the site observes data: no factor, and no value that the program has computed."""
+    return (
+        site["type"] == "sample"
+        and site["is_observed"]
+        and not site_is_subsample(site)
+        and not isinstance(site["fn"], pyro.distributions.Unit)
+        and not is_computed(site)
+    )
+
+
+def is_computed(site: Site) -> bool:
+    """Whether it is one of ``pyro.deterministic``."""
+    return bool(site["infer"].get("_deterministic"))
 
 
 def structure(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> poutine.Trace:

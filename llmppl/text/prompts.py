@@ -4,7 +4,82 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from llmppl.text.relations import Relation, told
+
+Site = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Framework:
+    """How a framework's sites are told apart, and what it calls them.
+
+    :param is_latent, is_text, is_enumerated: of a site; the last is summed out by the objective, and not the guide's.
+    :param is_observation: whether a site observes data: no factor, and nothing computed.
+    :param handlers, sample: names, for error messages.
+    """
+
+    is_latent: Callable[[Any], bool]
+    is_text: Callable[[Any], bool]
+    is_enumerated: Callable[[Any], bool]
+    is_observation: Callable[[Any], bool]
+    handlers: str
+    sample: str
+
+    def observed_sites(
+        self, sites: Mapping[str, Any], given: Iterable[str], prompts: Iterable[str]
+    ) -> dict[str, dict[str, Any]]:
+        """The observed sites of a program that a guide can propose the latents of.
+
+        :param sites: of a run of the program.
+        :param given: latents that another guide proposes.
+        :param prompts: sites that have one.
+        :raises ValueError: no latent text, a latent that nobody proposes, a prompt without its site.
+        """
+        samples = {name: site for name, site in sites.items() if site["type"] == "sample"}
+        own = {n: s for n, s in samples.items() if n not in given and self.is_latent(s) and not self.is_enumerated(s)}
+        for name, site in own.items():
+            if not self.is_text(site):
+                raise no_guide_for(name, type(site["fn"]).__name__, self.handlers)
+        check_text_sites(list(own), samples, prompts, self.sample)
+        return {name: site for name, site in samples.items() if self.is_observation(site)}
+
+
+@dataclass(frozen=True)
+class Telling:
+    """What the prompts of a guide are told in one run.
+
+    :param arguments: of the program, by name.
+    :param observed: values of the observed sites, simulated ones where there are.
+    :param simulated: those of them that are not the program's own.
+    :param relation: of an argument to the program's observations.
+    """
+
+    arguments: Mapping[str, Any]
+    observed: Mapping[str, Any]
+    simulated: Mapping[str, Any]
+    relation: Callable[[str], Relation]
+
+    def pieces(
+        self, site: str, function: Callable[..., Any], latents: Mapping[str, Any], shown: Callable[[Any], str | None]
+    ) -> list[Any]:
+        """What the prompt of a site returns.
+
+        :param latents: values sampled before, by site.
+        :param shown: how a value looks inside a string, or ``None`` where it may stand there.
+        """
+        asked = set(inspect.signature(function).parameters)
+        known = {**self.observed, **latents}
+        for name, value in self.arguments.items():
+            if name in self.simulated:
+                continue
+            # A string that the program was given reads better in a prompt than its tokens.
+            known[name] = value
+            if self.simulated and name in asked:
+                known[name] = told(site, name, value, self.relation(name), self.simulated)
+        return call_prompt(site, function, known, shown)
 
 
 def checked_prompts(prompt: Mapping[str, Callable[..., Any]] | None) -> dict[str, Callable[..., Any]]:
@@ -73,7 +148,7 @@ def call_prompt(
         elif parameter.default is inspect.Parameter.empty:
             raise ValueError(
                 f"prompt[{name!r}] asks for {parameter.name!r}, which is neither an argument of the program "
-                f"nor an observed or earlier text site; those are {sorted(known)}."
+                f"nor an observed site or an earlier latent one; those are {sorted(known)}."
             )
     pieces = function(**values)
     if not isinstance(pieces, (list, tuple)) or not pieces:
@@ -81,9 +156,15 @@ def call_prompt(
     for argument, value in values.items():
         text = shown(value)
         if text and any(isinstance(piece, str) and text in piece for piece in pieces):
+            numbers = "float" in str(getattr(value, "dtype", "")) or getattr(value, "shape", (1,)) == ()
+            mend = (
+                f"Write its rows one by one: lm.encode([str(row) for row in {argument}.reshape(-1).tolist()])."
+                f"reshape(*{argument}.shape, -1)."
+                if numbers
+                else f"Return it as a piece of its own: ['...', {argument}, '...']."
+            )
             raise TypeError(
-                f"prompt[{name!r}] writes {argument!r}, which is {type(value).__name__} here, into a string. "
-                f"Return it as a piece of its own: ['...', {argument}, '...']."
+                f"prompt[{name!r}] writes {argument!r}, which is {type(value).__name__} here, into a string. {mend}"
             )
     return list(pieces)
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from llmppl.objectives.particle_objective import ParticleObjective
 from llmppl.programs.observations import check_takes_observations, observing
 from llmppl.programs.simulation import check_simulable, simulate
-from llmppl.programs.structure import Program, Site, is_text, signature, structure, text_sites
+from llmppl.programs.structure import Program, Site, is_observation, is_text, signature, structure, text_sites
 from llmppl.text import PAD
 
 
@@ -36,8 +33,9 @@ class Regularisation:
         replaced by another token of the vocabulary, uniformly; fresh at each step, the same for all
         particles of an x. The program scores the true x: the denoising objective
         :math:`\mathbb E_{\tilde x|x}\,\mathrm{KL}(q(z|\tilde x)\|p(z|x))` of [1]. It reaches the text wherever
-        the guide reads an observed site: the default context, a prompt's parameter of the site's name, a
-        latent's own context where the program put the value of the observed ``pyro.sample`` there. Program
+        the guide reads an observed site: the default context, a prompt's parameter that is the site or the
+        argument it observes, a latent's own context where the program put the value of the observed
+        ``pyro.sample`` there. Program
         arguments that are no observation (a story's beginning), observations that are no text, and the
         guide's learned log-partition get no noise.
     :param adapter_dropout: dropout probability on what the guide's LoRA layers read (``lora_dropout`` of
@@ -154,29 +152,15 @@ class Regularised:
                 f"input_noise={options.input_noise}: the program observes no text. Leave input_noise out, or observe x "
                 "by pyro.sample(name, lm(...), obs=x)."
             )
-        if texts and getattr(self.module, "prompt", None):
+        # Observations that are no text cannot be moved on like tokens: a guide told those alone is taken at its word.
+        if texts and getattr(self.module, "prompt", None) and (options.input_noise or len(texts) == len(observed)):
             self._check_prompts(args, texts)
 
     def _check_prompts(self, args: tuple[Any, ...], texts: dict[str, Site]) -> None:
-        """Refuse prompts that would tell the observation of the data in place of another.
+        """Refuse prompts that no other observation would reach.
 
-        :raises ValueError: naming the prompt and its parameter.
+        :raises ValueError: naming the sites.
         """
-        module: Any = self.module
-        bound = signature(self.model).bind(*args)
-        bound.apply_defaults()
-        written = {name: _strings(site["value"], module.lm) for name, site in texts.items()}
-        for latent, prompt in module.prompt.items():
-            parameters = inspect.signature(prompt).parameters
-            for argument in set(parameters) & set(bound.arguments) - set(texts):
-                value = _strings(bound.arguments[argument], module.lm)
-                for site in texts:
-                    if value is not None and value == written[site] and site not in parameters:
-                        raise ValueError(
-                            f"prompt[{latent!r}] takes the program's argument {argument!r}, the text that site "
-                            f"{site!r} observes, and would tell the guide the data where {self.options} has another "
-                            f"text. Name its parameter {site!r}, after the site."
-                        )
         others = {name: _moved(site["value"], 1, site) for name, site in texts.items()}
         told, retold = (
             text_sites(structure(self.guide, args, {"observations": values}))
@@ -218,26 +202,9 @@ def noised(model: Program, guide: Program, probability: float) -> Program:
 
 def observed_sites(trace: poutine.Trace) -> dict[str, Site]:
     """The observed sites of a program, factors left out."""
-    return {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample"
-        and site["is_observed"]
-        and not site_is_subsample(site)
-        and not isinstance(site["fn"], (dist.Unit, dist.Delta))
-    }
+    return {name: site for name, site in trace.nodes.items() if is_observation(site)}
 
 
 def _moved(value: Tensor, shift: Tensor | int, site: Site) -> Tensor:
     """A text with its token ids moved on around the vocabulary."""
     return torch.where(value == PAD, value, (value + shift) % site["fn"].lm.vocabulary)
-
-
-def _strings(value: Any, lm: Any) -> list[str] | None:
-    """The texts of an argument or a text tensor, without the space around them; ``None`` for anything else."""
-    if isinstance(value, Tensor) and value.dtype == torch.long and value.dim():
-        value = lm.decode(value.reshape(-1, value.shape[-1]))
-    value = [value] if isinstance(value, str) else value
-    if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
-        return None
-    return [text.strip() for text in value]

@@ -13,17 +13,22 @@ from numpyro.primitives import Messenger
 
 from llmppl.numpyro.distributions.autoregressive_text import AutoregressiveText
 from llmppl.numpyro.distributions.choice import Choice
+from llmppl.numpyro.guides.observed_arrays import ObservedArrays, as_array
 from llmppl.numpyro.language_model import LM
 from llmppl.numpyro.network.text_arrays import Piece, TextArgument, is_concrete
-from llmppl.numpyro.programs.tracing import Program, Site, Trace, Values, is_latent, is_text, signature, structure
-from llmppl.text.prompts import (
-    arguments_of,
-    call_prompt,
-    check_text_sites,
-    checked_prompts,
-    no_guide_for,
-    wrong_batch,
+from llmppl.numpyro.programs.tracing import (
+    Program,
+    Site,
+    Trace,
+    Values,
+    is_latent,
+    is_observation,
+    is_text,
+    signature,
+    structure,
 )
+from llmppl.text.prompts import Framework, Telling, checked_prompts, wrong_batch
+from llmppl.text.relations import Relations
 
 Prompt = Callable[..., Sequence[Piece]]
 Context = tuple[Array, ...]
@@ -42,8 +47,14 @@ class TextGuide:
     :param model: the program.
     :param lm: the language model.
     :param prompt: for a latent site, a function that returns the pieces it is told instead. Its parameters are taken by
-        name: arguments of the program, observed text sites, earlier latents. Return texts as pieces, not inside an
-        f-string: ``lambda beginning, ending: [ending, beginning]``.
+        name: arguments of the program; observed sites of any distribution; latents sampled before, text or not, and
+        those of ``others``. Arguments come as the program gets them, sites as arrays. Return texts as pieces, not
+        inside an f-string: ``lambda beginning, ending: [ending, beginning]``.
+
+        Where observations are simulated (the sleep phase, bounds), what carries one is told as simulated: the site, and
+        an argument that is the site's ``obs=``, as it is or by ``lm.encode``. An argument that an observation is made
+        from otherwise is refused: ask for the site. Which it is, the program's jaxpr shows, or runs with other values
+        of an argument that is not compiled, once for each kind of call.
     :param others: a guide for the program's other latent sites, e.g. an AutoGuide of ``handlers.block(model,
         hide=[...])``. Those sites are sampled first.
     """
@@ -63,6 +74,7 @@ class TextGuide:
                 f"lm must be an llmppl.numpyro.LM, got {type(lm).__name__}. Use llmppl.numpyro.LM.from_pretrained()."
             )
         self.model, self.lm, self.prompt, self.others = model, lm, checked_prompts(prompt), others
+        self._relations = Relations()
         self.params: dict[str, Any] = {}
         """Trained values of parameters that are not the guide's own, those of ``others`` say, by their name."""
 
@@ -103,8 +115,7 @@ class TextGuide:
         if self.others is not None:
             with _Recorder(given), handlers.substitute(data=self.params):
                 self.others(*args, **kwargs)
-        sites = structure(handlers.substitute(self.model, data=given), args, kwargs)
-        proposer = _Proposer(registered, sites, given, args, kwargs, observations or {})
+        proposer = _Proposer(registered, given, args, kwargs, observations or {})
         with proposer:
             self.model(*args, **kwargs)
         return {**given, **proposer.proposed}
@@ -136,7 +147,6 @@ class _Proposer(Messenger):
     def __init__(
         self,
         guide: TextGuide,
-        sites: Trace,
         given: dict[str, Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -144,28 +154,25 @@ class _Proposer(Messenger):
     ) -> None:
         super().__init__()
         self.guide, self.given, self.observations = guide, given, observations
-        self.proposed: dict[str, Array] = {}
-        self.observed: dict[str, tuple[Any, Site]] = {}
-        text_sites = []
-        for name, site in sites.items():
-            if site["type"] != "sample" or name in given:
-                continue
-            if is_latent(site):
-                if _is_enumerated(site):
-                    continue
-                if not is_text(site):
-                    raise no_guide_for(name, type(site["fn"]).__name__, "handlers")
-                text_sites.append(name)
-            elif is_text(site):
-                self.observed[name] = (observations.get(name, site["value"]), site)
-        check_text_sites(text_sites, sites, guide.prompt, "numpyro.sample")
-        self.arguments = arguments_of(signature(guide.model), args, kwargs)
-        self.simulated = {name for name in observations if name in self.observed}
+        self.proposed, self.computed = dict[str, Array](), dict[str, Any]()
+
+        def dry(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+            return structure(handlers.substitute(guide.model, data=given), args, kwargs)
+
+        observed = _NUMPYRO.observed_sites(dry(args, kwargs), given, guide.prompt)
+        told = {name: observations.get(name, site["value"]) for name, site in observed.items()}
+        self.observed = {name: (told[name], site) for name, site in observed.items() if is_text(site)}
+        own = ObservedArrays(guide.lm, observed, signature(guide.model), args, kwargs, dry, guide._relations)
+        told = {name: as_array(value) for name, value in told.items()}
+        simulated = {name: value for name, value in told.items() if name in observations}
+        self.telling = Telling(own.arguments, told, simulated, own.relation)
 
     def process_message(self, msg: Site) -> None:
         if msg["type"] in ("param", "mutable", "deterministic"):
             # The program's own; a deterministic site may depend on what the guide does not know.
             msg["stop"] = msg["type"] == "deterministic"
+            if msg["stop"]:
+                self.computed[msg["name"]] = msg["value"]
             return
         if msg["type"] != "sample":
             return
@@ -202,15 +209,15 @@ class _Proposer(Messenger):
         return context
 
     def _call_prompt(self, name: str) -> list[Piece]:
-        known = {**{n: v for n, (v, _) in self.observed.items()}, **self.proposed}
-        # A string that the program was given reads better in a prompt than its tokens.
-        known.update({n: v for n, v in self.arguments.items() if n not in self.simulated})
-        return call_prompt(name, self.guide.prompt[name], known, _shown)
+        latents = {**self.computed, **self.given, **self.proposed}
+        return self.telling.pieces(name, self.guide.prompt[name], latents, _shown)
 
 
 def _shown(value: Any) -> str | None:
-    """How a value looks inside a string; of a string, and of what is being compiled, nothing."""
-    return None if isinstance(value, (str, TextArgument)) or not is_concrete(value) else str(value)
+    """How a value looks inside a string; of strings and numbers, which may stand there, and of what is being compiled,
+    nothing."""
+    known = value is not None and not isinstance(value, (str, int, float, TextArgument)) and is_concrete(value)
+    return str(value) if known else None
 
 
 def _before(lm: LM, prior: Text, told: list[Any]) -> Context:
@@ -227,6 +234,9 @@ def _before(lm: LM, prior: Text, told: list[Any]) -> Context:
 
 def _is_enumerated(site: Site) -> bool:
     return bool(site["infer"].get("enumerate") == "parallel")
+
+
+_NUMPYRO = Framework(is_latent, is_text, _is_enumerated, is_observation, "handlers", "numpyro.sample")
 
 
 def _rows_of(value: Any, site: Site, latent: Site) -> Any:

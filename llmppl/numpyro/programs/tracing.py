@@ -37,6 +37,11 @@ def is_text(site: Site) -> bool:
     return isinstance(site["fn"], (AutoregressiveText, Choice))
 
 
+def is_observation(site: Site) -> bool:
+    """Whether the site observes data, and is no factor."""
+    return bool(site["type"] == "sample" and site["is_observed"] and not isinstance(site["fn"], dist.Unit))
+
+
 # --- structure: a run that costs no forward pass ---------------------------------------------------
 
 
@@ -153,7 +158,7 @@ class Simulated(Messenger):
         self.observations: Values = {}
 
     def process_message(self, msg: Site) -> None:
-        if msg["type"] != "sample" or not msg["is_observed"] or isinstance(msg["fn"], dist.Delta):
+        if msg["type"] != "sample" or not msg["is_observed"]:
             return
         if isinstance(msg["fn"], dist.Unit):
             raise ValueError(
