@@ -14,7 +14,7 @@ from torch import Tensor
 from llmppl.distributions.autoregressive_text import AutoregressiveText
 from llmppl.network.text_law import TextLaw
 from llmppl.network.text_tensors import lengths
-from llmppl.programs.structure import Program, Site, is_latent, structure
+from llmppl.programs.structure import Program, Site, is_deterministic, is_latent, structure
 from llmppl.text import PAD
 
 
@@ -45,6 +45,8 @@ class Simulated(Messenger):
 
     def _pyro_sample(self, msg: Site) -> None:
         if not msg["is_observed"] or site_is_subsample(msg) or isinstance(msg["fn"], pyro.distributions.Delta):
+            return
+        if is_deterministic(msg):
             return
         if isinstance(msg["fn"], pyro.distributions.Unit):
             raise ValueError(

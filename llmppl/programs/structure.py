@@ -29,6 +29,11 @@ def is_latent(site: Site) -> bool:
     return site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
 
 
+def is_deterministic(site: Site) -> bool:
+    """Whether a site is what ``pyro.deterministic`` makes: computed from others, though Pyro calls it observed."""
+    return site["type"] == "sample" and bool(site["infer"].get("_deterministic"))
+
+
 def is_text(site: Site) -> bool:
     return isinstance(site["fn"], ConditionedText)
 

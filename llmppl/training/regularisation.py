@@ -18,7 +18,7 @@ from torch import Tensor
 from llmppl.objectives.particle_objective import ParticleObjective
 from llmppl.programs.observations import check_takes_observations, observing
 from llmppl.programs.simulation import check_simulable, simulate
-from llmppl.programs.structure import Program, Site, is_text, signature, structure, text_sites
+from llmppl.programs.structure import Program, Site, is_deterministic, is_text, signature, structure, text_sites
 from llmppl.text import PAD
 
 
@@ -217,7 +217,7 @@ def noised(model: Program, guide: Program, probability: float) -> Program:
 
 
 def observed_sites(trace: poutine.Trace) -> dict[str, Site]:
-    """The observed sites of a program, factors left out."""
+    """The observed sites of a program, factors and deterministic sites left out."""
     return {
         name: site
         for name, site in trace.nodes.items()
@@ -225,6 +225,7 @@ def observed_sites(trace: poutine.Trace) -> dict[str, Site]:
         and site["is_observed"]
         and not site_is_subsample(site)
         and not isinstance(site["fn"], (dist.Unit, dist.Delta))
+        and not is_deterministic(site)
     }
 
 
