@@ -21,7 +21,7 @@ from llmppl.programs.structure import (
     Program,
     Site,
     any_text,
-    is_computed,
+    is_deterministic,
     is_latent,
     is_observation,
     is_text,
@@ -215,7 +215,7 @@ class _Proposer(Messenger):
         if not is_latent(msg) or name in self.given:
             if name in self.given:
                 msg["value"], msg["done"] = self.given[name], True
-            elif is_computed(msg):
+            elif is_deterministic(msg):
                 self.computed[name] = msg["value"]
             elif name in self.observations:
                 # Later latents may be told it by the program.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +21,13 @@ from llmppl.distributions.content_word import ContentWord
 from llmppl.network.adapters import Adapters
 from llmppl.network.low_precision import Sampler
 from llmppl.network.pickling import packed, unpacked
+from llmppl.network.row_map import map_rows
 from llmppl.network.scoring import Request, score
 from llmppl.network.text_law import TextLaw
 from llmppl.network.text_tensors import Piece, check_text, join, pad_rows
 from llmppl.network.transformer import Network
 from llmppl.text import PAD
+from llmppl.text.row_function import Kind
 from llmppl.text.spelling import Spelling, empty_context
 from llmppl.text.tokenization import Codec
 from llmppl.text.word_automaton import WordTokens
@@ -206,6 +208,43 @@ class LM:
         :param shortest: letters of a content word, at least.
         """
         return ContentWord(self, self._piece(text, 1), shortest)
+
+    def map(
+        self,
+        function: Callable[..., Any],
+        *values: Piece | float,
+        max_tokens: int | None = None,
+        returns: Kind | None = None,
+    ) -> Tensor:
+        """A deterministic function of strings and numbers, run once for each distinct row of the values.
+
+        A text tensor (int64, as everywhere) comes to the function as a string, and a tensor of any other type, floats,
+        booleans, int32, as a Python scalar; so integers are passed as Python's or by ``.int()``. A string or number is
+        the same in all rows, a list of strings has one a row; batch shapes broadcast.
+
+        The function must be deterministic and without side effects: it may run any number of times. It must accept any
+        text that the program may write, for programs are also run with arbitrary texts, to see which sites they have.
+        Results are constants: no gradient flows through them.
+
+        To keep them: ``pyro.deterministic(name, lm.map(...), event_dim=1)`` for texts, ``event_dim=0`` for the rest.
+        The posterior then decodes what came from here, unchanged, as texts.
+
+        :param function: returns a string, a number or a boolean, of one type for all rows.
+        :param max_tokens: width of the texts that it returns; by default that of the longest.
+        :param returns: ``str``, ``float``, ``int`` or ``bool``; by default what it does return, integers as floats.
+        :returns: a text tensor, ``batch_shape + (T,)``, or ``batch_shape`` of floats (torch's default type), of int32
+            for ``returns=int``, or of booleans.
+        :raises TypeError: a value, or a result, of another type.
+        :raises ValueError: values that do not broadcast; a text without tokens, or with more than ``max_tokens``.
+        :raises Exception: what the function raises, of the same type where it can be made from a message, else
+            ``RuntimeError``. Like all errors of results it names the row and its inputs.
+
+        Example::
+
+            length = lm.map(lambda text: len(text.split()), middle)
+            prompt = lm.map("{:.1f} degrees".format, temperature)
+        """
+        return map_rows(self.spelling, self.decode, self.device, function, values, max_tokens, returns)
 
     def context(self, *pieces: Piece) -> Tensor:
         """The joined pieces as a context: a text tensor with padding anywhere, behind whatever the

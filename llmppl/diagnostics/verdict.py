@@ -311,6 +311,7 @@ def _branches(exact: Posterior) -> bool:
     return any(
         bool(((values < 0).all(-1) if name in exact.decoders else np.isnan(values.astype(np.float64))).any())
         for name, values in exact.samples.items()
+        if name not in exact.deterministic
     )
 
 

@@ -156,7 +156,8 @@ def _log_q(posterior: Samples) -> np.ndarray | None:
     possible = np.isfinite(posterior.log_weights)
     log_q = np.full(posterior.log_joint.shape, np.nan)
     log_q[possible] = posterior.log_joint[possible] - posterior.log_weights[possible]
-    if not possible.all() and set(posterior.token_log_q) == set(posterior.samples):
+    latents = set(posterior.samples) - set(posterior.deterministic)
+    if not possible.all() and set(posterior.token_log_q) == latents:
         lead = posterior.log_joint.shape
         scores = sum(value.reshape(*lead, -1).sum(-1) for value in posterior.token_log_q.values())
         log_q = np.where(possible, log_q, scores)

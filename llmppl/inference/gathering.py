@@ -10,10 +10,11 @@ from pyro import poutine
 from torch import Tensor
 
 from llmppl.distributions.process_text import ProcessText
+from llmppl.network.row_map import decoder_of
 from llmppl.posterior.columns import Columns
 from llmppl.posterior.posterior import Array, Posterior
 from llmppl.programs.particles import Particles, sum_site
-from llmppl.programs.structure import Site, is_latent, is_text
+from llmppl.programs.structure import Site, is_deterministic, is_latent, is_text
 
 
 class Gathering(Columns):
@@ -23,18 +24,27 @@ class Gathering(Columns):
         """Take the numbers of one pass."""
         trace, rows, count = particles.model_trace, particles.log_p.shape[1:], len(particles.log_p)
         latent = {name: site for name, site in trace.nodes.items() if is_latent(site)}
-        seen = {n: site for n, site in trace.nodes.items() if site["type"] == "sample" and site["is_observed"]}
+        computed = {name: site for name, site in trace.nodes.items() if is_deterministic(site)}
+        seen = {
+            name: site
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample" and site["is_observed"] and name not in computed
+        }
         for name, site in {**latent, **seen}.items():
             if is_text(site):
                 self.decoders.setdefault(name, site["fn"].lm.decode)
         for name, site in seen.items():
             if is_text(site):
                 self.observed.setdefault(name, site["value"].cpu().numpy())
+        for name, site in computed.items():
+            if decoder := decoder_of(site["value"]):
+                self.decoders.setdefault(name, decoder)
+        self.deterministic = tuple(dict.fromkeys((*self.deterministic, *computed)))
         self.masked = tuple(n for n, site in latent.items() if _masks(particles.guide_trace.nodes.get(n), site))
         self.parts.append(
             {
                 "count": count,
-                "samples": {name: _value(particles, name, rows) for name in latent},
+                "samples": {name: _value(particles, name, rows) for name in (*latent, *computed)},
                 "log_p": _numpy(particles.log_p),
                 "log_q": _numpy(particles.log_q),
                 "token_log_p": {n: s for n in latent if (s := _token_scores(particles, trace, n, rows)) is not None},
@@ -95,7 +105,29 @@ def _token_scores(particles: Particles, trace: poutine.Trace, name: str, rows: t
 def _value(particles: Particles, name: str, rows: torch.Size) -> Array:
     """A site's values as ``(K,) + batch_shape + inner + event_shape``."""
     site = particles.model_trace.nodes[name]
-    return _layout(particles, site["value"], site["value"].dim() - _batch_dims(site), rows)
+    event = _event_dim(name, site, particles.nesting) if is_deterministic(site) else site["fn"].event_dim
+    return _layout(particles, site["value"], event, rows)
+
+
+def _event_dim(name: str, site: Site, nesting: int) -> int:
+    """Of a deterministic site. Its own is all of the value's dimensions where ``event_dim`` was left out; then what
+    does not belong to the plates does belong to the event, and the tokens of a text in any case.
+
+    :raises ValueError: batch dimensions that are not those of the plates.
+    """
+    shape, own = site["value"].shape, site["fn"].event_dim
+    sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+    least = 0 if decoder_of(site["value"]) is None else 1
+    known = own < len(shape) and own >= least
+    for event in (own,) if known else range(least, len(shape) + 1):
+        batch = shape[: len(shape) - event]
+        if len(batch) <= nesting + 1 and all(n in (1, sizes.get(d - len(batch))) for d, n in enumerate(batch)):
+            return event
+    raise ValueError(
+        f"deterministic site {name!r} has shape {tuple(shape)}, which does not fit the plates that it stands in, of "
+        f"sizes {sizes} by dimension, particles included. Say how many dimensions one value has: "
+        "pyro.deterministic(name, value, event_dim=...), 0 for a number and 1 for a text."
+    )
 
 
 def _layout(particles: Particles, value: Tensor, event: int, rows: torch.Size) -> Array:
@@ -112,10 +144,6 @@ def _layout(particles: Particles, value: Tensor, event: int, rows: torch.Size) -
         if value.shape[dim] == 1:
             value = value.squeeze(dim)
     return value.detach().cpu().numpy().copy()
-
-
-def _batch_dims(site: Site) -> int:
-    return site["value"].dim() - site["fn"].event_dim
 
 
 def _is_one(scale: float | Tensor) -> bool:

@@ -28,7 +28,7 @@ from llmppl.programs.particles import (
 )
 from llmppl.programs.plates import in_particles
 from llmppl.programs.simulation import simulate
-from llmppl.programs.structure import Program, Site, is_latent, plate_nesting, structure
+from llmppl.programs.structure import Program, Site, is_deterministic, is_latent, plate_nesting, structure
 
 Array = np.ndarray
 Sampler = Callable[[Program, Program], Callable[..., Posterior]]
@@ -236,6 +236,8 @@ def placed(
     found = {}
     for name, values in samples.items():
         site = sites.nodes[name]
+        if is_deterministic(site):
+            continue
         own, event = site["value"], site["fn"].event_dim
         batch = own.shape[: own.dim() - event]
         batch = (1,) * (nesting + 1 - len(batch)) + tuple(batch)

@@ -22,13 +22,14 @@ class Columns:
 
     :param parts: of each pass ``count``, ``log_p``, ``log_q`` and by site ``samples``, ``token_log_p``,
         ``token_log_q`` and ``log_likelihood``, as of :class:`Posterior`.
-    :param decoders: as of :class:`Posterior`, as are ``observed`` and ``masked``.
+    :param decoders: as of :class:`Posterior`, as are ``observed``, ``masked`` and ``deterministic``.
     """
 
     parts: list[dict[str, Any]] = field(default_factory=list)
     decoders: dict[str, Any] = field(default_factory=dict)
     observed: _Columns = field(default_factory=dict)
     masked: tuple[str, ...] = ()
+    deterministic: tuple[str, ...] = ()
 
     def posterior(self, method: str, exactness: str) -> Posterior:
         """Everything taken so far; log-weights are log p by enumeration, zero by MCMC, else log p − log q."""
@@ -50,6 +51,7 @@ class Columns:
             decoders=self.decoders,
             observed=self.observed,
             masked=self.masked,
+            deterministic=self.deterministic,
             token_log_p=self._joined("token_log_p"),
             token_log_q=self._joined("token_log_q"),
             log_likelihood=self._joined("log_likelihood"),
@@ -66,7 +68,7 @@ class Columns:
         filling = PAD if text else np.nan if column == "samples" else 0.0
         if text or column.startswith("token"):
             width = max(values.shape[-1] for values in known)
-            found = [None if v is None else _widened(v, width, filling) for v in found]
+            found = [None if v is None else widened(v, width, filling) for v in found]
             known = [values for values in found if values is not None]
         if len(known) < len(found):
             kind = np.result_type(known[0].dtype, np.int64 if text else np.float64)
@@ -78,7 +80,8 @@ class Columns:
         return np.concatenate([values for values in found if values is not None])
 
 
-def _widened(values: Array, width: int, filling: float) -> Array:
+def widened(values: Array, width: int, filling: float = PAD) -> Array:
+    """Padded on the right to so many tokens."""
     missing = width - values.shape[-1]
     if not missing:
         return values

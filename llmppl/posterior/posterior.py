@@ -23,7 +23,7 @@ METHODS = ("enumeration", "importance", "smc", "mcmc", "decoding")
 
 @dataclass(repr=False)
 class Posterior:
-    r"""Samples of a program's latent sites, with unnormalised weights where the method has them.
+    r"""Samples of a program's latent and deterministic sites, with unnormalised weights where the method has them.
 
     Weighted are those of enumeration, importance sampling and SMC. Draws of MCMC are equally weighted
     and say nothing of the evidence; answers of decoding are points, with their joint and no weight.
@@ -36,13 +36,15 @@ class Posterior:
     :param method: one of :data:`METHODS`.
     :param exactness: what the weights are exact for: the guide's ``marginal`` density, one
         ``conditional`` on auxiliary choices, an ``extended`` space, or ``none``.
-    :param decoders: by text site, latent or observed, a function from one text's ids to a string.
+    :param decoders: by text site, latent, deterministic or observed, a function from one text's ids to a string.
     :param observed: the observed texts, by site.
     :param token_log_p: by text site, log-probability of each token under the prior, nats, of the shape of
         the site's ``samples``; zero behind the end.
     :param token_log_q: the same under the guide.
     :param log_likelihood: by observed site, its log-density at each sample, ``(K,) + batch_shape``, nats.
     :param masked: text sites whose guide has a grammar or a vocabulary that forbids what the program permits.
+    :param deterministic: the sites of ``samples`` that the program computes from others. Those that are texts made by
+        ``lm.map`` are among the :attr:`texts`.
     :param ancestors: of SMC, which first-generation particle each sample descends from, ``(K,) + batch_shape``.
     :param num_ancestors: how many of those there were in the beginning.
     :param complete: of SMC with optimal resampling, that no continuation had to be dropped: every text that the
@@ -64,6 +66,7 @@ class Posterior:
     token_log_q: Mapping[str, Array] = field(default_factory=dict)
     log_likelihood: Mapping[str, Array] = field(default_factory=dict)
     masked: tuple[str, ...] = ()
+    deterministic: tuple[str, ...] = ()
     ancestors: Array | None = None
     num_ancestors: int = 0
     complete: bool = False
@@ -92,7 +95,7 @@ class Posterior:
 
     @property
     def texts(self) -> list[str]:
-        """The latent text sites."""
+        """The text sites of the samples."""
         return [site for site in self.samples if site in self.decoders]
 
     # --- evidence and quality, each of shape batch_shape -------------------------------------------

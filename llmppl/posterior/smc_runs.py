@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from llmppl.posterior.posterior import Posterior
+from llmppl.posterior.columns import widened
+from llmppl.posterior.posterior import Array, Posterior
 
 TARGETS = ("prefixes", "flows")
 FLOWS_EVERY = 4
@@ -22,7 +23,7 @@ def pooled(parts: list[Posterior]) -> Posterior:
     if parts[0].complete and parts[-1].complete:
         return parts[0]  # nothing was left to chance
     joined: dict[str, Any] = {
-        column: {name: np.concatenate([getattr(p, column)[name] for p in parts]) for name in getattr(parts[0], column)}
+        column: {name: _joined([getattr(p, column)[name] for p in parts]) for name in getattr(parts[0], column)}
         for column in columns
     }
     ancestors = [p.ancestors + n * p.num_ancestors for n, p in enumerate(parts)]  # type: ignore[operator]
@@ -36,6 +37,12 @@ def pooled(parts: list[Posterior]) -> Posterior:
         # Each run competes in itself: their sizes add up.
         ess_history=np.sum([p.ess for p in parts], 0)[None],
     )
+
+
+def _joined(values: list[Array]) -> Array:
+    # Texts that a program computes are as wide as the longest of their run.
+    width = max(value.shape[-1] for value in values)
+    return np.concatenate([widened(value, width) for value in values])
 
 
 def check_settings(

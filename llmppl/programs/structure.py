@@ -30,6 +30,11 @@ def is_latent(site: Site) -> bool:
     return site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
 
 
+def is_deterministic(site: Site) -> bool:
+    """Whether a site is what ``pyro.deterministic`` makes: computed from others, though Pyro calls it observed."""
+    return site["type"] == "sample" and bool(site["infer"].get("_deterministic"))
+
+
 def is_text(site: Site) -> bool:
     return isinstance(site["fn"], ConditionedText)
 
@@ -41,13 +46,8 @@ def is_observation(site: Site) -> bool:
         and site["is_observed"]
         and not site_is_subsample(site)
         and not isinstance(site["fn"], pyro.distributions.Unit)
-        and not is_computed(site)
+        and not is_deterministic(site)
     )
-
-
-def is_computed(site: Site) -> bool:
-    """Whether it is one of ``pyro.deterministic``."""
-    return bool(site["infer"].get("_deterministic"))
 
 
 def structure(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> poutine.Trace:

@@ -22,7 +22,7 @@ from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.simulated_pair import SimulatedPair
 from llmppl.programs.simulation import check_simulable
 from llmppl.programs.simulation import simulate as simulate_once
-from llmppl.programs.structure import Program, structure
+from llmppl.programs.structure import Program, is_deterministic, structure
 from llmppl.training.collation import collate
 from llmppl.training.minibatches import Data, checked
 
@@ -154,7 +154,9 @@ def simulate(
         rows = _arguments(data, num_pairs, order)
         sites = structure(program, rows[0], {})
         check_simulable(sites)
-        if not any(site["type"] == "sample" and site["is_observed"] for site in sites.nodes.values()):
+        if not any(
+            s["type"] == "sample" and s["is_observed"] and not is_deterministic(s) for s in sites.nodes.values()
+        ):
             raise ValueError(
                 "the program observes nothing, so there is nothing that a guide could be told. Give a site obs=."
             )
