@@ -265,9 +265,9 @@ def test_in_plates_it_is_laid_out_as_the_latents_are(lm: LM, explicit: bool) -> 
 def test_batch_dimensions_that_are_not_the_plates_are_refused(lm: LM) -> None:
     def program() -> None:
         pyro.sample("text", lm("b", max_tokens=2, stop="."))
-        pyro.deterministic("three", torch.zeros(3), event_dim=0)
+        pyro.deterministic("three", torch.zeros(3, 5), event_dim=0)
 
-    with pytest.raises(ValueError, match=r"'three' has shape \(3,\), which does not fit .* event_dim="):
+    with pytest.raises(ValueError, match=r"'three' has shape \(3, 5\), which does not fit .* event_dim="):
         importance(program, latents_of(program), 5, progress=False)()
 
 
@@ -313,6 +313,12 @@ def test_simulations_leave_deterministic_sites_to_the_program(lm: LM, counted: A
     assert numbers.tolist() == [text.count("a") for text in pair.drawn.posterior.decode("text")]
     # A sampler's posterior holds the deterministic site as well, which cannot be given to the program.
     sampler = simulated_pair(
-        counted, told, (0.5,), {}, 7, np.random.default_rng(0), sampler=lambda m, g: importance(m, g, 20, progress=False)
+        counted,
+        told,
+        (0.5,),
+        {},
+        7,
+        np.random.default_rng(0),
+        sampler=lambda m, g: importance(m, g, 20, progress=False),
     )
     assert sampler.drawn is not None
