@@ -265,9 +265,9 @@ def test_in_plates_it_is_laid_out_as_the_latents_are(lm: LM, explicit: bool) -> 
 def test_batch_dimensions_that_are_not_the_plates_are_refused(lm: LM) -> None:
     def program() -> None:
         pyro.sample("text", lm("b", max_tokens=2, stop="."))
-        pyro.deterministic("three", torch.zeros(3), event_dim=0)
+        pyro.deterministic("three", torch.zeros(3, 5), event_dim=0)
 
-    with pytest.raises(ValueError, match=r"'three' has shape \(3,\), which does not fit .* event_dim="):
+    with pytest.raises(ValueError, match=r"'three' has shape \(3, 5\), which does not fit .* event_dim="):
         importance(program, latents_of(program), 5, progress=False)()
 
 

@@ -105,18 +105,22 @@ def _token_scores(particles: Particles, trace: poutine.Trace, name: str, rows: t
 def _value(particles: Particles, name: str, rows: torch.Size) -> Array:
     """A site's values as ``(K,) + batch_shape + inner + event_shape``."""
     site = particles.model_trace.nodes[name]
-    event = _event_dim(name, site, particles.nesting) if is_deterministic(site) else site["fn"].event_dim
+    event = _event_dim(name, particles) if is_deterministic(site) else site["fn"].event_dim
     return _layout(particles, site["value"], event, rows)
 
 
-def _event_dim(name: str, site: Site, nesting: int) -> int:
+def _event_dim(name: str, particles: Particles) -> int:
     """Of a deterministic site. Its own is all of the value's dimensions where ``event_dim`` was left out; then what
     does not belong to the plates does belong to the event, and the tokens of a text in any case.
 
     :raises ValueError: batch dimensions that are not those of the plates.
     """
+    nodes, nesting = particles.model_trace.nodes, particles.nesting
+    site = nodes[name]
     shape, own = site["value"].shape, site["fn"].event_dim
-    sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+    # Of all plates: what is computed from the texts of a plate may well stand outside of it.
+    frames = (frame for other in nodes.values() if other["type"] == "sample" for frame in other["cond_indep_stack"])
+    sizes = {frame.dim: frame.size for frame in frames if frame.vectorized}
     least = 0 if decoder_of(site["value"]) is None else 1
     known = own < len(shape) and own >= least
     for event in (own,) if known else range(least, len(shape) + 1):
@@ -124,8 +128,8 @@ def _event_dim(name: str, site: Site, nesting: int) -> int:
         if len(batch) <= nesting + 1 and all(n in (1, sizes.get(d - len(batch))) for d, n in enumerate(batch)):
             return event
     raise ValueError(
-        f"deterministic site {name!r} has shape {tuple(shape)}, which does not fit the plates that it stands in, of "
-        f"sizes {sizes} by dimension, particles included. Say how many dimensions one value has: "
+        f"deterministic site {name!r} has shape {tuple(shape)}, which does not fit the program's plates, of sizes "
+        f"{sizes} by dimension, particles included. Say how many dimensions one value has: "
         "pyro.deterministic(name, value, event_dim=...), 0 for a number and 1 for a text."
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmppl.distributions.conditioned_text import score_together
 from llmppl.programs.plates import PARTICLES, in_particles
-from llmppl.programs.structure import Program, is_latent, is_text, plate_nesting, structure
+from llmppl.programs.structure import Program, is_deterministic, is_latent, is_text, plate_nesting, structure
 
 
 @dataclass
@@ -175,7 +175,7 @@ def sum_sites(trace: poutine.Trace, axes: tuple[int, ...], nesting: int, num_par
     """Log-density of a trace per particle and per row of ``axes``: ``(K,) + batch_shape``."""
     total: Tensor | float = 0.0
     for site in trace.nodes.values():
-        if site["type"] != "sample" or site_is_subsample(site):
+        if site["type"] != "sample" or site_is_subsample(site) or is_deterministic(site):
             continue
         total = total + sum_site(site["log_prob"], axes, nesting)
     if not isinstance(total, Tensor):

@@ -109,21 +109,21 @@ def result_kind(function: Any, values: Sequence[Any], max_tokens: int | None, re
     return str
 
 
-def batch_shape(columns: Sequence[Column]) -> tuple[int, ...]:
+def batch_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """The rows of all arguments together.
 
     :raises ValueError: two arguments whose batch shapes do not broadcast.
     """
-    for n, column in enumerate(columns):
-        for m, other in enumerate(columns[:n]):
+    for n, shape in enumerate(shapes):
+        for m, other in enumerate(shapes[:n]):
             try:
-                np.broadcast_shapes(column.index.shape, other.index.shape)
+                np.broadcast_shapes(shape, other)
             except ValueError:
                 raise ValueError(
-                    f"values {m} and {n} of lm.map do not broadcast: their batch shapes are {other.index.shape} and "
-                    f"{column.index.shape}. Give both the same number of rows, or one of them a single one."
+                    f"values {m} and {n} of lm.map do not broadcast: their batch shapes are {tuple(other)} and "
+                    f"{tuple(shape)}. Give both the same number of rows, or one of them a single one."
                 ) from None
-    return np.broadcast_shapes(*(column.index.shape for column in columns))
+    return np.broadcast_shapes(*shapes)
 
 
 def run_rows(
@@ -144,7 +144,7 @@ def run_rows(
     :raises Exception: what the function raises, of the same type where it can be made from a message, else
         ``RuntimeError``. All errors name the row and its inputs.
     """
-    shape = batch_shape(columns)
+    shape = batch_shape([column.index.shape for column in columns])
     codes = np.stack([np.broadcast_to(column.index, shape).reshape(-1) for column in columns], -1)
     found, first, of_row = np.unique(codes, axis=0, return_index=True, return_inverse=True)
     calls = _Calls(getattr(function, "__name__", type(function).__name__), shape, kind is None)
