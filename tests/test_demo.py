@@ -31,7 +31,8 @@ def test_the_stories_are_five_sentences_and_the_held_out_ones_are_not_trained_on
         assert ending.count(".") == 1
 
 
-def test_the_keyword_demo_trains_and_reports(tmp_path: Path) -> None:
+def test_the_keyword_demo_trains_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keyword_demo, "UNSEEN", 4)
     path = str(tmp_path / "guide.safetensors")
     arguments = ["demo", "--pairs", "6", "--steps", "8", "--samples", "4", "--held-out", "2", "--save", path]
     result = CliRunner().invoke(app, [*arguments, "--threads", "1"])

@@ -30,6 +30,8 @@ from llmppl.training.history import History
 from llmppl.training.simulated_set import SimulatedSet, simulate
 
 DEFENSIVE = 0.1
+UNSEEN = 48
+"""Simulated pairs that the held-out gain is measured on."""
 SOME_WORD = "garden"
 """Stands in argument tuples of pairs that are simulated: of an observed argument only that it is observed counts."""
 
@@ -126,7 +128,7 @@ def train(
 class Proposal:
     """What a proposal gave for one pair, and what it cost.
 
-    :param relative_ess: (mean w)² / mean w² with the reference's mean.
+    :param relative_ess: (mean w)² / mean w², with the reference's mean or that of the draws, whichever is less.
     """
 
     name: str
@@ -160,7 +162,9 @@ def propose(
         posterior = error.posterior
     seconds = time.process_time() - start
     squares = np.logaddexp.reduce(2 * posterior.log_weights) - math.log(num_samples)
-    ess = min(math.exp(2 * pair.log_evidence - squares), 1.0) if np.isfinite(squares) else 0.0
+    # Draws that miss the heaviest weights make the former too large, a reference that is too low the latter.
+    own = float(posterior.ess) / num_samples if np.isfinite(squares) else 0.0
+    ess = min(math.exp(2 * pair.log_evidence - squares), own) if np.isfinite(squares) else 0.0
     return Proposal(name, posterior, seconds, ess)
 
 
@@ -207,7 +211,7 @@ def run(num_pairs: int, steps: int, samples: int, held_out: int, seed: int, save
         print(guide, flush=True)
         begun = time.process_time()
         pairs = simulate(program, [(text, SOME_WORD) for text in beginnings()], num_pairs, seed=seed)
-        unseen = simulate(program, [(text, SOME_WORD) for text in beginnings(held_out=True)], 48, seed=seed + 1)
+        unseen = simulate(program, [(text, SOME_WORD) for text in beginnings(held_out=True)], UNSEEN, seed=seed + 1)
         history = train(program, guide, pairs, unseen, steps, seed)
         spent = time.process_time() - begun
         print(f"{pairs}, and {len(unseen)} held out.\n{history}\n{spent:.0f} CPU s for pairs and training.", flush=True)
