@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,11 @@ from llmppl.numpyro.network.decoder import Weights
 from llmppl.numpyro.network.folder_tokenizer import FolderTokenizer
 from llmppl.numpyro.network.folder_weights import read_config, read_weights
 from llmppl.numpyro.network.lifting import weights_of
+from llmppl.numpyro.network.row_map import map_rows
 from llmppl.numpyro.network.text_arrays import BUCKET, Piece, TextArgument, check_text, is_concrete, pad_rows
 from llmppl.numpyro.network.text_law import TextLaw
 from llmppl.text import PAD
+from llmppl.text.row_function import Kind
 from llmppl.text.spelling import Spelling, describe, empty_context, too_long, unbroadcastable
 from llmppl.text.tokenization import Codec
 
@@ -180,6 +182,45 @@ class LM:
         """
         rows = self.spelling.options(options)
         return Choice(self, self.context(*pieces), pad_rows(rows))  # type: ignore[arg-type]
+
+    def map(
+        self,
+        function: Callable[..., Any],
+        *values: Piece,
+        max_tokens: int | None = None,
+        returns: Kind | None = None,
+    ) -> Array:
+        """A deterministic function of strings and numbers, run once for each distinct row of the values, on the host.
+
+        A text array (int32 or int64) comes to the function as a string, as does a string argument of a compiled
+        program, and an array of any other type as Python scalars; so integers are passed as Python's, or as floats. A
+        string or number is the same in all rows, a list of strings has one a row; batch shapes broadcast. It works
+        under ``jit`` and ``vmap``, where all rows are asked for together.
+
+        The function must be deterministic and without side effects: it may run any number of times. It must accept any
+        text that the program may write, for programs are also run with arbitrary texts, to see which sites they have.
+        Results are constants: no gradient flows through them.
+
+        To keep them: ``numpyro.deterministic(name, lm.map(...))``. The posterior then decodes what came from here,
+        unchanged, as texts.
+
+        :param function: returns a string, a number or a boolean, of one type for all rows.
+        :param max_tokens: width of the texts that it returns, which then need no ``returns=``.
+        :param returns: ``str``, ``float``, ``int`` or ``bool``. The compiler must know, so that ``float`` is meant
+            where it is left out.
+        :returns: a text array, ``batch_shape + (max_tokens,)``, or ``batch_shape`` of floats, of int32 or of booleans.
+        :raises TypeError: a value, or a result, of another type.
+        :raises ValueError: values that do not broadcast; a text without tokens, or with more than ``max_tokens``.
+        :raises Exception: what the function raises, of the same type where it can be made from a message, else
+            ``RuntimeError``. Like all errors of results it names the row and its inputs; from a compiled program it
+            comes as JAX's own error, with the same text.
+
+        Example::
+
+            length = lm.map(lambda text: len(text.split()), middle)
+            prompt = lm.map("{:.1f} degrees".format, temperature, max_tokens=8)
+        """
+        return map_rows(self.spelling, self.decode, function, values, max_tokens, returns)
 
     def context(self, *pieces: Piece) -> tuple[Array, ...]:
         """The pieces as text arrays, one after the other, behind whatever the tokenizer puts before every text.

@@ -26,6 +26,7 @@ from llmppl.numpyro.programs.tracing import (
     Site,
     Trace,
     common_axes,
+    is_deterministic,
     is_latent,
     plate_nesting,
     plate_sizes,
@@ -209,15 +210,17 @@ def _one_by_one(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], w
             values = {name: site["value"] for name, site in kept.items()}
             kind = tuple((name, site["is_observed"]) for name, site in kept.items())
             particles = variants.setdefault(kind, jit(score))(fns, values)
-            particles = jax.tree.map(lambda leaf: np.asarray(leaf)[None], particles)
+            computed = {name: site["value"] for name, site in trace.items() if is_deterministic(site)}
+            particles = jax.tree.map(lambda leaf: np.asarray(leaf)[None], particles._replace(computed=computed))
             _check(particles, model, args, kwargs, number)
-            own = Gathering(where, kept)
+            own = Gathering(where, trace)
             own.add(particles, 1)
             if gathering is None:
                 gathering = own
             else:
                 gathering.parts += own.parts
                 gathering.decoders.update(own.decoders)
+                gathering.deterministic = tuple(dict.fromkeys((*gathering.deterministic, *own.deterministic)))
                 for name, text in own.observed.items():
                     gathering.observed.setdefault(name, text)
             bar.update()

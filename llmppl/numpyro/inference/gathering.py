@@ -13,8 +13,19 @@ from numpyro import handlers
 from numpyro.primitives import Messenger
 
 from llmppl.numpyro.distributions.autoregressive_text import AutoregressiveText
+from llmppl.numpyro.network.row_map import decoder_of
 from llmppl.numpyro.programs.particles import Layout, Particle
-from llmppl.numpyro.programs.tracing import Program, Site, Trace, Values, is_latent, is_text
+from llmppl.numpyro.programs.tracing import (
+    Program,
+    Site,
+    Trace,
+    Values,
+    is_deterministic,
+    is_latent,
+    is_text,
+    plate_nesting,
+    plate_sizes,
+)
 from llmppl.posterior.columns import Columns
 
 
@@ -36,6 +47,9 @@ class Gathering(Columns):
                 self.decoders[name] = site["fn"].lm.decode
                 if site["is_observed"]:
                     self.observed[name] = np.asarray(site["value"]).astype(np.int64)
+        self.computed = computed_events(sites)
+        self.deterministic = tuple(self.computed)
+        self.decoders.update(computed_decoders(sites))
         self.masked = tuple(name for name in self.events if proposed and masks(proposed.get(name), sites[name]))
 
     def add(self, particles: Particle, count: int) -> dict[str, Any]:
@@ -46,7 +60,9 @@ class Gathering(Columns):
         part = {
             "count": count,
             "samples": {
-                name: self._laid_out(particles.values[name][:count], event, name) for name, event in self.events.items()
+                name: self._laid_out(values[name][:count], event, name)
+                for values, events in ((particles.values, self.events), (particles.computed, self.computed))
+                for name, event in events.items()
             },
             "log_p": _numpy(particles.log_p[:count]),
             "log_q": _numpy(particles.log_q[:count]),
@@ -64,6 +80,34 @@ class Gathering(Columns):
     def _laid_out(self, values: Array, event: int, name: str = "") -> np.ndarray:
         value = laid_out(values, self.where, event)
         return value.astype(np.int64) if name in self.decoders else value
+
+
+def computed_events(sites: Trace) -> dict[str, int]:
+    """Event dimensions of each deterministic site: what does not belong to the plates, and the tokens of a text in any
+    case.
+
+    :param sites: a program's structure.
+    """
+    sizes, found = plate_sizes(sites), {}
+    for name, site in sites.items():
+        if not is_deterministic(site):
+            continue
+        shape = np.shape(site["value"])
+        event = 0 if decoder_of(site["value"]) is None else 1
+        while not _fits(shape[: len(shape) - event], sizes, plate_nesting(sites)):
+            event += 1
+        found[name] = event
+    return found
+
+
+def _fits(batch: tuple[int, ...], sizes: dict[int, int], nesting: int) -> bool:
+    return len(batch) <= nesting and all(n in (1, sizes.get(d - len(batch))) for d, n in enumerate(batch))
+
+
+def computed_decoders(sites: Trace) -> dict[str, Any]:
+    """Of the deterministic sites that are texts made by ``lm.map``."""
+    decoders = {name: decoder_of(site["value"]) for name, site in sites.items() if is_deterministic(site)}
+    return {name: decoder for name, decoder in decoders.items() if decoder is not None}
 
 
 def laid_out(values: Array, where: Layout, event: int) -> np.ndarray:

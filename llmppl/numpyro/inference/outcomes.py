@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpyro import distributions as dist
 
-from llmppl.numpyro.inference.gathering import laid_out, masks
+from llmppl.numpyro.inference.gathering import computed_decoders, computed_events, laid_out, masks
 from llmppl.numpyro.inference.population import Outcome, event_dims
 from llmppl.numpyro.inference.stages import Stages
 from llmppl.numpyro.programs.tracing import is_latent, is_text
@@ -27,22 +27,23 @@ def posterior_of(outcome: Outcome, stages: Stages, exactness: str) -> Posterior:
             "the program."
         )
     texts = {n: site for n, site in sites.items() if site["type"] == "sample" and is_text(site)}
-    numbers = event_dims(stages)
+    numbers = event_dims(stages) | computed_events(sites)
     masked = [n for n in outcome.values if masks(stages.proposed[n], stages.sites[n])]
     looked = np.asarray(outcome.looked)
     factors = {n for n, site in sites.items() if site["type"] == "sample" and isinstance(site["fn"], dist.Unit)}
     return Posterior(
-        samples={n: laid_out(value, where, numbers[n]) for n, value in outcome.values.items()},
+        samples={n: laid_out(value, where, numbers[n]) for n, value in (outcome.values | outcome.computed).items()},
         log_weights=_double(outcome.log_weight),
         log_joint=_double(outcome.log_joint),
         method="smc",
         exactness=exactness,
-        decoders={n: site["fn"].lm.decode for n, site in texts.items()},
+        decoders={n: site["fn"].lm.decode for n, site in texts.items()} | computed_decoders(sites),
         observed={n: np.asarray(site["value"]).astype(np.int64) for n, site in texts.items() if not is_latent(site)},
         token_log_p={n: _double(laid_out(value, where, 1)) for n, value in outcome.token_log_p.items()},
         token_log_q={n: _double(laid_out(value, where, 1)) for n, value in outcome.token_log_q.items()},
         log_likelihood={n: _double(v) for n, v in outcome.log_likelihood.items() if n not in factors},
         masked=tuple(masked),
+        deterministic=tuple(outcome.computed),
         ancestors=np.asarray(outcome.ancestor),
         num_ancestors=len(outcome.log_weight),
         ess_history=_double(outcome.ess)[looked],

@@ -46,6 +46,7 @@ class Outcome(NamedTuple):
     :param token_log_p: by latent text, nats.
     :param token_log_q: by text written token by token, recorded while writing.
     :param log_likelihood: by observed site, of shape ``rows``.
+    :param computed: by deterministic site.
     :param ess: effective sample size at each look, ``(looks,) + rows``.
     :param looked: which of the looks took place, ``(looks,)``: none where every text had ended.
     """
@@ -57,6 +58,7 @@ class Outcome(NamedTuple):
     token_log_p: Values
     token_log_q: Values
     log_likelihood: Values
+    computed: Values
     ess: Array
     looked: Array
 
@@ -173,6 +175,7 @@ class _Population:
             scored.token_log_p,
             state.recorded,
             scored.log_likelihood,
+            scored.computed,
             jnp.concatenate([ess for ess, _ in looks]),
             jnp.concatenate([looked for _, looked in looks]),
         )

@@ -22,7 +22,8 @@ compiled anew."""
 
 _NO_STRING = (
     "a program that is compiled gets its strings as token ids, so that they cannot be put together or changed as "
-    "strings. Pass them as pieces of their own: lm(beginning, ' ', ending)."
+    "strings. Pass them as pieces of their own: lm(beginning, ' ', ending); or change them inside of lm.map(function, "
+    "beginning)."
 )
 
 

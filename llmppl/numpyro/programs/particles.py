@@ -16,6 +16,7 @@ from llmppl.numpyro.programs.tracing import (
     Trace,
     Values,
     common_axes,
+    is_deterministic,
     is_latent,
     is_text,
     plate_nesting,
@@ -86,6 +87,7 @@ class Particle(NamedTuple):
     :param log_likelihood: of each observed site its log-density, of shape ``rows``.
     :param proposed: of each latent site log q, of shape ``rows``.
     :param terms: of each site of the program its log-density, of shape ``rows``.
+    :param computed: the values of the program's deterministic sites.
     """
 
     log_p: Array
@@ -96,6 +98,7 @@ class Particle(NamedTuple):
     log_likelihood: dict[str, Array]
     proposed: dict[str, Array]
     terms: dict[str, Array]
+    computed: Values = {}
 
 
 class Drawing(Messenger):
@@ -182,7 +185,8 @@ def score_particle(where: Layout, model_trace: Trace, guide_trace: Trace) -> Par
     likelihood = {name: term for name, term in model_terms.items() if model_trace[name]["is_observed"]}
     proposed = {name: term for name, term in guide_terms.items() if is_latent(guide_trace[name])}
     values = {name: site["value"] for name, site in model_trace.items() if is_latent(site)}
-    return Particle(log_p, log_q, values, token_log_p, token_log_q, likelihood, proposed, model_terms)
+    computed = {name: jnp.asarray(site["value"]) for name, site in model_trace.items() if is_deterministic(site)}
+    return Particle(log_p, log_q, values, token_log_p, token_log_q, likelihood, proposed, model_terms, computed)
 
 
 def score_sites(where: Layout, trace: Trace) -> Array:

@@ -33,6 +33,10 @@ def is_latent(site: Site) -> bool:
     return bool(site["type"] == "sample" and not site["is_observed"])
 
 
+def is_deterministic(site: Site) -> bool:
+    return bool(site["type"] == "deterministic")
+
+
 def is_text(site: Site) -> bool:
     return isinstance(site["fn"], (AutoregressiveText, Choice))
 

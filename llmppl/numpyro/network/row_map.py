@@ -1,0 +1,124 @@
+"""A function of strings and numbers over the rows of arrays, inside compiled programs: what
+:meth:`llmppl.numpyro.LM.map` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from llmppl.numpyro.network.text_arrays import TextArgument, check_text, is_concrete
+from llmppl.text.marks import Marks
+from llmppl.text.row_function import (
+    Column,
+    Kind,
+    batch_shape,
+    constant_column,
+    number_column,
+    result_kind,
+    run_rows,
+    text_column,
+)
+from llmppl.text.spelling import Spelling
+
+_decoders = Marks()
+
+
+def map_rows(
+    spelling: Spelling,
+    decode: Callable[[Any], str],
+    function: Callable[..., Any],
+    values: Sequence[Any],
+    max_tokens: int | None,
+    returns: Kind | None,
+) -> Array:
+    """The results of :meth:`llmppl.numpyro.LM.map`. Works under ``jit``, ``vmap`` and ``scan``; each call leaves the
+    compiled program once, for all rows together.
+
+    :param decode: of one text's ids, for whoever shows a text made here.
+    """
+    kind = result_kind(function, values, max_tokens, returns) or float
+    if kind is str and max_tokens is None:
+        raise ValueError(
+            "returns=str needs max_tokens= too, the width of the result: a compiled program must know it before the "
+            "function has run."
+        )
+    parts = [_part(value, n, spelling) for n, value in enumerate(values)]
+    shape = batch_shape([part.index.shape if isinstance(part, Column) else _rows(part) for part in parts])
+    arrays = [jnp.broadcast_to(p, shape + p.shape[len(_rows(p)) :]) for p in parts if not isinstance(p, Column)]
+    whole = shape if kind is not str else (*shape, int(max_tokens or 0))
+    dtype = {str: jnp.int32, float: jnp.result_type(float), int: jnp.int32, bool: jnp.bool_}[kind]
+
+    def ask(*arrays: Any) -> np.ndarray:
+        rest = iter(arrays)
+        columns = [p if isinstance(p, Column) else _column(p, np.asarray(next(rest)), spelling) for p in parts]
+        # Under vmap there are more rows, and a program's own are the last dimensions.
+        return run_rows(function, columns, spelling.ids, kind, max_tokens).astype(dtype)
+
+    def ask_in_halves(*halves: Any) -> np.ndarray:
+        known = map(np.asarray, halves)
+        return _halves(ask(*(_whole(k, array.dtype) for k, array in zip(known, arrays, strict=True))))
+
+    if not all(map(is_concrete, arrays)):
+        wide = jnp.dtype(dtype).itemsize == 8
+        answer = jax.ShapeDtypeStruct((*whole, 2) if wide else whole, jnp.uint32 if wide else dtype)
+        found = jax.pure_callback(ask_in_halves, answer, *map(_halves, arrays), vmap_method="broadcast_all")
+        return lax.bitcast_convert_type(found, dtype) if wide else found
+    result = jnp.asarray(ask(*arrays))
+    if kind is str and is_concrete(result):
+        _decoders.put(result, decode)
+    return result
+
+
+def decoder_of(value: Any) -> Callable[[Any], str] | None:
+    """The strings of a text that :meth:`llmppl.numpyro.LM.map` made outside of compiled code, this very array and no
+    other; else ``None``."""
+    return _decoders.get(value)
+
+
+def _part(value: Any, number: int, spelling: Spelling) -> Any:
+    """A constant as a column, anything else as an array: a text where it is of int32."""
+    name = f"value {number} of lm.map"
+    if isinstance(value, TextArgument):
+        return value.verbatim
+    if isinstance(value, np.generic) or not hasattr(value, "dtype"):
+        return constant_column(value, number, "array")
+    if _is_text(value):
+        if not value.ndim:
+            raise ValueError(
+                f"{name} is an array of {value.dtype} without dimensions, and integers are a text, of shape "
+                "batch_shape + (T,). Pass a number as a Python int, or by value.astype(float)."
+            )
+        return check_text(value, name, spelling.vocabulary)
+    if np.dtype(value.dtype).kind == "c":
+        raise TypeError(f"{name} holds complex numbers. Pass floats, integers or booleans.")
+    return lax.stop_gradient(jnp.asarray(value))
+
+
+def _halves(array: Any) -> Any:
+    """Numbers of 64 bits as pairs of 32: the callback may run in a thread without 64 bits, which would round them."""
+    if array.dtype.itemsize != 8:
+        return array
+    if isinstance(array, np.ndarray):
+        return array[..., None].copy().view(np.uint32)
+    return lax.bitcast_convert_type(array, jnp.uint32)
+
+
+def _whole(halves: np.ndarray, dtype: Any) -> np.ndarray:
+    return halves if dtype.itemsize != 8 else halves.copy().view(dtype)[..., 0]
+
+
+def _is_text(array: Any) -> bool:
+    return array.dtype in (jnp.int32, jnp.int64)
+
+
+def _rows(array: Any) -> tuple[int, ...]:
+    return tuple(array.shape[:-1] if _is_text(array) else array.shape)
+
+
+def _column(part: Any, known: np.ndarray, spelling: Spelling) -> Column:
+    return text_column(known, spelling.codec.decode) if _is_text(part) else number_column(known, "value")
