@@ -250,7 +250,8 @@ def _print_summary(
 ) -> None:
     print(
         f"\n✗: without the word, and of weight zero. Means over {len(pairs)} held-out pairs, {samples} samples each "
-        f"(geometric for the cost;\nno hit counts as half an effective sample); log Z from long runs; guides draw {DEFENSIVE:.0%} from the prior.\n"
+        "(geometric for the cost;\nno hit counts as half an effective sample); log Z from long runs; guides draw "
+        f"{DEFENSIVE:.0%} from the prior.\n"
     )
     print(table(rows, pairs))
     here = [p.seconds_an_effective_sample for p in rows["trained here"]]

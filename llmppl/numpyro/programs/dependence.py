@@ -38,7 +38,7 @@ def sources(observed: Observed, leaves: Sequence[Any]) -> tuple[dict[str, set[in
     related, same = {}, {}
     for site, own in outputs.items():
         related[site] = set().union(*(needs.get(v, set()) for v in own if isinstance(v, Var)), set())
-        if len(own) == 1 and own[0] in number:
+        if len(own) == 1 and isinstance(own[0], Var) and own[0] in number:
             same[site] = number[own[0]]
     return related, same
 
