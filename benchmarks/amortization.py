@@ -79,7 +79,8 @@ def compare(lm: LM, guides: dict[str, Path], samples: int, seed: int) -> None:
             rows[name].append(demo.propose(name, program, guide, pair, samples, seed + n, defensive))
         posteriors.append(rows[list(proposals)[-1]][-1].posterior)
         asked, kind = rows["zero-shot prompt"][-1], proposals["zero-shot prompt"][0]
-        rows["zero-shot prompt"][-1].relative_ess = _from_the_posterior(program, kind, pair, posteriors[-1])
+        if np.isfinite(posteriors[-1].log_weights).any():
+            asked.relative_ess = _from_the_posterior(program, kind, pair, posteriors[-1])
         print(n, pair.keyword, f"{pair.hit_rate:.4f}", {k: f"{v[-1].relative_ess:.4f}" for k, v in rows.items()},
               f"zero-shot hits {asked.hits:.2f}", flush=True)  # fmt: skip
         rows["prior"][-1].relative_ess = pair.prior_ess
