@@ -262,7 +262,7 @@ def _print_summary(
     print(
         f"\nThe guide trained here is {ratio:.1f} times cheaper for each effective sample than the prior. Its training "
         + (
-            f"has paid after {max(math.ceil(spent / saved), 1)} queries of 100 effective samples each"
+            f"has paid after {max(spent / saved, 0.1):.1f} queries of 100 effective samples each"
             if saved > 0
             else "does not pay here"
         )
