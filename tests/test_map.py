@@ -18,6 +18,8 @@ from pyro.ops.provenance import get_provenance, track_provenance
 from torch import Tensor
 
 from llmppl import LM, exact_posterior, importance, mcmc, smc
+from llmppl.diagnostics.ranks import _same
+from llmppl.diagnostics.verdict import _branches
 from llmppl.display.posterior_html import posterior_html
 from llmppl.inference.simulated_pairs import simulated_pair
 from llmppl.inference.stages import latents_of
@@ -322,3 +324,24 @@ def test_simulations_leave_deterministic_sites_to_the_program(lm: LM, counted: A
         sampler=lambda m, g: importance(m, g, 20, progress=False),
     )
     assert sampler.drawn is not None
+
+
+def test_a_diagnosis_takes_latents_alone_for_the_draws(lm: LM) -> None:
+    """What is computed may be as wide as the longest text of a pass, and NaN without anything missing."""
+
+    def program() -> None:
+        text = pyro.sample("text", lm("b", max_tokens=2, stop="."))
+        pyro.deterministic("twice", lm.map(lambda t: t + t, text), event_dim=1)
+        pyro.deterministic("nothing", lm.map(lambda t: math.nan, text), event_dim=0)
+        pyro.sample("seen", lm(text), obs=lm.encode("a"))
+
+    def guide(observations: dict[str, Tensor] | None = None) -> None:
+        pyro.sample("text", lm("b", max_tokens=2, stop="."))
+
+    assert not _branches(exact_posterior(program)())
+    for seed in range(5):
+        pyro.set_rng_seed(seed)
+        pair = simulated_pair(program, guide, (), {}, 7, np.random.default_rng(0))
+        assert pair.drawn is not None
+        same = [text == pair.truth.posterior.decode("text")[0] for text in pair.drawn.posterior.decode("text")]
+        assert _same(pair.drawn, pair.truth).tolist() == same
