@@ -5,34 +5,40 @@ BIN := .venv/bin
 # A Python for arviz 1.x; every candidate is tried by running it.
 NEWER := $(PYTHON312) python3.12 python3.13 python3.14 $(sort $(wildcard $(HOME)/.pyenv/versions/3.1[2-9].*/bin/python))
 
-.PHONY: demo test test-arviz lint format venv
+.PHONY: demo test test-arviz lint format venv venv-arviz
 
 demo: venv
 	$(BIN)/llmppl demo
 
-test: venv
+# The two environments are installed side by side.
+test:
+	$(MAKE) --no-print-directory -j2 venv venv-arviz
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 	$(MAKE) --no-print-directory test-arviz
 
 # The main environment has the ArviZ of Python 3.11; this one has arviz 1.x, and neither torch nor Pyro.
-test-arviz:
+test-arviz: venv-arviz
+	@if test -f .venv-arviz/.installed; then \
+		.venv-arviz/bin/python -m pytest -q --noconftest -p no:cacheprovider tests/test_arviz.py; \
+	else \
+		echo "SKIPPED: tests with arviz 1.x need Python 3.12 or later, and none of these runs: $(NEWER)." \
+			"Give one: make test-arviz PYTHON312=/path/to/python3.12"; \
+	fi
+
+venv-arviz:
 	@if ! test -f .venv-arviz/.installed || test constraints-arviz.txt -nt .venv-arviz/.installed; then \
+		rm -f .venv-arviz/.installed; \
 		for candidate in $(NEWER); do \
 			if $$candidate -c 'import sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
 				found=$$candidate; break; \
 			fi; \
 		done; \
-		if test -z "$$found"; then \
-			echo "SKIPPED: tests with arviz 1.x need Python 3.12 or later, and none of these runs: $(NEWER)." \
-				"Give one: make test-arviz PYTHON312=/path/to/python3.12"; \
-			exit 0; \
-		fi; \
+		test -n "$$found" || exit 0; \
 		$$found -m venv --clear .venv-arviz && \
 		.venv-arviz/bin/pip install --quiet --no-compile --disable-pip-version-check -c constraints-arviz.txt \
 			"arviz>=1" numpy xarray matplotlib h5netcdf h5py pytest && \
-		touch .venv-arviz/.installed || exit 1; \
-	fi; \
-	.venv-arviz/bin/python -m pytest -q --noconftest -p no:cacheprovider tests/test_arviz.py
+		touch .venv-arviz/.installed; \
+	fi
 
 lint: venv
 	$(BIN)/ruff check .

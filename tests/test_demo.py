@@ -34,7 +34,7 @@ def test_the_stories_are_five_sentences_and_the_held_out_ones_are_not_trained_on
 def test_the_keyword_demo_trains_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keyword_demo, "UNSEEN", 4)
     path = str(tmp_path / "guide.safetensors")
-    arguments = ["demo", "--pairs", "6", "--steps", "8", "--samples", "4", "--held-out", "2", "--save", path]
+    arguments = ["demo", "--pairs", "6", "--steps", "8", "--samples", "4", "--held-out", "1", "--save", path]
     result = CliRunner().invoke(app, [*arguments, "--threads", "1"])
     assert result.exit_code == 0, result.output
     for text in ("prior", "zero-shot prompt", "trained here", "held-out gain", "relative ESS", "times cheaper"):
