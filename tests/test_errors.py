@@ -242,14 +242,14 @@ def test_strings_as_observations_are_refused(lm: LM) -> None:
         importance(model, PromptGuide(model, lm, {"middle": lambda: ["a"]}), 3)("cd")
 
 
-@pytest.mark.parametrize("objective", [TrajectoryBalance(4), LeaveOneOutELBO(4), WakeSleep(4, insomnia=1.0)])
+@pytest.mark.parametrize("objective", [TrajectoryBalance(4), LeaveOneOutELBO(4)])
 def test_log_probabilities_that_are_not_finite_name_site_and_row(story: Story, objective: object) -> None:
     def model(beginning: str, ending: str) -> None:
         middle = story.program(beginning, ending)
         pyro.factor("verifier", torch.where(middle[..., 0] >= 0, -torch.inf, 0.0))
 
     guide = AutoregressiveGuide(model, story.lm, rank=2)
-    with pytest.raises(ValueError, match=r"site 'verifier' has log-probability -inf at row \(0,\).*finite penalty"):
+    with pytest.raises(ValueError, match=r"site 'verifier' has log-probability -inf at row \(0,\).*floor="):
         objective.loss_and_grads(model, guide, *story.args)
     assert all(p.grad is None for p in guide.parameters())
 

@@ -277,3 +277,41 @@ def test_fit_names_what_is_wrong() -> None:
         fit(story, guide, [("ab", "cd")], LeaveOneOutELBO(2), steps=1, target_temperature=2.0)
     with pytest.raises(TypeError, match="differs between observations"):
         fit(story, guide, [("ab", None), ("ab", "cd")], objective, steps=1)
+
+
+def test_hard_conditions_have_weight_zero_or_the_floor() -> None:
+    """A condition excludes z = 0 of the first row and every z of the second. Wake-φ is −E log q given the condition,
+    and nothing for the second row; balance has the floor in its place. 40 000 particles, within 5 standard errors."""
+    floor, count = -9.0, 40_000
+    possible = jnp.asarray([[False, True, True], [False, False, False]])
+
+    def hard(seen: jax.Array) -> None:
+        with numpyro.plate("rows", len(seen)):
+            z = numpyro.sample("z", dist.Categorical(logits=PRIOR))
+            numpyro.sample("x", dist.Categorical(logits=LIKELIHOOD.T[z]), obs=seen)
+            numpyro.factor("condition", jnp.where(possible[jnp.arange(2), z], 0.0, -jnp.inf))
+
+    def loss_and_gradient(objective: Any) -> tuple[Any, Any, Any]:
+        def loss(logits: jax.Array) -> Any:
+            params = {"logits": logits, "log_z": jnp.zeros(3)}
+            return objective.loss_and_report(jax.random.key(0), params, hard, Guide(), SEEN)
+
+        (value, said), gradient = jax.value_and_grad(loss, has_aux=True)(LOGITS)
+        return value, said, gradient
+
+    joint = jnp.where(possible, log_joint()[SEEN], -jnp.inf)
+    value, said, gradient = loss_and_gradient(WakeSleep(count, insomnia=1.0))
+    log_q = jax.nn.log_softmax(LOGITS)[SEEN]
+    assert float(value) == pytest.approx(-float((jax.nn.softmax(joint[0])[1:] * log_q[0, 1:]).sum()), abs=0.02)
+    assert said["skipped"] == 1
+    assert said["elbo"] == -jnp.inf
+    assert not gradient[2].any()
+    np.testing.assert_allclose(gradient[0], jnp.exp(log_q[0]) - jax.nn.softmax(joint[0]), atol=0.02)
+
+    value, said, gradient = loss_and_gradient(TrajectoryBalance(count, log_partition="learned", floor=floor))
+    squares = jnp.square(log_q - jnp.maximum(joint, floor))
+    wanted = (jnp.exp(log_q) * squares).sum()
+    error = jnp.sqrt((jnp.exp(log_q) * jnp.square(squares)).sum() / count)
+    assert abs(value - wanted) < 5 * error < 0.1 * wanted
+    assert float(said["floored"]) / count == pytest.approx(float(jnp.exp(log_q[0, 0]) + 1.0), abs=0.02)
+    assert jnp.isfinite(gradient).all()

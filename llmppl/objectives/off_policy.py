@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmppl.objectives.behaviour import Behaviour, Mixed
 from llmppl.objectives.particle_objective import ParticleObjective
+from llmppl.posterior.floors import checked_floor
 from llmppl.programs.observation_keys import rows_of
 from llmppl.programs.observations import has_other_observations, observing
 from llmppl.programs.particles import Particles
@@ -38,15 +39,19 @@ class Call:
 
 
 class OffPolicyObjective(ParticleObjective):
-    """An objective that any particles serve, whatever drew them.
+    r"""An objective that any particles serve, whatever drew them.
 
     :param behaviour: where particles come from; by default from the guide.
+    :param floor: nats that a joint counts as where it is less, so that a hard condition of the program (−inf) has a
+        finite loss. It is a bias: the target is then proportional to :math:`\max(p(x, z), e^\text{floor})`, and what it
+        gives to impossible texts is at most their number times :math:`e^\text{floor} / Z`. None by default.
     """
 
     fewest_particles = 2
 
-    def __init__(self, num_particles: int, behaviour: Behaviour | None = None) -> None:
+    def __init__(self, num_particles: int, behaviour: Behaviour | None = None, floor: float | None = None) -> None:
         super().__init__(num_particles)
+        self.floor = checked_floor(floor)
         if behaviour is not None and not isinstance(behaviour, Behaviour):
             raise TypeError(f"behaviour must be an llmppl.Behaviour, got {behaviour!r}.")
         self.behaviour = behaviour or Behaviour()
@@ -106,14 +111,32 @@ class OffPolicyObjective(ParticleObjective):
         """The particles of one call, scored with gradients, and remembered."""
         call = self.prepare(model, guide, args, kwargs)
         particles = self._particles(
-            call.model, call.guide, args, kwargs, behaviour=call.handler, on_policy=call.on_policy
+            call.model,
+            call.guide,
+            args,
+            kwargs,
+            behaviour=call.handler,
+            on_policy=call.on_policy,
+            allow_zero=self.floor is not None,
         )
         self.remember(call, particles.guide_trace, particles.log_p, particles.log_weights)
+        particles.log_p = self._floored(particles.log_p)
         return call, particles
+
+    def _floored(self, log_p: Tensor) -> Tensor:
+        """Joints, none below the floor; those that were are counted in the diagnostics."""
+        if self.floor is None:
+            return log_p
+        self.diagnostics["floored"] = int((log_p < self.floor).sum())
+        return log_p.clamp(min=self.floor)
 
     def settings(self) -> dict[str, Any]:
         """What makes a run of this objective the same run: its numbers and its behaviour's."""
-        return {"num_particles": self.num_particles, **self.behaviour.settings()}
+        return {
+            "num_particles": self.num_particles,
+            **({} if self.floor is None else {"floor": self.floor}),
+            **self.behaviour.settings(),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """The replay buffer, for checkpoints."""

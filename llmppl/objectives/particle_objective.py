@@ -34,7 +34,8 @@ class ParticleObjective(ELBO):
             )
         super().__init__(num_particles=num_particles, vectorize_particles=True)
         self.diagnostics: dict[str, float] = {}
-        """ELBO (nats for one x) and effective sample size of the last step's on-policy particles."""
+        """``elbo`` (nats for one x) and ``ess`` (effective sample size) of the last step's on-policy particles; of hard
+        conditions also how many joints were ``floored`` and how many observations ``skipped``."""
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a scalar tensor whose gradient trains the guide."""
@@ -65,27 +66,37 @@ class ParticleObjective(ELBO):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         on_policy: Tensor | None = None,
+        allow_zero: bool = False,
         **options: Any,
     ) -> Particles:
         """The particles of one step, scored and checked.
 
         :param on_policy: which of them the guide drew as it is, boolean ``(K,)``; all by default.
+        :param allow_zero: take a joint of probability zero.
         :param options: of :func:`~llmppl.programs.particles.run_particles`.
         """
         particles = run_particles(model, guide, args, kwargs, self.num_particles, **options)
         check_finite(particles.guide_trace)
-        check_finite(particles.model_trace)
+        check_finite(particles.model_trace, allow_zero)
         chosen = slice(None) if on_policy is None else on_policy.to(particles.log_p.device)
         self.diagnostics = diagnostics(particles.log_weights.detach()[chosen])
         return particles
 
 
 def diagnostics(log_weights: Tensor) -> dict[str, float]:
-    """ELBO and effective sample size of ``(K, ...)`` log-weights, averaged over the rows."""
+    """ELBO and effective sample size of ``(K, ...)`` log-weights, averaged over the rows; of a row without any weight
+    the latter is zero."""
     if not len(log_weights):
         return {"elbo": math.nan, "ess": math.nan}
-    normalised = log_weights.log_softmax(0)
+    normalised = normalised_weights(log_weights)
+    squares = normalised.square().sum(0)
     return {
         "elbo": log_weights.mean().item(),
-        "ess": (-(2 * normalised).logsumexp(0)).exp().mean().item(),
+        "ess": torch.where(squares > 0, 1 / squares, squares).mean().item(),
     }
+
+
+def normalised_weights(log_weights: Tensor) -> Tensor:
+    """Weights of ``(K, ...)`` log-weights, summing to one over the particles; zero where none is possible."""
+    possible = (log_weights > -math.inf).any(0)
+    return torch.where(possible, log_weights, 0.0).softmax(0) * possible

@@ -52,6 +52,8 @@ class SubTrajectoryBalance(OffPolicyObjective):
     :param num_particles: ``K``.
     :param decay: λ; below 1 short subtrajectories count more.
     :param behaviour: where particles come from, a :class:`~llmppl.Behaviour`; by default from the guide.
+    :param floor: nats that stand for a joint that is less, as of a hard condition (−inf), which most prefixes of a text
+        may violate; a bias, see :class:`~llmppl.objectives.off_policy.OffPolicyObjective`.
 
     References
 
@@ -64,8 +66,14 @@ class SubTrajectoryBalance(OffPolicyObjective):
     # A single particle already has subtrajectories to compare.
     fewest_particles = 1
 
-    def __init__(self, num_particles: int = 8, decay: float = 1.0, behaviour: Behaviour | None = None) -> None:
-        super().__init__(num_particles, behaviour)
+    def __init__(
+        self,
+        num_particles: int = 8,
+        decay: float = 1.0,
+        behaviour: Behaviour | None = None,
+        floor: float | None = None,
+    ) -> None:
+        super().__init__(num_particles, behaviour, floor)
         if not decay > 0:
             raise ValueError(f"decay={decay} must be positive.")
         self.decay = float(decay)
@@ -89,6 +97,7 @@ class SubTrajectoryBalance(OffPolicyObjective):
         sampled = (sampled_p - (sampled_q if drawn is None else drawn)).detach()
         self.diagnostics = diagnostics(sampled[chosen])
         self.remember(call, trace, sampled_p, sampled)
+        log_p = self._floored(log_p)
         log_weights = log_p / self.target_temperature - log_q
         weight = self.pair_weights(states)  # (J, J, K) + batch_shape
         squares = (log_weights[:, None] - log_weights[None]).square()
@@ -118,7 +127,7 @@ class SubTrajectoryBalance(OffPolicyObjective):
                 "only."
             ) from error
         compute_log_prob(trace)
-        check_finite(trace)
+        check_finite(trace, self.floor is not None and program is call.model)
         return sum_sites(trace, axes, nesting, number).unflatten(0, (len(states.place), self.num_particles))
 
     def _check_prefixes(self, call: Call, trace: poutine.Trace, states: States, sampled: Tensor) -> None:
@@ -129,10 +138,12 @@ class SubTrajectoryBalance(OffPolicyObjective):
         values = {name: site["value"] for name, site in trace.nodes.items() if name in states.values}
         with torch.no_grad():
             alone = run_particles(call.model, call.guide, call.args, call.kwargs, self.num_particles, Given(values))
-        difference = float((alone.log_p - sampled.detach()).abs().max())
+        same = alone.log_p == sampled.detach()  # −inf, both times
+        difference = float(torch.where(same, 0.0, alone.log_p - sampled.detach()).abs().max())
         # Another batch sums in another order, half precision coarsely so; anything more is another density.
         single = alone.log_p.dtype in (torch.float32, torch.float64)
-        if not difference < (1e-3 if single else 0.05) * (1.0 + float(alone.log_p.abs().max())):
+        size = float(torch.where(alone.log_p.isfinite(), alone.log_p, 0.0).abs().max())
+        if not difference < (1e-3 if single else 0.05) * (1.0 + size):
             raise ValueError(
                 f"the joint of a sampled text changes by {difference:.3g} nats when its prefixes are run beside it: "
                 "the program depends in Python on the texts' lengths. Let observed sites and factors depend on each "
@@ -152,6 +163,7 @@ class DetailedBalance(SubTrajectoryBalance):
 
     :param num_particles: ``K``.
     :param behaviour: where particles come from, a :class:`~llmppl.Behaviour`; by default from the guide.
+    :param floor: as of :class:`SubTrajectoryBalance`.
 
     References
 
@@ -160,8 +172,8 @@ class DetailedBalance(SubTrajectoryBalance):
     generative flow networks`.
     """
 
-    def __init__(self, num_particles: int = 8, behaviour: Behaviour | None = None) -> None:
-        super().__init__(num_particles, behaviour=behaviour)
+    def __init__(self, num_particles: int = 8, behaviour: Behaviour | None = None, floor: float | None = None) -> None:
+        super().__init__(num_particles, behaviour=behaviour, floor=floor)
 
     def pair_weights(self, states: States) -> Tensor:
         rank = states.valid.long().cumsum(0)  # states stand in the order of the trajectory

@@ -33,6 +33,8 @@ class TrajectoryBalance(OffPolicyObjective):
     :param num_particles: ``K``.
     :param log_partition: ``"vargrad"`` or ``"learned"``.
     :param behaviour: where particles come from, a :class:`~llmppl.Behaviour`; by default from the guide.
+    :param floor: nats that stand for a joint that is less, as of a hard condition (−inf); a bias, see
+        :class:`~llmppl.objectives.off_policy.OffPolicyObjective`.
 
     References
 
@@ -47,8 +49,9 @@ class TrajectoryBalance(OffPolicyObjective):
         num_particles: int = 8,
         log_partition: str = "vargrad",
         behaviour: Behaviour | None = None,
+        floor: float | None = None,
     ) -> None:
-        super().__init__(num_particles, behaviour)
+        super().__init__(num_particles, behaviour, floor)
         if log_partition not in ("vargrad", "learned"):
             raise ValueError(f"log_partition={log_partition!r} must be 'vargrad' or 'learned'.")
         self.log_partition = log_partition

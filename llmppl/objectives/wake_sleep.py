@@ -11,7 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from llmppl.network.text_tensors import pad_rows
-from llmppl.objectives.particle_objective import ParticleObjective, diagnostics
+from llmppl.objectives.particle_objective import ParticleObjective, diagnostics, normalised_weights
 from llmppl.programs.observations import Given, Observed
 from llmppl.programs.particles import check_finite, common_axes, compute_log_prob, sum_sites
 from llmppl.programs.plates import PARTICLES, in_particles
@@ -29,7 +29,8 @@ class WakeSleep(ParticleObjective):
     The first term (wake-φ) estimates the gradient of :math:`\mathrm{KL}(p(z|x)\|q)` with a bias of
     order 1/K; the second (sleep, or neural posterior estimation) is unbiased for simulated ``x'``. An
     observed stream is simulated to the observed number of tokens. Parameters of the model get no
-    gradient.
+    gradient. Where a hard condition makes a joint zero, wake-φ gives it weight zero; an observation of which no
+    particle is possible teaches nothing in that step, and is counted as ``skipped``.
 
     :param num_particles: ``K``, for either phase.
     :param insomnia: share of the wake-φ term, from 0 (sleep only) to 1 (wake-φ only).
@@ -64,9 +65,10 @@ class WakeSleep(ParticleObjective):
         return loss
 
     def _wake(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        particles = self._particles(model, guide, args, kwargs)
-        weights = particles.log_weights.detach().softmax(0)
-        return -(weights * particles.log_q).sum()
+        particles = self._particles(model, guide, args, kwargs, allow_zero=True)
+        log_weights = particles.log_weights.detach()
+        self.diagnostics["skipped"] = int((log_weights == -torch.inf).all(0).sum())
+        return -(normalised_weights(log_weights) * particles.log_q).sum()
 
     def _sleep(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         pairs = simulated_pairs(model, guide, args, kwargs, self.num_particles, self.exhaust)

@@ -215,8 +215,9 @@ def check_finite(trace: poutine.Trace, allow_zero: bool = False) -> None:
         row = tuple(bad.nonzero()[0].tolist())
         value = log_prob[row].item()
         mend = (
-            "A hard condition has no gradient: use a finite penalty while training, "
-            "e.g. pyro.factor(name, -50.0 * violated), and the hard one in importance()."
+            "A hard condition has no gradient. Balance objectives take floor=, nats that stand for it, e.g. "
+            "TrajectoryBalance(floor=-100.0); WakeSleep's wake phase takes it as weight zero; a condition that is an "
+            "observed site is learned by WakeSleep(insomnia=0)."
             if value == -torch.inf
             else "Check the model's weights and dtype (float16 overflows), and the factors of the program."
         )

@@ -24,7 +24,7 @@ from llmppl.programs.simulated_pair import SimulatedPair, with_pair
 from llmppl.programs.structure import Program
 from llmppl.training.collation import collate
 from llmppl.training.evaluation import Evaluation, HeldOut
-from llmppl.training.history import COLUMNS, History
+from llmppl.training.history import COLUMNS, HARD, History
 from llmppl.training.minibatches import Data, Minibatches, checked
 from llmppl.training.optimization import SCHEDULES, make_optimizer, make_scheduler, trained_parameters
 from llmppl.training.regularisation import Regularisation, Regularised
@@ -188,6 +188,7 @@ def fit(
                 gradient_norm=float(norm),
                 learning_rate=rate,
                 seconds=time.monotonic() - start,
+                **{name: sum(report.get(name, 0) for report in reports) for name in HARD},
             )
             run.record("step", step, {name: getattr(history, name)[-1] for name in COLUMNS})
             evaluate(step)

@@ -10,7 +10,10 @@ import numpy as np
 
 from llmppl.display.plots import plot_history
 
-COLUMNS = ("loss", "elbo", "ess", "gradient_norm", "learning_rate", "seconds")
+COLUMNS = ("loss", "elbo", "ess", "gradient_norm", "learning_rate", "seconds", "floored", "skipped")
+
+HARD = ("floored", "skipped")
+"""Counts that objectives without hard conditions do not report."""
 
 
 @dataclass
@@ -56,6 +59,8 @@ class History:
     :param gradient_norm: before clipping.
     :param seconds: since the start, without the pauses between a stop and its resumption.
     :param learning_rate: of the step.
+    :param floored: joints of the step that counted as the balance objective's ``floor``.
+    :param skipped: observations of the step of which no particle of wake-φ was possible.
     :param evaluations: on held-out data, where ``fit`` was given an :class:`~llmppl.Evaluation`.
     :param restored: the step whose parameters were put back where training stopped early.
     """
@@ -66,13 +71,15 @@ class History:
     gradient_norm: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     learning_rate: list[float] = field(default_factory=list)
+    floored: list[float] = field(default_factory=list)
+    skipped: list[float] = field(default_factory=list)
     evaluations: list[Evaluated] = field(default_factory=list)
     restored: int | None = None
 
     def append(self, **values: float) -> None:
         """Add a step's numbers."""
         for name in COLUMNS:
-            getattr(self, name).append(float(values[name]))
+            getattr(self, name).append(float(values[name] if name not in HARD else values.get(name, 0)))
 
     def state_dict(self) -> dict[str, Any]:
         columns = {name: list(getattr(self, name)) for name in COLUMNS}
@@ -96,6 +103,10 @@ class History:
         if known.any():
             elbo, ess = (np.asarray(column[-last:])[known].mean() for column in (self.elbo, self.ess))
             text += f", ELBO {elbo:.2f} nats, ESS {ess:.1f}"
+        if sum(self.floored):
+            text += f"; {np.mean(self.floored):.3g} joints a step counted as the floor"
+        if sum(self.skipped):
+            text += f"; {sum(self.skipped):.0f} times no particle of an observation was possible, and it was skipped"
         if self.evaluations:
             first, newest = self.evaluations[0], self.evaluations[-1]
             steps = f"at step {first.step}", f"at step {newest.step}"

@@ -15,7 +15,8 @@ from llmppl.numpyro.programs.particles import Particle, layout, run_particle
 from llmppl.numpyro.programs.tracing import Program
 
 Report = dict[str, Array]
-"""``elbo`` (nats for one x) and ``ess`` (effective sample size) of a step's on-policy particles."""
+"""``elbo`` (nats for one x) and ``ess`` (effective sample size) of a step's on-policy particles; of hard conditions
+also how many joints were ``floored`` and how many observations ``skipped``."""
 
 
 class ParticleObjective(ELBO):
@@ -112,6 +113,12 @@ def report(particles: Particle, on_policy: Array | None = None) -> Report:
         log_weights = jnp.where(own, log_weights, -jnp.inf)
     else:
         elbo = log_weights.mean(0)
-    normalised = jax.nn.log_softmax(log_weights, 0)
-    ess = jnp.exp(-jax.nn.logsumexp(2 * normalised, 0))
+    squares = jnp.square(normalised_weights(log_weights)).sum(0)
+    ess = jnp.where(squares > 0, 1 / jnp.where(squares > 0, squares, 1.0), 0.0)
     return {"elbo": elbo.mean(), "ess": jnp.where(count > 0, ess.mean(), jnp.nan)}
+
+
+def normalised_weights(log_weights: Array) -> Array:
+    """Weights of ``(K, ...)`` log-weights, summing to one over the particles; zero where none is possible."""
+    possible = (log_weights > -jnp.inf).any(0)
+    return jax.nn.softmax(jnp.where(possible, log_weights, 0.0), 0) * possible

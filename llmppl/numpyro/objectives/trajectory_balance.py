@@ -14,6 +14,7 @@ from llmppl.numpyro.objectives.behaviour import Behaviour
 from llmppl.numpyro.objectives.particle_objective import ParticleObjective, Report, report
 from llmppl.numpyro.programs.particles import Drawing, Particle, layout, run_particle
 from llmppl.numpyro.programs.tracing import Program, Values, observing, simulate
+from llmppl.posterior.floors import checked_floor
 
 
 class TrajectoryBalance(ParticleObjective):
@@ -39,6 +40,9 @@ class TrajectoryBalance(ParticleObjective):
     :param num_particles: ``K``.
     :param log_partition: ``"vargrad"`` or ``"learned"``.
     :param behaviour: where particles come from; by default from the guide.
+    :param floor: nats that a joint counts as where it is less, so that a hard condition of the program (−inf) has a
+        finite loss. It is a bias: the target is then proportional to :math:`\max(p(x, z), e^\text{floor})`. None by
+        default.
 
     References
 
@@ -51,9 +55,14 @@ class TrajectoryBalance(ParticleObjective):
     fewest_particles = 2
 
     def __init__(
-        self, num_particles: int = 8, log_partition: str = "vargrad", behaviour: Behaviour | None = None
+        self,
+        num_particles: int = 8,
+        log_partition: str = "vargrad",
+        behaviour: Behaviour | None = None,
+        floor: float | None = None,
     ) -> None:
         super().__init__(num_particles)
+        self.floor = checked_floor(floor)
         if log_partition not in ("vargrad", "learned"):
             raise ValueError(f"log_partition={log_partition!r} must be 'vargrad' or 'learned'.")
         if behaviour is not None and not isinstance(behaviour, Behaviour):
@@ -114,8 +123,12 @@ class TrajectoryBalance(ParticleObjective):
             particles = self._drawn(key, params, model, guide, args, kwargs, heats, given, taken)
         else:
             particles = self._particles(key, params, model, guide, args, kwargs)
-        excess = particles.log_q - particles.log_p / target_temperature  # (K,) + rows
         said = report(particles, (heats == 1.0) & ~taken)
+        log_p = particles.log_p
+        if self.floor is not None:
+            said |= {"floored": (log_p < self.floor).sum()}
+            log_p = jnp.maximum(log_p, self.floor)
+        excess = particles.log_q - log_p / target_temperature  # (K,) + rows
         if self.log_partition == "vargrad":
             return excess.var(0, ddof=1).sum(), said
         log_z = self._log_partition(params, guide, args, kwargs)
@@ -162,7 +175,8 @@ class TrajectoryBalance(ParticleObjective):
             return handlers.substitute(guide.log_partition, data=dict(params))(*args, **kwargs)
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "log_partition": self.log_partition, "behaviour": self.behaviour}
+        floor = {} if self.floor is None else {"floor": self.floor}
+        return {**super().settings(), "log_partition": self.log_partition, "behaviour": self.behaviour, **floor}
 
 
 def _checked(replayed: Values, num_particles: int) -> Values:

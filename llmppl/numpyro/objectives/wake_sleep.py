@@ -11,7 +11,7 @@ from jax import Array, lax, random
 from numpyro import handlers
 
 from llmppl.numpyro.network.reading import sharing
-from llmppl.numpyro.objectives.particle_objective import ParticleObjective, Report, report
+from llmppl.numpyro.objectives.particle_objective import ParticleObjective, Report, normalised_weights, report
 from llmppl.numpyro.programs.particles import given, layout, score_sites
 from llmppl.numpyro.programs.tracing import Program, observing, simulate
 
@@ -25,7 +25,9 @@ class WakeSleep(ParticleObjective):
 
     The first term (wake-φ) estimates the gradient of :math:`\mathrm{KL}(p(z|x)\|q)` with a bias of order 1/K; the
     second (sleep, or neural posterior estimation) is unbiased for simulated ``x'``. An observed stream is simulated to
-    the observed number of tokens. Parameters of the model get no gradient.
+    the observed number of tokens. Parameters of the model get no gradient. Where a hard condition makes a joint zero,
+    wake-φ gives it weight zero; an observation of which no particle is possible teaches nothing in that step, and is
+    counted as ``skipped``.
 
     :param num_particles: ``K``, for either phase.
     :param insomnia: share of the wake-φ term, from 0 (sleep only) to 1 (wake-φ only).
@@ -51,8 +53,9 @@ class WakeSleep(ParticleObjective):
         said = {"elbo": jnp.asarray(jnp.nan), "ess": jnp.asarray(jnp.nan)}  # of the wake phase only
         if self.insomnia > 0:
             particles = self._particles(wake, param_map, model, guide, args, kwargs)
-            weights = jax.nn.softmax(lax.stop_gradient(particles.log_p - particles.log_q), 0)
-            loss, said = loss - self.insomnia * (weights * particles.log_q).sum(), report(particles)
+            log_weights = lax.stop_gradient(particles.log_p - particles.log_q)
+            loss = loss - self.insomnia * (normalised_weights(log_weights) * particles.log_q).sum()
+            said = report(particles) | {"skipped": (log_weights == -jnp.inf).all(0).sum()}
         if self.insomnia < 1:
             loss = loss + (1 - self.insomnia) * self._sleep(sleep, param_map, model, guide, args, kwargs)
         return loss, said

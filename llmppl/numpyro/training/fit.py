@@ -23,7 +23,7 @@ from llmppl.numpyro.objectives.particle_objective import ParticleObjective
 from llmppl.numpyro.programs.particles import layout, run_particle
 from llmppl.numpyro.programs.tracing import DummyTexts, Program, in_data_plate
 from llmppl.numpyro.training.data_columns import Columns
-from llmppl.training.history import History
+from llmppl.training.history import HARD, History
 from llmppl.training.minibatches import Data, Minibatches, checked
 
 SCHEDULES = ("constant", "cosine")
@@ -118,7 +118,7 @@ def fit(
             return loss / batches.batch_size, said
         keys = random.split(key, batches.batch_size)
         losses, said = jax.vmap(lambda k, r: one(k, params, r, heat))(keys, rows)
-        return losses.mean(), jax.tree.map(lambda leaf: leaf.mean(), said)
+        return losses.mean(), {n: leaf.sum() if n in HARD else leaf.mean() for n, leaf in said.items()}
 
     def update(params: dict[str, Any], state: Any, key: Array, rows: dict[int, Any], heat: Any) -> tuple[Any, ...]:
         (loss, said), gradient = jax.value_and_grad(average, has_aux=True)(params, key, rows, heat)
@@ -141,8 +141,9 @@ def fit(
                 sites = _guilty(program, proposal, constrain(params), columns, rows, own, vectorize_data)
                 raise ValueError(
                     f"the loss is {float(loss)} at step {step + 1}, on {[data[n] for n in chosen]!r}{sites}. "  # type: ignore[call-overload]
-                    "Lower learning_rate, or check the program's factors: a hard condition has no gradient, so use a "
-                    "finite penalty while training, e.g. numpyro.factor(name, -50.0 * violated)."
+                    "Lower learning_rate, or check the program's factors: a hard condition has no gradient. "
+                    "TrajectoryBalance takes floor=, nats that stand for it, e.g. floor=-100.0; WakeSleep's wake phase "
+                    "takes it as weight zero."
                 )
             params = new
             history.append(
@@ -152,6 +153,7 @@ def fit(
                 gradient_norm=float(norm),
                 learning_rate=float(rates[0](step)),
                 seconds=time.monotonic() - start,
+                **{name: float(said.get(name, 0)) for name in HARD},
             )
             bar.set_postfix({"loss": f"{history.loss[-1]:.2f}"}, refresh=False)
             bar.update()
