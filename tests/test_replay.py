@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import pyro
 import pytest
 import torch
 from conftest import Story
 
-from llmppl import Behaviour, ReplayBuffer, fit
-from llmppl.guides import AutoregressiveGuide, GFlowNetGuide
+from llmppl import Behaviour, ReplayBuffer, exact_posterior, fit, importance, mcmc, smc
+from llmppl.guides import AutoregressiveGuide, GFlowNetGuide, PromptGuide
 from llmppl.objectives import SubTrajectoryBalance, TrajectoryBalance
 from llmppl.programs.observation_keys import key
 from llmppl.programs.particles import run_particles
@@ -44,14 +46,14 @@ def test_shares_hold_on_average_and_heat_lies_in_its_range() -> None:
 def test_the_buffer_holds_nothing_twice_and_no_more_than_its_bounds() -> None:
     buffer = ReplayBuffer(capacity=3, observations=2, priority="log_joint")
     for n, joint in enumerate([-5.0, -1.0, -3.0, -2.0, -9.0]):
-        buffer.add("x", config(n, 0), joint, 0.0)
-    buffer.add("x", config(2, 0), -3.5, 0.0)
+        buffer.put("x", config(n, 0), joint, 0.0)
+    buffer.put("x", config(2, 0), -3.5, 0.0)
     own = buffer._ranked("x")
     assert [e.log_joint for e in own] == [-1.0, -2.0, -3.5]
     assert len(buffer) == 3
-    buffer.add("y", config(1), 0.0, 0.0)
-    buffer.add("x", config(1, 0), -1.0, 0.0)
-    buffer.add("z", config(1), 0.0, 0.0)
+    buffer.put("y", config(1), 0.0, 0.0)
+    buffer.put("x", config(1, 0), -1.0, 0.0)
+    buffer.put("z", config(1), 0.0, 0.0)
     assert buffer.draw("y", 3) == []  # the observation seen least recently
     assert len(buffer.draw("x", 9)) == 3
 
@@ -60,9 +62,9 @@ def test_priorities_rank_what_is_drawn() -> None:
     counts = {}
     for priority in ("log_joint", "log_weight", "uniform"):
         buffer = ReplayBuffer(priority=priority)
-        buffer.add("x", config(1), -1.0, -9.0)
-        buffer.add("x", config(2), -5.0, 3.0)
-        drawn = [int(buffer.draw("x", 1)[0]["middle"]) for _ in range(3000)]
+        buffer.put("x", config(1), -1.0, -9.0)
+        buffer.put("x", config(2), -5.0, 3.0)
+        drawn = [int(buffer.draw("x", 1)[0].values["middle"]) for _ in range(3000)]
         counts[priority] = drawn.count(1) / 3000
     # By rank: two thirds for the first; standard error 0.009.
     assert counts["log_joint"] == pytest.approx(2 / 3, abs=0.035)
@@ -73,7 +75,7 @@ def test_priorities_rank_what_is_drawn() -> None:
 def test_a_buffer_survives_its_state(tmp_path) -> None:
     buffer = ReplayBuffer(capacity=4)
     for n in range(6):
-        buffer.add(f"x{n % 2}", config(n, 1), -float(n), float(n))
+        buffer.put(f"x{n % 2}", config(n, 1), -float(n), float(n))
     torch.save(buffer.state_dict(), tmp_path / "buffer.pt")
     other = ReplayBuffer(capacity=4)
     other.load_state_dict(torch.load(tmp_path / "buffer.pt", weights_only=True))
@@ -82,7 +84,7 @@ def test_a_buffer_survives_its_state(tmp_path) -> None:
     first = buffer.draw("x1", 2)
     pyro.set_rng_seed(0)
     second = other.draw("x1", 2)
-    assert [v["middle"].tolist() for v in first] == [v["middle"].tolist() for v in second]
+    assert [e.values["middle"].tolist() for e in first] == [e.values["middle"].tolist() for e in second]
 
 
 @pytest.mark.parametrize("data_plate", [False, True])
@@ -264,3 +266,143 @@ def test_settings_and_demonstrations_are_checked(story: Story) -> None:
         ReplayBuffer().seed(story.program, DATA[0], middle=["ab"])
     with pytest.raises(ValueError, match="a list of texts"):
         ReplayBuffer().seed(story.program, DATA[0], middle="ab.")
+
+
+OBJECTIVES = {
+    "trajectory": lambda behaviour: TrajectoryBalance(6, behaviour=behaviour),
+    "subtrajectory": lambda behaviour: SubTrajectoryBalance(6, behaviour=behaviour),
+}
+
+
+def spied(story: Story, counts: list[int]) -> Callable[..., torch.Tensor]:
+    """The story, which notes for how many texts it is asked."""
+
+    def program(beginning: object, ending: object) -> torch.Tensor:
+        middle = story.program(beginning, ending)
+        counts.append(middle[..., 0].numel())
+        return middle
+
+    return program
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+@pytest.mark.parametrize("data_plate", [False, True])
+def test_replayed_particles_are_not_scored_again_by_the_frozen_program(
+    story: Story, kind: str, data_plate: bool
+) -> None:
+    """A step with the buffer's log p has the loss and the gradient of one that computes it, and asks the program for
+    fewer texts. A wrong log p in the buffer is a wrong loss: it is read."""
+    counts: list[int] = []
+    program = spied(story, counts)
+    guide = AutoregressiveGuide(story.program, story.lm, rank=2, seed=0)
+    model, proposal, args = program, guide, DATA[0]
+    if data_plate:
+        model, proposal = in_data_plate(program), in_data_plate(guide)
+        args = tuple(map(list, zip(*DATA, strict=True)))
+    behaviour = Behaviour(replayed=0.5, buffer=ReplayBuffer())
+    objective = OBJECTIVES[kind](behaviour)
+    objective.loss_and_grads(model, proposal, *args)  # fills the buffer
+    state = behaviour.buffer.state_dict()
+    results = []
+    for forget in ("nothing", "log p", "right"):
+        behaviour.buffer.load_state_dict(state)
+        for own in behaviour.buffer._entries.values():
+            for entry in own.values():
+                assert entry.log_p is not None
+                entry.log_p = {"nothing": entry.log_p, "log p": None, "right": entry.log_p * 1.1}[forget]
+        guide.zero_grad()
+        pyro.set_rng_seed(5)
+        counts.clear()
+        loss = objective.loss_and_grads(model, proposal, *args)
+        gradient = torch.cat([p.grad.flatten() for p in guide.parameters()])
+        results.append((loss, gradient, counts[-1]))
+    known, computed, wrong = results
+    assert known[0] == pytest.approx(computed[0], rel=1e-9)
+    torch.testing.assert_close(known[1], computed[1], rtol=1e-7, atol=1e-9)
+    assert known[2] == computed[2] // 2
+    assert abs(wrong[0] - computed[0]) > 1e-3
+
+
+def test_a_program_that_is_learned_is_scored_anew(story: Story) -> None:
+    """Its log p of yesterday is another program's."""
+
+    def program(beginning: str, ending: str) -> None:
+        story.program(beginning, ending)
+        pyro.factor("learned", pyro.param("bias", torch.tensor(0.0)))
+
+    guide = AutoregressiveGuide(story.program, story.lm, rank=2, seed=0)
+    behaviour = Behaviour(replayed=0.5)
+    objective = TrajectoryBalance(6, behaviour=behaviour)
+    objective.loss_and_grads(program, guide, *story.args)
+    assert all(entry.log_p is None for entry in behaviour.buffer.of(*story.args))
+    for entry in behaviour.buffer.of(*story.args):
+        entry.log_p = torch.tensor([-1000.0])
+    assert objective.loss_and_grads(program, guide, *story.args) < 1000.0
+
+
+SEARCHES = {
+    "exact": lambda model, guide: exact_posterior(model),
+    "importance": lambda model, guide: importance(model, guide, 200, progress=False),
+    "smc": lambda model, guide: smc(model, guide, 200, seed=0, progress=False),
+    "mcmc": lambda model, guide: mcmc(model, guide, num_samples=50, num_chains=2, seed=0, progress=False),
+}
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_draws_of_a_search_go_into_the_buffer_with_their_joint(story: Story, search: str) -> None:
+    posterior = SEARCHES[search](story.program, PromptGuide(story.program, story.lm))(*story.args)
+    buffer = ReplayBuffer(capacity=8, priority="log_joint")
+    taken = buffer.add(posterior)
+    entries = buffer.of(*story.args)
+    assert 1 <= taken == len(entries) <= 8
+    texts, log_joint = story.joint()
+    joint = {tuple(text): float(p) for text, p in zip(texts.tolist(), log_joint, strict=True)}
+    for entry in entries:
+        assert entry.log_joint == pytest.approx(joint[tuple(entry.values["middle"].tolist())], abs=1e-5)
+        assert entry.log_p.tolist() == [pytest.approx(entry.log_joint)]
+    found = {tuple(text) for text in posterior.samples["middle"].tolist()}
+    best = sorted((joint[text] for text in found), reverse=True)[: len(entries)]
+    assert [entry.log_joint for entry in entries] == pytest.approx(best, abs=1e-5)
+    assert buffer.add(posterior) == taken
+    assert len(buffer.of(*story.args)) == taken, "nothing twice"
+
+
+def test_rows_of_a_posterior_are_filed_under_their_own_observations_and_replayed(story: Story) -> None:
+    run = importance(story.program, PromptGuide(story.program, story.lm), 64, vectorize_data=True, progress=False)
+    posterior = run(*map(list, zip(*DATA, strict=True)))
+    buffer = ReplayBuffer(capacity=4)
+    buffer.add(posterior)
+    for n, x in enumerate(DATA):
+        own = {tuple(text) for text in posterior.samples["middle"][:, n].tolist()}
+        assert {tuple(entry.values["middle"].tolist()) for entry in buffer.of(*x)} <= own
+        texts, log_joint = story.joint(*x)
+        for entry in buffer.of(*x):
+            place = (texts == entry.values["middle"]).all(-1).nonzero().item()
+            assert entry.log_joint == pytest.approx(float(log_joint[place]), abs=1e-5)
+    other = ReplayBuffer(capacity=4)
+    other.add(posterior.row(1))
+    assert other.of(*DATA[1])[0].values["middle"].tolist() == buffer.of(*DATA[1])[0].values["middle"].tolist()
+    # Training takes them: the particles replayed are these, one by one and in a plate.
+    for vectorize in (False, True):
+        behaviour = Behaviour(replayed=0.5, buffer=buffer)
+        guide = AutoregressiveGuide(story.program, story.lm, rank=2, seed=0)
+        history = fit(
+            story.program, guide, DATA, TrajectoryBalance(4, behaviour=behaviour), steps=2, batch_size=3,
+            vectorize_data=vectorize, seed=0, progress=False,
+        )  # fmt: skip
+        assert all(math.isfinite(loss) for loss in history.loss)
+
+
+def test_impossible_draws_stay_out_and_unknown_posteriors_are_refused(story: Story) -> None:
+    def hard(beginning: str, ending: str) -> None:
+        middle = story.program(beginning, ending)
+        pyro.factor("condition", torch.where((middle == 2).any(-1), 0.0, -math.inf))
+
+    posterior = importance(hard, PromptGuide(hard, story.lm), 300, progress=False)(*story.args)
+    assert posterior.impossible > 0
+    buffer = ReplayBuffer(capacity=1000)
+    buffer.add(posterior)
+    assert buffer.of(*story.args)
+    assert all(2 in entry.values["middle"].tolist() for entry in buffer.of(*story.args))
+    with pytest.raises(ValueError, match="does not say which observations"):
+        buffer.add(replace(posterior, observations=""))

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from llmppl.distributions.autoregressive_text import AutoregressiveText
 from llmppl.inference.blocks import block_size
-from llmppl.inference.gathering import Gathering, check_unscaled
+from llmppl.inference.gathering import Gathering, check_unscaled, of_observations
 from llmppl.inference.stages import Stages, Values
 from llmppl.network.drawing import NotFiniteError, Stream, choose
 from llmppl.network.text_tensors import unpad_rows
@@ -110,7 +110,7 @@ def decode(
                         count = min(size, draws - start)
                         gathering.add(_written(Stages(model, guide, args, kwargs, count), rule))
                         bar.update(count)
-        posterior = gathering.posterior("decoding", "marginal")
+        posterior = of_observations(gathering.posterior("decoding", "marginal"), args, vectorize_data)
         if method not in ("beam", "best-of-n"):
             return posterior
         ranked = np.argsort(-posterior.log_joint, axis=0, kind="stable")

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from llmppl.distributions.conditioned_text import score_together
 from llmppl.distributions.process_text import ProcessText
-from llmppl.inference.gathering import Gathering, check_unscaled
+from llmppl.inference.gathering import Gathering, check_unscaled, of_observations
 from llmppl.network.text_law import TextLaw
 from llmppl.posterior.combinations import (
     LARGEST,
@@ -70,7 +70,7 @@ def exact_posterior(model: Program) -> Callable[..., Posterior]:
     """
 
     def run(*args: Any, **kwargs: Any) -> Posterior:
-        return _enumerated(model, args, kwargs)
+        return of_observations(_enumerated(model, args, kwargs), args, data_plate=False)
 
     return run
 

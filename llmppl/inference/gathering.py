@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -13,8 +15,29 @@ from llmppl.distributions.process_text import ProcessText
 from llmppl.network.row_map import decoder_of
 from llmppl.posterior.columns import Columns
 from llmppl.posterior.posterior import Array, Posterior
+from llmppl.programs.observation_keys import rows_of
 from llmppl.programs.particles import Particles, sum_site
 from llmppl.programs.structure import Site, is_deterministic, is_latent, is_text
+
+
+class NoWeightError(ValueError):
+    """None of the samples has positive weight.
+
+    :param posterior: all the same.
+    """
+
+    def __init__(self, posterior: Posterior, message: str) -> None:
+        super().__init__(message)
+        self.posterior = posterior
+
+
+def of_observations(posterior: Posterior, args: tuple[Any, ...], data_plate: bool) -> Posterior:
+    """A posterior that knows which observations it is of.
+
+    :param data_plate: whether the arguments are those of several rows of data.
+    """
+    names = rows_of(args, data_plate)
+    return replace(posterior, observations=tuple(names) if data_plate else names[0])
 
 
 class Gathering(Columns):

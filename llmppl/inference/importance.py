@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from llmppl.inference.blocks import block_size
-from llmppl.inference.gathering import Gathering, check_unscaled
+from llmppl.inference.gathering import Gathering, NoWeightError, check_unscaled, of_observations
 from llmppl.inference.simulated_pairs import score_given
 from llmppl.inference.stages import latents_of
 from llmppl.posterior.exactness import check_scores_given, check_weights
@@ -21,17 +21,6 @@ from llmppl.posterior.running_error import RunningError, check_target, plan
 from llmppl.programs.particles import check_finite, log_prior, run_particles
 from llmppl.programs.plates import in_data_plate
 from llmppl.programs.structure import Program, is_latent
-
-
-class NoWeightError(ValueError):
-    """None of the samples has positive weight.
-
-    :param posterior: all the same.
-    """
-
-    def __init__(self, posterior: Posterior, message: str) -> None:
-        super().__init__(message)
-        self.posterior = posterior
 
 
 def importance(
@@ -112,7 +101,7 @@ def importance(
                     error.add(part["log_p"] - part["log_q"])
                 if target_error is not None and decides and error.largest() <= target_error:
                     break
-        posterior = gathering.posterior("importance", exactness)
+        posterior = of_observations(gathering.posterior("importance", exactness), args, vectorize_data)
         if np.isneginf(posterior.log_evidence).any():
             raise NoWeightError(
                 posterior,

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from llmppl.distributions.autoregressive_text import AutoregressiveText
 from llmppl.inference.blocks import block_size
-from llmppl.inference.gathering import Gathering, check_unscaled
+from llmppl.inference.gathering import Gathering, check_unscaled, of_observations
 from llmppl.inference.importance import importance
 from llmppl.inference.rewriting import alternatives, propose
 from llmppl.inference.stages import Stages, Values, latents_of
@@ -119,11 +119,12 @@ def mcmc(
     def run(*args: Any, **kwargs: Any) -> Posterior:
         with torch.no_grad(), nullcontext() if seed is None else randomness_kept(seed):
             if kernel == "independence":
-                return _independence(model, guide, args, kwargs, num_samples, num_chains, warmup, progress)
+                found = _independence(model, guide, args, kwargs, num_samples, num_chains, warmup, progress)
+                return of_observations(found, args, vectorize_data)
             chains = _Chains(model, guide, args, kwargs, num_chains, kernel, block or BLOCK)
             steps = tqdm(range(warmup + num_samples), desc="mcmc", disable=not progress, delay=5, leave=False)
             kept = [chains.copy() for n in steps if chains.step(counts=n >= warmup) and n >= warmup]
-            return chains.posterior(kept)
+            return of_observations(chains.posterior(kept), args, vectorize_data)
 
     return run
 

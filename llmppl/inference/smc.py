@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from llmppl.inference.gathering import check_unscaled, gather
+from llmppl.inference.gathering import NoWeightError, check_unscaled, gather, of_observations
 from llmppl.inference.population import Population
 from llmppl.inference.stages import Stages
 from llmppl.posterior.exactness import check_weights
@@ -104,11 +104,12 @@ def smc(
                 population = Population(stages, targets, scheme, ess_threshold, check_every)
                 population.run(bar)
                 parts.append(_posterior(population, exactness))
-        posterior = pooled(parts)
+        posterior = of_observations(pooled(parts), args, vectorize_data)
         if np.isneginf(posterior.log_evidence).any():
-            raise ValueError(
+            raise NoWeightError(
+                posterior,
                 f"none of the {num_samples * num_runs} particles has positive weight: a factor or an allowed= of the "
-                "program excludes them all. Take more particles, or a guide that satisfies the condition."
+                "program excludes them all. Take more particles, or a guide that satisfies the condition.",
             )
         return posterior
 

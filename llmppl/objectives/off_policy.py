@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
+from llmppl.network.text_tensors import widen
 from llmppl.objectives.behaviour import Behaviour, Mixed
 from llmppl.objectives.particle_objective import ParticleObjective
+from llmppl.objectives.replay_buffer import Entry
 from llmppl.posterior.floors import checked_floor
 from llmppl.programs.observation_keys import rows_of
 from llmppl.programs.observations import has_other_observations, observing
@@ -27,6 +30,8 @@ class Call:
     :param handler: puts the behaviour's values in place of the guide's; ``None`` is on-policy.
     :param on_policy: which of the ``K`` particles the guide draws as it is, boolean ``(K,)``.
     :param observations: keys of the observations in the buffer; empty for simulated ones.
+    :param known: log p of the first particles, which are replayed, where the buffer has it: for each observation those
+        of its entries, ``(J,)`` and the rows that belong to it.
     """
 
     model: Program
@@ -36,6 +41,18 @@ class Call:
     handler: Mixed | None
     on_policy: Tensor
     observations: list[str]
+    known: list[list[Tensor]] = field(default_factory=list)
+
+    def known_log_p(self, states: int, rows: torch.Size, split: bool) -> Tensor | None:
+        """log p of the first ``n`` particles at each of ``states`` states, ``(states, n) + batch_shape``.
+
+        :param split: whether the rows are observations of their own.
+        """
+        if not self.known or any(len(log_p) != states for own in self.known for log_p in own):
+            return None
+        columns = [torch.stack(own, 1) for own in self.known]  # (states, n) + the observation's own rows
+        found = torch.stack(columns, -1) if split else columns[0]
+        return found if found.shape[2:] == rows else None
 
 
 class OffPolicyObjective(ParticleObjective):
@@ -70,6 +87,7 @@ class OffPolicyObjective(ParticleObjective):
         replayed, temperatures = behaviour.plan(count)
         given: dict[str, Tensor] = {}
         observations: list[str] = []
+        known: list[list[Tensor]] = []
         taken = torch.zeros((count, *batch)) > 0
         if behaviour.simulates():
             given, seen = simulate(model, args, kwargs)
@@ -81,29 +99,41 @@ class OffPolicyObjective(ParticleObjective):
             observations = rows_of(args, data_plate)
             if behaviour.buffer is not None and replayed:
                 drawn = [behaviour.buffer.draw(observation, replayed) for observation in observations]
-                given, taken = _stack(drawn, events, count, nesting, data_plate)
+                sizes = {name: sites.nodes[name]["fn"].event_shape for name in events}
+                given, taken = _stack([[e.values for e in own] for own in drawn], sizes, count, nesting, data_plate)
+                known = _known(drawn, count - 1)
         handler = Mixed(temperatures, given, taken)
         on_policy = (temperatures == 1.0) & ~taken.reshape(count, -1).any(1)
-        return Call(model, guide, args, kwargs, handler, on_policy, observations)
+        return Call(model, guide, args, kwargs, handler, on_policy, observations, known)
 
-    def remember(self, call: Call, trace: poutine.Trace, log_p: Tensor, log_weights: Tensor) -> None:
-        """Put the particles of a call, ``(K,) + batch_shape``, into the buffer."""
+    def remember(
+        self, call: Call, trace: poutine.Trace, log_p: Tensor, log_weights: Tensor, states: Tensor | None = None
+    ) -> None:
+        """Put the particles of a call, ``(K,) + batch_shape``, into the buffer.
+
+        :param states: log p of the particles' states, ``(J, K) + batch_shape``; by default of themselves alone.
+        """
         buffer = self.behaviour.buffer
         if buffer is None or not call.observations:
             return
         latents = {name: site for name, site in trace.nodes.items() if is_latent(site)}
         split = has_data_plate(trace)
+        states = log_p[None] if states is None else states
+        # What is being learned, too, is another program the next time.
+        frozen = torch.is_grad_enabled() and not states.requires_grad
         for row, observation in enumerate(call.observations):
             # Without a data plate all plates of the program belong to one observation.
             joint, weight = (
-                s.detach()[:, row] if split else s.detach().reshape(len(s), -1).sum(1) for s in (log_p, log_weights)
+                (s.detach()[..., row] if split else s.detach()).reshape(len(s), -1).sum(1) for s in (log_p, log_weights)
             )
             for k in range(self.num_particles):
                 values = {}
                 for name, site in latents.items():
                     value = site["value"][k]
                     values[name] = value.select(value.dim() - 1 - site["fn"].event_dim, row) if split else value
-                buffer.add(observation, values, float(joint[k]), float(weight[k]))
+                own = (states[:, k, ..., row] if split else states[:, k]) if frozen else None
+                if joint[k] > -math.inf:
+                    buffer.put(observation, values, float(joint[k]), float(weight[k]), own)
 
     def _off_policy_particles(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -118,6 +148,7 @@ class OffPolicyObjective(ParticleObjective):
             behaviour=call.handler,
             on_policy=call.on_policy,
             allow_zero=self.floor is not None,
+            known=lambda rows, split: None if (own := call.known_log_p(1, rows, split)) is None else own[0],
         )
         self.remember(call, particles.guide_trace, particles.log_p, particles.log_weights)
         particles.log_p = self._floored(particles.log_p)
@@ -155,16 +186,30 @@ def _full(value: Tensor, event_dim: int, nesting: int) -> Tensor:
     return value.reshape((1,) * missing + value.shape) if missing > 0 else value
 
 
+def _known(drawn: list[list[Entry]], most: int) -> list[list[Tensor]]:
+    """log p of the first entries of each observation, equally many and at most so many, as far as all of them have it.
+
+    One particle at least is left to the program, which shows whether it is being learned.
+    """
+    number = min((len(own) for own in drawn), default=0)
+    number = min(number, most)
+    while number and any(entry.log_p is None for own in drawn for entry in own[:number]):
+        number -= 1
+    return [[entry.log_p for entry in own[:number] if entry.log_p is not None] for own in drawn] if number else []
+
+
 def _stack(
-    drawn: list[list[dict[str, Tensor]]], events: dict[str, int], count: int, nesting: int, split: bool
+    drawn: list[list[dict[str, Tensor]]], sizes: dict[str, torch.Size], count: int, nesting: int, split: bool
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Replayed values as ``(K,) + batch_shape + event_shape`` by site, and which entries they fill.
 
     :param drawn: for each observation the configurations drawn for it.
-    :param events: event dimensions by site.
+    :param sizes: event shapes by site.
     :param split: whether observations are rows of the data plate, the innermost batch dimension.
     """
     taken = torch.zeros((count, *(1,) * (nesting - 1), len(drawn)) if split else (count, *(1,) * nesting)) > 0
+    drawn = [[{n: _of_size(v, sizes[n]) for n, v in values.items()} for values in own] for own in drawn]
+    events = {name: len(size) for name, size in sizes.items()}
     example = next((values for own in drawn for values in own), {})
     given = {}
     for name, some in example.items():
@@ -175,3 +220,8 @@ def _stack(
             (taken[..., row] if split else taken)[: len(own)] = True
         given[name] = torch.stack(columns, -1 - events[name]) if split else columns[0]
     return given, taken
+
+
+def _of_size(value: Tensor, event: torch.Size) -> Tensor:
+    """A text padded to the site's number of tokens."""
+    return widen(value, event[0]) if value.dtype == torch.long and len(event) == 1 else value

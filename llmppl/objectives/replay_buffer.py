@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llmppl.network.text_tensors import widen
+from llmppl.posterior.posterior import Posterior
 from llmppl.programs.observation_keys import key
 from llmppl.programs.structure import Program, structure, text_sites
+from llmppl.text import PAD
 
 PRIORITIES = ("log_joint", "log_weight", "uniform")
 
@@ -49,18 +52,79 @@ class ReplayBuffer:
         """The configurations of one observation, best first."""
         return self._ranked(key(args))
 
-    def add(self, observation: str, values: dict[str, Tensor], log_joint: float, log_weight: float) -> None:
+    def add(self, posterior: Posterior) -> int:
+        """Take in the draws of a posterior that search has found: of ``smc``, ``mcmc``, ``importance``,
+        ``exact_posterior`` or ``decode`` of the same program and observations. A guide that replays them is that search
+        compiled.
+
+        Of each observation the draws of highest priority stay, by their joint or their weight (their joint where the
+        method weighs all alike); impossible ones are left out. Their joint is known, and is not computed anew when they
+        are replayed.
+
+        :returns: how many distinct configurations the buffer has taken in.
+        :raises ValueError: a posterior that does not know what it was conditioned on, as NumPyro's, or whose plates
+            do not all belong to one observation or to all.
+        """
+        names, rows = posterior.observations, posterior.batch_shape
+        if not names:
+            raise ValueError(
+                "the posterior does not say which observations it is of. Give one that smc(), mcmc(), importance() or "
+                "exact_posterior() of a Pyro program returned."
+            )
+        split = not isinstance(names, str)
+        inner = {n: v.ndim - 1 - len(rows) - (n in posterior.decoders) for n, v in posterior.samples.items()}
+        if rows and not split and any(number > 0 for number in inner.values()):
+            raise ValueError(
+                "the posterior has plates of the program around every site and others within, whose order a replay "
+                "cannot tell. Give the rows as data of the program, with vectorize_data=True in inference and training."
+            )
+        taken = 0
+        for n, name in enumerate([names] if isinstance(names, str) else names):
+            log_p, log_weights = (v[..., n] if split else v for v in (posterior.log_joint, posterior.log_weights))
+            joint, weight = (v.reshape(len(v), -1).sum(1) for v in (log_p, log_weights))
+            if posterior.method not in ("importance", "smc"):
+                weight = joint
+            possible = np.flatnonzero(np.isfinite(joint) & np.isfinite(weight))
+            by = {"log_joint": joint, "log_weight": weight, "uniform": weight}[self.priority]
+            samples = {
+                site: value.take(n, axis=len(rows)) if split else value
+                for site, value in posterior.samples.items()
+                if site not in posterior.deterministic
+            }
+            distinct: dict[str, tuple[int, dict[str, Tensor]]] = {}
+            for k in possible[np.argsort(-by[possible], kind="stable")]:
+                values = {site: torch.from_numpy(np.array(value[k])) for site, value in samples.items()}
+                distinct.setdefault(_fingerprint(values), (int(k), values))
+                if len(distinct) == self.capacity:
+                    break
+            for k, values in reversed(distinct.values()):  # the best is the newest
+                self.put(name, values, float(joint[k]), float(weight[k]), torch.from_numpy(np.array(log_p[k]))[None])
+            taken += len(distinct)
+        return taken
+
+    def put(
+        self,
+        observation: str,
+        values: dict[str, Tensor],
+        log_joint: float,
+        log_weight: float,
+        log_p: Tensor | None = None,
+    ) -> None:
         """Take a configuration in, or renew the scores of one that is there.
 
         :param observation: its :func:`key`.
         :param values: by site, one configuration.
+        :param log_p: log p(x, z) of each state of the configuration, ``(J,)`` and the rows that belong to the
+            observation, the configuration itself last; ``None`` where it has to be computed when it is replayed.
         """
         self._clock += 1
         own = self._entries.setdefault(observation, {})
         self._entries.move_to_end(observation)
         name = _fingerprint(values)
         added = own[name].added if name in own else self._clock
-        own[name] = Entry({k: v.detach().cpu().clone() for k, v in values.items()}, log_joint, log_weight, added)
+        kept = {k: v.detach().cpu().clone() for k, v in values.items()}
+        log_p = None if log_p is None else log_p.detach().cpu().clone()
+        own[name] = Entry(kept, log_joint, log_weight, added, log_p)
         if len(own) > self.capacity:
             del own[min(own, key=lambda n: self._rank_by(own[n]))]
         if len(self._entries) > self.observations:
@@ -89,9 +153,9 @@ class ReplayBuffer:
                         "the site's texts end: with its only stop token, within max_tokens."
                     )
                 values[name] = value.expand(fn.batch_shape + fn.event_shape)
-            self.add(key(args), values, math.inf, math.inf)
+            self.put(key(args), values, math.inf, math.inf)
 
-    def draw(self, observation: str, count: int) -> list[dict[str, Tensor]]:
+    def draw(self, observation: str, count: int) -> list[Entry]:
         """Up to ``count`` configurations of an observation, by priority, none twice."""
         ranked = self._ranked(observation)
         if not ranked or count < 1:
@@ -100,7 +164,7 @@ class ReplayBuffer:
         if self.priority != "uniform":
             weights = 1.0 / torch.arange(1, len(ranked) + 1)
         chosen = torch.multinomial(weights, min(count, len(ranked)))
-        return [ranked[n].values for n in chosen.tolist()]
+        return [ranked[n] for n in chosen.tolist()]
 
     def _ranked(self, observation: str) -> list[Entry]:
         return sorted(self._entries.get(observation, {}).values(), key=self._rank_by, reverse=True)
@@ -114,7 +178,7 @@ class ReplayBuffer:
     def state_dict(self) -> dict[str, Any]:
         """All entries, as tensors and numbers."""
         rows = {
-            o: [(e.values, e.log_joint, e.log_weight, e.added) for e in own.values()]
+            o: [(e.values, e.log_joint, e.log_weight, e.added, e.log_p) for e in own.values()]
             for o, own in self._entries.items()
         }
         return {"clock": self._clock, "entries": rows}
@@ -135,13 +199,24 @@ class ReplayBuffer:
 
 @dataclass
 class Entry:
-    """One latent configuration of an observation, with its scores when last seen."""
+    """One latent configuration of an observation, with its scores when last seen; ``log_p`` as of
+    :meth:`ReplayBuffer.put`."""
 
     values: dict[str, Tensor]
     log_joint: float
     log_weight: float
     added: int
+    log_p: Tensor | None = None
 
 
 def _fingerprint(values: dict[str, Tensor]) -> str:
-    return repr(sorted((name, value.tolist()) for name, value in values.items()))
+    """A configuration's name; texts that differ in padding alone have one."""
+    return repr(sorted((name, _unpadded(value)) for name, value in values.items()))
+
+
+def _unpadded(value: Tensor) -> Any:
+    """A value as lists, without the columns that are padding in every row."""
+    if value.dtype == torch.long and value.dim():
+        used = (value != PAD).reshape(-1, value.shape[-1]).any(0).nonzero()
+        value = value[..., : int(used[-1]) + 1 if len(used) else 0]
+    return value.tolist()

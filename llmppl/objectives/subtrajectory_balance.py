@@ -15,6 +15,7 @@ from llmppl.objectives.prefix_states import States, ended_prefixes
 from llmppl.programs.observations import Given, original
 from llmppl.programs.particles import (
     check_finite,
+    common_shape,
     compute_log_prob,
     drops,
     log_q_drawn,
@@ -22,7 +23,7 @@ from llmppl.programs.particles import (
     run_particles,
     sum_sites,
 )
-from llmppl.programs.plates import in_particles
+from llmppl.programs.plates import has_data_plate, in_particles
 from llmppl.programs.structure import Program
 
 
@@ -87,7 +88,7 @@ class SubTrajectoryBalance(OffPolicyObjective):
             )
         drawn = log_q_drawn(trace, axes, nesting, self.num_particles) if drops(trace) else None
         states = ended_prefixes(trace, axes, nesting, type(self).__name__)
-        log_p = self._score(call.model, call, states, axes, nesting)  # (J, K) + batch_shape
+        log_p = self._log_p(call, trace, states, axes, nesting)  # (J, K) + batch_shape
         log_q = self._score(call.guide, call, states, axes, nesting)
         sampled_p, sampled_q = states.of_samples(log_p), states.of_samples(log_q)
         if self._checked is not original(model):
@@ -96,7 +97,7 @@ class SubTrajectoryBalance(OffPolicyObjective):
         chosen = call.on_policy.to(log_p.device)
         sampled = (sampled_p - (sampled_q if drawn is None else drawn)).detach()
         self.diagnostics = diagnostics(sampled[chosen])
-        self.remember(call, trace, sampled_p, sampled)
+        self.remember(call, trace, sampled_p, sampled, log_p)
         log_p = self._floored(log_p)
         log_weights = log_p / self.target_temperature - log_q
         weight = self.pair_weights(states)  # (J, J, K) + batch_shape
@@ -114,10 +115,28 @@ class SubTrajectoryBalance(OffPolicyObjective):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "decay": self.decay}
 
-    def _score(self, program: Program, call: Call, states: States, axes: tuple[int, ...], nesting: int) -> Tensor:
-        number = len(states.place) * self.num_particles
+    def _log_p(self, call: Call, trace: poutine.Trace, states: States, axes: tuple[int, ...], nesting: int) -> Tensor:
+        """The program's joint at every state; of replayed particles it may be known."""
+        known = call.known_log_p(len(states.place), common_shape(trace, axes), has_data_plate(trace))
+        if known is not None:
+            first = known.shape[1]
+            rest = self._score(call.model, call, states, axes, nesting, first)
+            if not rest.requires_grad:  # a program that is being learned is another by now
+                return torch.cat([known.to(rest), rest], 1)
+        return self._score(call.model, call, states, axes, nesting)
+
+    def _score(
+        self, program: Program, call: Call, states: States, axes: tuple[int, ...], nesting: int, first: int = 0
+    ) -> Tensor:
+        """Log-density at the states of the particles from ``first`` on."""
+        shape = (len(states.place), self.num_particles - first)
+        number = shape[0] * shape[1]
+        values = {
+            name: value.unflatten(0, (shape[0], self.num_particles))[:, first:].flatten(0, 1)
+            for name, value in states.values.items()
+        }
         try:
-            with poutine.block(), Given(states.values):
+            with poutine.block(), Given(values):
                 trace = poutine.trace(in_particles(program, number, nesting)).get_trace(*call.args, **call.kwargs)
         except Exception as error:
             raise ValueError(
@@ -128,7 +147,7 @@ class SubTrajectoryBalance(OffPolicyObjective):
             ) from error
         compute_log_prob(trace)
         check_finite(trace, self.floor is not None and program is call.model)
-        return sum_sites(trace, axes, nesting, number).unflatten(0, (len(states.place), self.num_particles))
+        return sum_sites(trace, axes, nesting, number).unflatten(0, shape)
 
     def _check_prefixes(self, call: Call, trace: poutine.Trace, states: States, sampled: Tensor) -> None:
         """Refuse a program whose joint at a text depends on which other particles are run.

@@ -53,6 +53,8 @@ class Posterior:
         ``(steps,) + batch_shape``; the last entry is that of the final weights.
     :param num_chains: of MCMC; samples stand chain after chain.
     :param acceptance: of MCMC, the share of accepted moves, ``(num_chains,) + batch_shape``.
+    :param observations: name of what was conditioned on, the program's arguments by value, or one name for each row of
+        data. A replay buffer files draws by it.
     """
 
     samples: Mapping[str, Array]
@@ -73,6 +75,7 @@ class Posterior:
     ess_history: Array | None = None
     num_chains: int = 1
     acceptance: Array | None = None
+    observations: tuple[str, ...] | str = ""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -345,8 +348,14 @@ class Posterior:
         observed = {
             n: v[index] if v.shape[:-1][: len(index)] == self.batch_shape else v for n, v in self.observed.items()
         }
+        names = self.observations
         return replace(
-            self, **chosen, log_weights=self.log_weights[place], log_joint=self.log_joint[place], observed=observed
+            self,
+            **chosen,
+            log_weights=self.log_weights[place],
+            log_joint=self.log_joint[place],
+            observed=observed,
+            observations=names if isinstance(names, str) else names[index[-1]],
         )
 
     # --- out ---------------------------------------------------------------------------------------

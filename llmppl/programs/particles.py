@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from llmppl.distributions.conditioned_text import score_together
-from llmppl.programs.plates import PARTICLES, in_particles
+from llmppl.programs.plates import PARTICLES, has_data_plate, in_particles
 from llmppl.programs.structure import Program, is_deterministic, is_latent, is_text, plate_nesting, structure
 
 
@@ -76,22 +77,35 @@ def run_particles(
     behaviour: Messenger | None = None,
     detach: bool = True,
     score_parts: bool = False,
+    known: Callable[[torch.Size, bool], Tensor | None] | None = None,
 ) -> Particles:
     """One vectorised pass of the guide, one of the model, and all scores.
 
     :param score_parts: compute Pyro's score parts of the guide's sites as well.
+    :param known: given the rows' shape and whether they are data of their own, log p of the first ``n`` particles,
+        ``(n,) + batch_shape``, or ``None``. The model is then run, and traced, at the others alone; unless it has a
+        gradient there, for then it is another by now.
 
     Other parameters and errors as of :func:`propose`.
     """
     guide_trace, axes, nesting = propose(model, guide, args, kwargs, num_particles, behaviour, detach)
-    model_in = in_particles(model, num_particles, nesting)
-    model_trace = poutine.trace(poutine.replay(model_in, trace=guide_trace)).get_trace(*args, **kwargs)
+    rows = common_shape(guide_trace, axes)
+    before = None if known is None else known(rows, has_data_plate(guide_trace))
+    first = 0 if before is None else len(before)
+    model_trace = _model_trace(model, guide_trace, args, kwargs, num_particles, nesting, first)
     # Before the pass with gradients: what was recorded while drawing is there still.
     drawn = log_q_drawn(guide_trace, axes, nesting, num_particles) if drops(guide_trace) else None
     compute_log_prob(guide_trace, score_parts)
     compute_log_prob(model_trace)
+    log_p = sum_sites(model_trace, axes, nesting, num_particles - first)
+    if before is not None and log_p.requires_grad:
+        model_trace = _model_trace(model, guide_trace, args, kwargs, num_particles, nesting)
+        compute_log_prob(model_trace)
+        log_p = sum_sites(model_trace, axes, nesting, num_particles)
+    elif before is not None:
+        log_p = torch.cat([before.to(log_p).expand(first, *log_p.shape[1:]), log_p])
     return Particles(
-        log_p=sum_sites(model_trace, axes, nesting, num_particles),
+        log_p=log_p,
         log_q=sum_sites(guide_trace, axes, nesting, num_particles),
         model_trace=model_trace,
         guide_trace=guide_trace,
@@ -99,6 +113,28 @@ def run_particles(
         nesting=nesting,
         log_q_drawn=drawn,
     )
+
+
+def _model_trace(
+    model: Program,
+    guide_trace: poutine.Trace,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_particles: int,
+    nesting: int,
+    first: int = 0,
+) -> poutine.Trace:
+    """The model at a guide's particles from ``first`` on, not scored."""
+    at = guide_trace
+    if first:
+        at = guide_trace.copy()
+        at.nodes.update({name: dict(site) for name, site in guide_trace.nodes.items()})
+        at.remove_node(PARTICLES)  # there are fewer of them
+        for site in at.nodes.values():
+            if is_latent(site) and site["value"].dim() - site["fn"].event_dim == nesting + 1:
+                site["value"] = site["value"][first:]
+    model_in = in_particles(model, num_particles - first, nesting)
+    return poutine.trace(poutine.replay(model_in, trace=at)).get_trace(*args, **kwargs)
 
 
 def drops(guide_trace: poutine.Trace) -> bool:
@@ -169,6 +205,13 @@ def common_axes(*traces: poutine.Trace) -> tuple[int, ...]:
             dims = {f.dim for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES}
             common = dims if common is None else common & dims
     return tuple(sorted(common or ()))
+
+
+def common_shape(trace: poutine.Trace, axes: tuple[int, ...]) -> torch.Size:
+    """Sizes of the plates ``axes``."""
+    frames = (f for site in trace.nodes.values() if site["type"] == "sample" for f in site["cond_indep_stack"])
+    sizes = {frame.dim: frame.size for frame in frames if frame.vectorized}
+    return torch.Size(sizes[dim] for dim in axes)
 
 
 def sum_sites(trace: poutine.Trace, axes: tuple[int, ...], nesting: int, num_particles: int) -> Tensor:

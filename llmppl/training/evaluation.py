@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from llmppl.inference.bounds import bounds
-from llmppl.inference.importance import NoWeightError, importance
+from llmppl.inference.gathering import NoWeightError
+from llmppl.inference.importance import importance
 from llmppl.posterior.brackets import Bounds, Estimate
 from llmppl.posterior.posterior import Posterior
 from llmppl.programs.random_states import randomness_kept

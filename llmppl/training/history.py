@@ -10,7 +10,7 @@ import numpy as np
 
 from llmppl.display.plots import plot_history
 
-COLUMNS = ("loss", "elbo", "ess", "gradient_norm", "learning_rate", "seconds", "floored", "skipped")
+COLUMNS = ("loss", "elbo", "ess", "gradient_norm", "learning_rate", "floored", "skipped", "seconds")
 
 HARD = ("floored", "skipped")
 """Counts that objectives without hard conditions do not report."""
