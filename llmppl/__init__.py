@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from llmppl.training.fit import fit
     from llmppl.training.gain import held_out_gain
     from llmppl.training.regularisation import Regularisation
-    from llmppl.training.simulated_set import SimulatedSet, simulate
+    from llmppl.training.simulated_set import SimulatedSet
+    from llmppl.training.simulated_stream import SimulatedStream, simulate
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ _PUBLIC = {
     "Regularisation": "llmppl.training.regularisation",
     "ReplayBuffer": "llmppl.objectives.replay_buffer",
     "SimulatedSet": "llmppl.training.simulated_set",
+    "SimulatedStream": "llmppl.training.simulated_stream",
     "bounds": "llmppl.inference.bounds",
     "calibrate": "llmppl.diagnostics.calibration",
     "diagnose": "llmppl.diagnostics.verdict",
@@ -52,7 +54,7 @@ _PUBLIC = {
     "importance": "llmppl.inference.importance",
     "inference_gap": "llmppl.posterior.inference_gap",
     "mcmc": "llmppl.inference.mcmc",
-    "simulate": "llmppl.training.simulated_set",
+    "simulate": "llmppl.training.simulated_stream",
     "smc": "llmppl.inference.smc",
 }
 
@@ -66,6 +68,7 @@ __all__ = [
     "Regularisation",
     "ReplayBuffer",
     "SimulatedSet",
+    "SimulatedStream",
     "__version__",
     "bounds",
     "calibrate",

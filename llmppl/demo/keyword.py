@@ -27,7 +27,8 @@ from llmppl.programs.structure import Program
 from llmppl.training.evaluation import Evaluation
 from llmppl.training.fit import fit
 from llmppl.training.history import History
-from llmppl.training.simulated_set import SimulatedSet, simulate
+from llmppl.training.simulated_set import SimulatedSet
+from llmppl.training.simulated_stream import simulate
 
 DEFENSIVE = 0.1
 RAREST = 1e-3

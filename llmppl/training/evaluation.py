@@ -58,6 +58,8 @@ class Evaluation:
     :param references: log Z of each observation where it is known, e.g. by enumeration.
     :param seed: of the evaluations' random numbers.
     :param pairs: simulated pairs that training never sees, of :func:`~llmppl.simulate`.
+    :param pairs_log_evidence: log Z of each pair's observation where it is known, or log Ẑ of long runs: then
+        KL(p‖q), the mutual information less the gain, is reported as well.
     :raises TypeError, ValueError: malformed data or numbers.
     """
 
@@ -69,6 +71,7 @@ class Evaluation:
     references: Sequence[float] | None = None
     seed: int = 0
     pairs: Sequence[SimulatedPair] | None = None
+    pairs_log_evidence: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         if self.pairs is None or len(self.data):
@@ -77,6 +80,11 @@ class Evaluation:
         if pairs is not None and not all(isinstance(pairs[n], SimulatedPair) for n in range(len(pairs))):
             raise TypeError(
                 "Evaluation.pairs must be simulated pairs: simulate(program, data, num_pairs=64) draws some."
+            )
+        if self.pairs_log_evidence is not None and len(self.pairs_log_evidence) != len(pairs or ()):
+            raise ValueError(
+                f"pairs_log_evidence has {len(self.pairs_log_evidence)} values of log Z for {len(pairs or ())} pairs. "
+                "Give one for each."
             )
         for name, least in (("every", 1), ("num_samples", 2), ("simulations", 0)):
             if getattr(self, name) < least:
@@ -121,6 +129,8 @@ class HeldOut:
             self.log_evidence_error = np.zeros(len(self.log_evidence))
         self.best_step: int | None = None
         self.best_parameters: dict[str, Tensor] = {}
+        self.best_gains: Tensor | None = None
+        self.gains: Tensor | None = None
 
     def due(self, step: int) -> bool:
         return step % self.evaluation.every == 0
@@ -129,6 +139,26 @@ class HeldOut:
         """Whether the gap has not become smaller, or the gain larger, for long enough."""
         patience = self.evaluation.patience
         return patience is not None and sum(item.step > (self.best_step or 0) for item in self.results) >= patience
+
+    def parted(self, step: int, losses: Sequence[float]) -> str:
+        """Why the loss no longer says that the guide gets better: the gain has fallen by more than two standard errors
+        of its paired difference while the loss has fallen, too. Empty where that is not so.
+
+        :param losses: of all steps so far.
+        """
+        if self.gains is None or self.best_gains is None or self.best_step is None or step == self.best_step:
+            return ""
+        fallen = (self.best_gains - self.gains).numpy()
+        error = fallen.std(ddof=1) / math.sqrt(len(fallen)) if len(fallen) > 1 else math.inf
+        after = losses[self.best_step : step]
+        before = losses[max(self.best_step - len(after), 0) : self.best_step]
+        if not (fallen.mean() > 2 * error and (not before or np.mean(after) < np.mean(before))):
+            return ""
+        return (
+            f"the held-out gain has fallen by {fallen.mean():.2f} ± {error:.2f} nats since step {self.best_step} while "
+            "the training loss went on falling: the guide learns its pairs by heart. Stop there (patience=), draw more "
+            "pairs, or train on a stream, simulate(program, data)."
+        )
 
     def measure(self, step: int, seconds: float) -> Evaluated:
         """Evaluate the guide as it is.
@@ -139,11 +169,20 @@ class HeldOut:
         gain = None
         if self.evaluation.pairs is not None:
             with randomness_kept(self.evaluation.seed):
-                gain = held_out_gain(self.model, self.guide, self.evaluation.pairs, self.vectorize_data)
+                gain = held_out_gain(
+                    self.model,
+                    self.guide,
+                    self.evaluation.pairs,
+                    self.vectorize_data,
+                    self.evaluation.pairs_log_evidence,
+                )
         elapsed = seconds + time.monotonic() - start
         result = self._of_gain(step, elapsed) if not len(self.evaluation.data) else self._measured(step, seconds, start)
         if gain is not None:
             result.gain, result.gain_error = gain.mean, gain.error
+            self.gains = torch.from_numpy(gain.values)
+            if gain.information is not None and math.isnan(result.kl_p_q[0]):
+                result.kl_p_q = (gain.kl, gain.kl)
         better = (
             all(not item.gain >= result.gain for item in self.results)
             if gain is not None
@@ -151,7 +190,7 @@ class HeldOut:
             else all(not item.elbo >= result.elbo for item in self.results)
         )
         if better:
-            self.best_step = step
+            self.best_step, self.best_gains = step, self.gains
             self.best_parameters = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.results.append(result)
         if len(self.evaluation.data):
@@ -210,6 +249,7 @@ class HeldOut:
             "log_evidence_error": torch.from_numpy(self.log_evidence_error) if known else None,
             "best_step": self.best_step,
             "best_parameters": self.best_parameters,
+            "best_gains": self.best_gains,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -217,6 +257,7 @@ class HeldOut:
             self.log_evidence = state["log_evidence"].numpy()
             self.log_evidence_error = state["log_evidence_error"].numpy()
         self.best_step, self.best_parameters = state["best_step"], state["best_parameters"]
+        self.best_gains = state["best_gains"]
 
     def _calls(self) -> Iterator[tuple[Any, ...]]:
         data, size = list(self.evaluation.data), ROWS

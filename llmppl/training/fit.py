@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -30,6 +31,8 @@ from llmppl.training.optimization import SCHEDULES, make_optimizer, make_schedul
 from llmppl.training.regularisation import Regularisation, Regularised
 from llmppl.training.resumable import Resumable
 from llmppl.training.run_identity import run_identity
+from llmppl.training.simulated_set import SimulatedSet
+from llmppl.training.simulated_stream import FreshMinibatches, SimulatedStream
 
 __all__ = ["History", "fit"]
 
@@ -37,7 +40,7 @@ __all__ = ["History", "fit"]
 def fit(
     model: Program,
     guide: Program,
-    data: Data,
+    data: Data | SimulatedStream,
     objective: ELBO,
     steps: int,
     batch_size: int = 1,
@@ -66,7 +69,8 @@ def fit(
     loses the steps since that checkpoint. The same call with ``resume=True`` starts a run, too, so that
     one command can be repeated until it is through.
 
-    :param data: the program's argument tuples; each is drawn once before any is drawn again.
+    :param data: the program's argument tuples, each drawn once before any is drawn again; or simulated pairs, a set
+        or a stream of :func:`~llmppl.simulate`.
     :param objective: any pyro ``ELBO``. One with ``state_dict()`` and ``load_state_dict(state)``, of
         tensors, numbers, strings, lists and dicts, has its state in the checkpoints.
     :param batch_size: tuples a minibatch; their gradients are averaged.
@@ -99,7 +103,9 @@ def fit(
         checkpoints without ``resume``, of another run, or with damaged ones only; a regularisation that the
         program, the guide or the objective cannot have.
     """
-    data = checked(data)
+    stream = data if isinstance(data, SimulatedStream) else None
+    readings = steps * batch_size * accumulate / len(data) if isinstance(data, SimulatedSet) else math.nan
+    data = data.described() if isinstance(data, SimulatedStream) else checked(data)
     _check_numbers(steps=steps, batch_size=batch_size, accumulate=accumulate, checkpoint_every=checkpoint_every)
     if not isinstance(objective, ELBO):
         raise TypeError(f"objective must be an ELBO such as TrajectoryBalance(num_particles=16), got {objective!r}.")
@@ -109,7 +115,18 @@ def fit(
         raise ValueError("resume=True needs folder=, where the run's checkpoints are.")
     if seed is not None:
         pyro.set_rng_seed(seed)
-    batches = Minibatches(data, batch_size, torch.initial_seed() % 2**32 if seed is None else seed)
+    batches = (
+        Minibatches(data, batch_size, torch.initial_seed() % 2**32 if seed is None else seed)
+        if stream is None
+        else FreshMinibatches(stream, batch_size)
+    )
+    if readings > 2 and (evaluation is None or evaluation.pairs is None):
+        warnings.warn(
+            f"each of the {len(data)} stored pairs is read {readings:.1f} times, and pairs that are read more than "
+            "twice can be learned by heart. Watch the held-out gain, evaluation=Evaluation(pairs=simulate(...)), or "
+            "train on a stream of fresh pairs, simulate(program, data).",
+            stacklevel=2,
+        )
     program, proposal = (in_data_plate(model), in_data_plate(guide)) if vectorize_data else (model, guide)
     # What an earlier run or backward pass left behind is none of this one's gradient.
     for _, parameter in pyro.get_param_store().named_parameters():
@@ -123,7 +140,7 @@ def fit(
         regularised = Regularised(regularisation, program, proposal, guide, objective, first)
     optimizer = make_optimizer(parameters, guide, learning_rate, log_partition_learning_rate, weight_decay)
     scheduler = make_scheduler(optimizer, schedule, warmup_steps, steps)
-    history = History()
+    history = History(readings=readings)
     held_out = (
         None
         if evaluation is None
@@ -159,6 +176,10 @@ def fit(
         if held_out is not None and held_out.due(step):
             result = held_out.measure(step, time.monotonic() - start)
             run.record("evaluation", step, asdict(result))
+            if history.parted is None and (reason := held_out.parted(step, history.loss)):
+                history.parted = step
+                if held_out.evaluation.patience is None:
+                    warnings.warn(reason, stacklevel=3)
 
     with (
         _tempering(objective, target_temperature) as temper,
@@ -215,7 +236,7 @@ def fit(
 def _accumulated(
     objective: ELBO,
     regularised: Regularised,
-    batches: Minibatches,
+    batches: Minibatches | FreshMinibatches,
     accumulate: int,
     vectorize_data: bool,
     step: int,

@@ -31,9 +31,11 @@ class Gain:
     it takes one scoring pass; a hard condition does not disturb it, for simulated latents satisfy it.
 
     :param values: of each pair, ``(N,)``; −inf where the guide cannot write the latent.
+    :param information: log p(x|z) − log Z(x) of each pair where log Z is known: its mean is the mutual information.
     """
 
     values: np.ndarray
+    information: np.ndarray | None = None
 
     @property
     def mean(self) -> float:
@@ -46,20 +48,52 @@ class Gain:
             return math.nan
         return float(self.values.std(ddof=1) / math.sqrt(len(self.values)))
 
+    @property
+    def mutual_information(self) -> float:
+        """Mean of :attr:`information`, the bound of the gain; NaN where log Z is not known."""
+        return math.nan if self.information is None else float(self.information.mean())
+
+    @property
+    def kl(self) -> float:
+        """KL(p‖q), the mutual information less the gain, mean over observations; NaN where log Z is not known."""
+        return self.mutual_information - self.mean
+
+    @property
+    def kl_error(self) -> float:
+        """Standard error of :attr:`kl`, by the pairs; the error of the given log Z is not in it."""
+        return math.nan if self.information is None else Gain(self.information - self.values).error
+
     def __repr__(self) -> str:
-        return f"Gain({self.mean:.2f} ± {self.error:.2f} nats over {len(self.values)} pairs)"
+        text = f"Gain({self.mean:.2f} ± {self.error:.2f} nats over {len(self.values)} pairs"
+        if self.information is not None:
+            share = self.mean / self.mutual_information
+            text += (
+                f", {share:.0%} of the mutual information {self.mutual_information:.2f}; "
+                f"KL(p‖q) {self.kl:.2f} ± {self.kl_error:.2f}"
+            )
+        return text + ")"
 
 
 @torch.no_grad()
-def held_out_gain(model: Program, guide: Program, pairs: Sequence[SimulatedPair], vectorize_data: bool = True) -> Gain:
+def held_out_gain(
+    model: Program,
+    guide: Program,
+    pairs: Sequence[SimulatedPair],
+    vectorize_data: bool = True,
+    log_evidence: Sequence[float] | None = None,
+) -> Gain:
     """The gain of a guide over the prior, at pairs of :func:`~llmppl.simulate` that it was not trained on.
 
     :param vectorize_data: score pairs together, in a plate over the program's arguments.
-    :raises ValueError: a guide that does not score what it did not draw.
+    :param log_evidence: log Z of each pair's observation, by enumeration or long runs: the gain then comes with the
+        mutual information and KL(p‖q).
+    :raises ValueError: a guide that does not score what it did not draw; another number of log Z than of pairs.
     """
     if not len(pairs):
         raise ValueError("pairs is empty. Draw some: simulate(program, data, num_pairs=64).")
-    found = []
+    if log_evidence is not None and len(log_evidence) != len(pairs):
+        raise ValueError(f"log_evidence has {len(log_evidence)} values for {len(pairs)} pairs. Give one for each.")
+    found, likelihood = [], []
     calls: list[Any] = [pairs[n] for n in range(len(pairs))]
     if vectorize_data:
         calls = [collate(calls[start : start + ROWS]) for start in range(0, len(calls), ROWS)]
@@ -68,5 +102,10 @@ def held_out_gain(model: Program, guide: Program, pairs: Sequence[SimulatedPair]
         assert isinstance(pair, SimulatedPair)
         observed, told = observing(*programs, dict(pair.observations))
         particles = score_given(observed, told, tuple(pair), {}, dict(pair.latents), 1)
-        found.append((particles.log_q - log_prior(particles))[0].reshape(-1).double().cpu().numpy())
-    return Gain(np.concatenate(found))
+        prior = log_prior(particles)
+        found.append((particles.log_q - prior)[0].reshape(-1).double().cpu().numpy())
+        likelihood.append((particles.log_p - prior)[0].reshape(-1).double().cpu().numpy())
+    information = None
+    if log_evidence is not None:
+        information = np.concatenate(likelihood) - np.asarray([float(value) for value in log_evidence])
+    return Gain(np.concatenate(found), information)

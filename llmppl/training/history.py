@@ -62,6 +62,8 @@ class History:
     :param floored: joints of the step that counted as the balance objective's ``floor``.
     :param skipped: observations of the step of which no particle of wake-φ was possible.
     :param evaluations: on held-out data, where ``fit`` was given an :class:`~llmppl.Evaluation`.
+    :param readings: how often each pair of a simulated set is read in all; NaN of other data.
+    :param parted: the step from which on the held-out gain was worse than its best while the loss went on falling.
     :param restored: the step whose parameters were put back where training stopped early.
     """
 
@@ -74,6 +76,8 @@ class History:
     floored: list[float] = field(default_factory=list)
     skipped: list[float] = field(default_factory=list)
     evaluations: list[Evaluated] = field(default_factory=list)
+    readings: float = math.nan
+    parted: int | None = None
     restored: int | None = None
 
     def append(self, **values: float) -> None:
@@ -83,11 +87,12 @@ class History:
 
     def state_dict(self) -> dict[str, Any]:
         columns = {name: list(getattr(self, name)) for name in COLUMNS}
-        return {**columns, "evaluations": [asdict(item) for item in self.evaluations]}
+        return {**columns, "evaluations": [asdict(item) for item in self.evaluations], "parted": self.parted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in COLUMNS:
             setattr(self, name, list(state[name]))
+        self.parted = state["parted"]
         # In place: the evaluations of a run go on in this list.
         self.evaluations[:] = [Evaluated(**item) for item in state["evaluations"]]
 
@@ -117,6 +122,10 @@ class History:
                 text += f"; held-out gap {first.gap:.2f} {steps[0]}, {newest.gap:.2f} {steps[1]}"
             elif newest.impossible:
                 text += f"; {newest.impossible:.0%} of the held-out draws are impossible, so the gap is infinite"
+        if self.readings > 1:
+            text += f"; each pair read {self.readings:.1f} times"
+        if self.parted is not None:
+            text += f"; from step {self.parted} on the held-out gain fell while the loss went on falling"
         if self.restored is not None:
             text += f"; stopped early, the parameters are those of step {self.restored}"
         return text + ")"
