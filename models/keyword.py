@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llmppl.models.primitives import Maker
-from llmppl.text.words import SHORTEST, as_keyword
+from llmppl.text.words import LONGEST, SHORTEST, as_keyword
 
 
 def keyword(
@@ -19,8 +19,8 @@ def keyword(
     has it among many. Every sentence that the language model writes is an example for each of its own words, which is
     what a guide learns from: :class:`~llmppl.guides.WordGuide`.
 
-    Beginning and keyword are strings, or lists of strings inside a plate. A keyword is one word; upper case and space
-    around it do not count.
+    Beginning and keyword are strings, or lists of strings inside a plate; or text arrays. A keyword is one word; upper
+    case and space around it do not count.
 
     :param lm: a :class:`llmppl.LM`, or a :class:`llmppl.numpyro.LM`: the program is then one of NumPyro's.
     :param max_tokens: most tokens of the sentence.
@@ -34,7 +34,7 @@ def keyword(
         sentence = lm.primitives.sample(
             "sentence", lm(beginning, max_tokens=max_tokens, stop=stop, temperature=temperature)
         )
-        lm.primitives.sample("keyword", lm.content_word(sentence, shortest), obs=lm.encode(_clean(keyword, shortest)))
+        lm.primitives.sample("keyword", lm.content_word(sentence, shortest), obs=_observed(lm, keyword, shortest))
         return sentence
 
     return sentence_with
@@ -49,9 +49,15 @@ def _check_beginning(beginning: Any) -> None:
                 raise ValueError(f"{where}={text!r} has no text. Give at least a word to go on from.")
 
 
-def _clean(keyword: Any, shortest: int) -> Any:
+def _observed(lm: Maker, keyword: Any, shortest: int) -> Any:
+    """The token ids of a keyword as content words are written."""
+
+    def clean(word: Any) -> str:
+        return as_keyword(word, shortest)
+
     if isinstance(keyword, str):
-        return as_keyword(keyword, shortest)
-    if isinstance(keyword, (list, tuple)) and keyword and all(isinstance(word, str) for word in keyword):
-        return [as_keyword(word, shortest) for word in keyword]
-    return keyword
+        return lm.encode(clean(keyword))
+    if isinstance(keyword, (list, tuple)):
+        return lm.encode([clean(word) for word in keyword])
+    # Token ids already, as strings that are arguments of a compiled program are.
+    return lm.map(clean, keyword, max_tokens=LONGEST)

@@ -57,6 +57,7 @@ LONG = {
     "test_long_runs.py": 25,
     "test_numpyro_interop.py": 20,
     "test_states.py": 15,
+    "test_numpyro_keyword.py": 15,
     "test_gap_report.py": 15,
 }
 

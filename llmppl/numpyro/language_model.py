@@ -17,6 +17,7 @@ from jax import Array
 
 from llmppl.numpyro.distributions.autoregressive_text import AutoregressiveText
 from llmppl.numpyro.distributions.choice import Choice
+from llmppl.numpyro.distributions.content_word import ContentWord
 from llmppl.numpyro.network.architecture import Architecture
 from llmppl.numpyro.network.decoder import Weights
 from llmppl.numpyro.network.folder_tokenizer import FolderTokenizer
@@ -29,6 +30,7 @@ from llmppl.text import PAD
 from llmppl.text.row_function import Kind
 from llmppl.text.spelling import Spelling, describe, empty_context, too_long, unbroadcastable
 from llmppl.text.tokenization import Codec
+from llmppl.text.words import SHORTEST
 
 if TYPE_CHECKING:
     from llmppl.text.grammar import Grammar
@@ -183,6 +185,18 @@ class LM:
         rows = self.spelling.options(options)
         return Choice(self, self.context(*pieces), pad_rows(rows))  # type: ignore[arg-type]
 
+    def content_word(self, text: Piece, shortest: int = SHORTEST) -> ContentWord:
+        """The distribution over the content words of a text, each with the same probability.
+
+        The words are found on the host, so that each draw and each ``log_prob`` leaves a compiled program once.
+
+        :param text: as a piece of :meth:`__call__`.
+        :param shortest: letters of a content word, at least.
+        :raises TypeError: neither a string, a list of strings nor a text array.
+        :raises ValueError: an array that is no well-formed text.
+        """
+        return ContentWord(self, self._piece(text, 1, "text"), shortest)
+
     def map(
         self,
         function: Callable[..., Any],
@@ -258,12 +272,12 @@ class LM:
                     shapes = [tuple(each.shape[:-1]) for each in texts]
                     raise unbroadcastable(pieces, shapes, m, n) from None
 
-    def _piece(self, piece: Piece, number: int) -> Array:
+    def _piece(self, piece: Piece, number: int, name: str = "") -> Array:
         if isinstance(piece, TextArgument):
             return piece.first if number == 0 else piece.verbatim
         if hasattr(piece, "dtype"):
-            return check_text(piece, f"piece {number}", self.vocabulary)
-        value = pad_rows(self.spelling.piece(piece, number, "array", "jnp.array(ids)"))
+            return check_text(piece, name or f"piece {number}", self.vocabulary)
+        value = pad_rows(self.spelling.piece(piece, number, "array", "jnp.array(ids)", name))
         return value[0] if isinstance(piece, str) else value  # type: ignore[return-value]
 
     def _stop_tokens(self, stop: Any, grammar: Grammar | None) -> np.ndarray | None:

@@ -57,19 +57,20 @@ class Spelling:
                 )
         return rows
 
-    def piece(self, piece: Any, number: int, tensor: str, literal: str) -> list[list[int]]:
+    def piece(self, piece: Any, number: int, tensor: str, literal: str, name: str = "") -> list[list[int]]:
         """Of a piece that is no tensor: a string, or several.
 
         :param number: of the piece, from 0; the first is read as beginnings of texts are.
         :param tensor: what the framework calls a text that is ids already.
         :param literal: how it makes one.
+        :param name: of the piece in messages, by default its number.
         :raises TypeError: neither a string nor a non-empty list of strings.
         """
         texts = [piece] if isinstance(piece, str) else piece
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) for t in texts):
             raise TypeError(
-                f"piece {number} must be a string, a non-empty list of strings or a text {tensor}, got {piece!r}. "
-                f"Token ids go in as {literal}."
+                f"{name or f'piece {number}'} must be a string, a non-empty list of strings or a text {tensor}, got "
+                f"{piece!r}. Token ids go in as {literal}."
             )
         return [self.ids(text, first=number == 0) for text in texts]
 

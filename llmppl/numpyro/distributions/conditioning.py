@@ -8,6 +8,7 @@ from jax import Array
 
 from llmppl.numpyro.network.architecture import Architecture
 from llmppl.numpyro.network.decoder import Weights
+from llmppl.text.spelling import Spelling
 
 
 class LanguageModel(Protocol):
@@ -15,9 +16,12 @@ class LanguageModel(Protocol):
 
     vocabulary: int
     architecture: Architecture
+    spelling: Spelling
 
     @property
     def weights(self) -> Weights: ...
+    @property
+    def dtype(self) -> Any: ...
     def check_length(self, context: int, tokens: int) -> None: ...
     def encode(self, text: Any, width: int | None = None) -> Array: ...
     def decode(self, value: Any) -> Any: ...

@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from llmppl.numpyro.network.host_call import host_call
 from llmppl.numpyro.network.text_arrays import TextArgument, check_text, is_concrete
 from llmppl.text.marks import Marks
 from llmppl.text.row_function import (
@@ -53,22 +53,13 @@ def map_rows(
     whole = shape if kind is not str else (*shape, int(max_tokens or 0))
     dtype = {str: jnp.int32, float: jnp.result_type(float), int: jnp.int32, bool: jnp.bool_}[kind]
 
-    def ask(*arrays: Any) -> np.ndarray:
+    def ask(*arrays: np.ndarray) -> np.ndarray:
         rest = iter(arrays)
-        columns = [p if isinstance(p, Column) else _column(p, np.asarray(next(rest)), spelling) for p in parts]
+        columns = [p if isinstance(p, Column) else _column(p, next(rest), spelling) for p in parts]
         # Under vmap there are more rows, and a program's own are the last dimensions.
-        return run_rows(function, columns, spelling.ids, kind, max_tokens).astype(dtype)
+        return run_rows(function, columns, spelling.ids, kind, max_tokens)
 
-    def ask_in_halves(*halves: Any) -> np.ndarray:
-        known = map(np.asarray, halves)
-        return _halves(ask(*(_whole(k, array.dtype) for k, array in zip(known, arrays, strict=True))))
-
-    if not all(map(is_concrete, arrays)):
-        wide = jnp.dtype(dtype).itemsize == 8
-        answer = jax.ShapeDtypeStruct((*whole, 2) if wide else whole, jnp.uint32 if wide else dtype)
-        found = jax.pure_callback(ask_in_halves, answer, *map(_halves, arrays), vmap_method="broadcast_all")
-        return lax.bitcast_convert_type(found, dtype) if wide else found
-    result = jnp.asarray(ask(*arrays))
+    result = host_call(ask, whole, dtype, *arrays)
     if kind is str and is_concrete(result):
         _decoders.put(result, decode)
     return result
@@ -97,19 +88,6 @@ def _part(value: Any, number: int, spelling: Spelling) -> Any:
     if np.dtype(value.dtype).kind == "c":
         raise TypeError(f"{name} holds complex numbers. Pass floats, integers or booleans.")
     return lax.stop_gradient(jnp.asarray(value))
-
-
-def _halves(array: Any) -> Any:
-    """Numbers of 64 bits as pairs of 32: the callback may run in a thread without 64 bits, which would round them."""
-    if array.dtype.itemsize != 8:
-        return array
-    if isinstance(array, np.ndarray):
-        return array[..., None].copy().view(np.uint32)
-    return lax.bitcast_convert_type(array, jnp.uint32)
-
-
-def _whole(halves: np.ndarray, dtype: Any) -> np.ndarray:
-    return halves if dtype.itemsize != 8 else halves.copy().view(dtype)[..., 0]
 
 
 def _is_text(array: Any) -> bool:
