@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import Story
 
-from llmppl import Evaluation, SimulatedSet, exact_posterior, fit, importance, simulate
+from llmppl import Evaluation, SimulatedSet, exact_posterior, fit, held_out_gain, importance, simulate
 from llmppl.guides import AutoregressiveGuide, PromptGuide
 from llmppl.objectives import TrajectoryBalance, WakeSleep
 from llmppl.programs.simulated_pair import SimulatedPair
@@ -160,3 +160,108 @@ def test_a_defensive_share_is_exact_and_bounds_the_weights(story: Story) -> None
     assert abs(np.mean(found) - 1) < 4 * error < 0.5
     with pytest.raises(ValueError, match=r"defensive=1\.0 is a share"):
         importance(story.program, guide, 16, defensive=1.0)
+
+
+def test_a_stream_never_repeats_itself_and_is_the_same_when_resumed(story: Story) -> None:
+    stream = simulate(story.program, DATA, batch_size=4, seed=3)
+    first = stream.draw(6) + stream.upcoming(3)
+    again = simulate(story.program, DATA, batch_size=4, seed=3)
+    again.draw(5)
+    assert [tuple(pair) for pair in again.draw(4)] == [tuple(pair) for pair in first[5:9]]
+    for mine, others in zip(
+        again._blocks[1], simulate(story.program, DATA, batch_size=4, seed=3)._block(1), strict=True
+    ):
+        torch.testing.assert_close(dict(mine.latents), dict(others.latents), rtol=0, atol=0)
+    assert sorted(tuple(pair) for pair in first[:3]) == sorted(DATA), "every argument tuple before any is used again"
+    blocks = [stream._block(n).latents["middle"] for n in range(2)]
+    assert not torch.equal(*blocks), "fresh"
+    with pytest.raises(ValueError, match="a stream of fresh pairs is not kept in a folder"):
+        simulate(story.program, DATA, folder="somewhere")
+    with pytest.raises(ValueError, match="observes nothing"):
+        simulate(lambda beginning: pyro.sample("z", story.lm(beginning, max_tokens=2)), [("ab",)])
+
+
+def test_fit_on_a_stream_resumes_bit_for_bit_and_asks_for_new_arguments(story: Story, tmp_path: Path) -> None:
+    asked = []
+
+    def more(count: int) -> list[tuple[str, str]]:
+        asked.append(count)
+        return [("abcde"[int(n)], "cd") for n in torch.randint(5, (count,))]
+
+    def run(folder: Path, steps: int, resume: bool) -> torch.Tensor:
+        guide = AutoregressiveGuide(story.program, story.lm, rank=2, seed=0)
+        fit(story.program, guide, simulate(story.program, more, batch_size=8, seed=1), WakeSleep(1, insomnia=0.0),
+            steps=steps, batch_size=3, vectorize_data=True, learning_rate=1e-2, seed=0, progress=False,
+            folder=folder, checkpoint_every=2, resume=resume)  # fmt: skip
+        return torch.cat([p.detach().flatten() for p in guide.parameters()])
+
+    whole = run(tmp_path / "whole", 6, False)
+    run(tmp_path / "parts", 4, False)
+    assert torch.equal(run(tmp_path / "parts", 6, True), whole)
+    assert set(asked) == {1, 8}
+
+
+def test_pairs_that_are_read_too_often_are_told_of(story: Story) -> None:
+    pairs = simulate(story.program, DATA, 4, seed=0, progress=False)
+
+    def train(**options: object) -> object:
+        guide = AutoregressiveGuide(story.program, story.lm, rank=2, seed=0)
+        return fit(story.program, guide, pairs, WakeSleep(1, insomnia=0.0), batch_size=2, vectorize_data=True,
+                   progress=False, seed=0, **options)  # fmt: skip
+
+    with pytest.warns(UserWarning, match=r"each of the 4 stored pairs is read 2\.5 times"):
+        history = train(steps=5)
+    assert "each pair read 2.5 times" in repr(history)
+    # Twice is well, and whoever watches the gain needs no warning.
+    train(steps=4)
+    train(steps=5, evaluation=Evaluation(pairs=simulate(story.program, DATA, 2, seed=9, progress=False)))
+
+
+def test_a_gain_that_parts_from_the_loss_is_told_of_once(story: Story) -> None:
+    """Eight pairs, read until they are known by heart: the loss falls, and the gain on unseen ones with it."""
+    pairs = simulate(story.program, DATA, 8, seed=0, progress=False)
+    unseen = simulate(story.program, DATA, 96, seed=1, progress=False)
+    guide = AutoregressiveGuide(story.program, story.lm, rank=4, seed=0)
+    with pytest.warns(UserWarning, match="the held-out gain has fallen by .* learns its pairs by heart") as said:
+        history = fit(story.program, guide, pairs, WakeSleep(1, insomnia=0.0), steps=80, batch_size=8,
+                      vectorize_data=True, learning_rate=2e-2, seed=0, progress=False,
+                      evaluation=Evaluation(pairs=unseen, every=10))  # fmt: skip
+    assert len(said) == 1
+    gains = {item.step: item.gain for item in history.evaluations}
+    best = max(gains, key=lambda step: gains[step])
+    assert history.parted is not None
+    assert history.parted > best
+    assert f"from step {history.parted} on the held-out gain fell" in repr(history)
+    assert np.mean(history.loss[-10:]) < np.mean(history.loss[:10])
+
+
+def test_kl_is_the_mutual_information_less_the_gain(story: Story) -> None:
+    """With log Z by enumeration, against KL(p(z|x)‖q) by enumeration, averaged over 1500 simulated endings: within four
+    standard errors of their paired difference."""
+    pairs = simulate(story.program, [("ab", "cd")], 1500, seed=0, progress=False)
+    guide = AutoregressiveGuide(story.program, story.lm, rank=2, seed=0)
+    endings = pairs.observations["ending"]
+    texts = story.prior().enumerate_support()
+    joint = story.prior().log_prob(texts)[:, None] + story.lm("ab", texts[:, None]).log_prob(endings)
+    log_evidence = joint.logsumexp(0)
+    found = held_out_gain(story.program, guide, pairs, log_evidence=log_evidence.tolist())
+    with torch.no_grad():
+        rows = [
+            pyro.poutine.trace(guide).get_trace("ab", story.lm.decode(e)).nodes["middle"]["fn"] for e in endings[:40]
+        ]
+        exact = torch.stack(
+            [((joint[:, n] - log_evidence[n]).exp() * (joint[:, n] - log_evidence[n] - fn.log_prob(texts))).sum()
+             for n, fn in enumerate(rows)]
+        )  # fmt: skip
+    short = held_out_gain(story.program, guide, pairs[:40], log_evidence=log_evidence[:40].tolist())
+    own = torch.from_numpy(short.information - short.values)
+    assert abs(float((own - exact).mean())) < 4 * float((own - exact).std() / 40**0.5)
+    assert found.kl == pytest.approx(found.mutual_information - found.mean)
+    assert found.kl > 0.3
+    assert "of the mutual information" in repr(found)
+    history = fit(story.program, guide, pairs[:8], WakeSleep(1, insomnia=0.0), steps=1, batch_size=2, progress=False,
+                  vectorize_data=True, seed=0, evaluation=Evaluation(
+                      pairs=pairs[:40], pairs_log_evidence=log_evidence[:40].tolist(), every=1))  # fmt: skip
+    assert history.evaluations[0].kl_p_q == pytest.approx((short.kl, short.kl), abs=1e-6)
+    with pytest.raises(ValueError, match="pairs_log_evidence has 3 values of log Z for 8 pairs"):
+        Evaluation(pairs=pairs[:8], pairs_log_evidence=[0.0] * 3)
