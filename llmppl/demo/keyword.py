@@ -6,8 +6,8 @@ import json
 import math
 import textwrap
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -17,7 +17,9 @@ import torch
 
 from llmppl.demo.infilling import HELD_OUT, sentences_of_stories, threads
 from llmppl.guides import PromptGuide, WordGuide
-from llmppl.inference.importance import NoWeightError, importance
+from llmppl.inference.gathering import NoWeightError
+from llmppl.inference.importance import importance
+from llmppl.inference.smc import smc
 from llmppl.language_model import LM
 from llmppl.models import keyword
 from llmppl.objectives import WakeSleep
@@ -35,6 +37,7 @@ RAREST = 1e-3
 """Hit rate of the prior below which a pair is not shown in the demo."""
 UNSEEN = 48
 """Simulated pairs that the held-out gain is measured on."""
+SEARCH = "search"
 SOME_WORD = "garden"
 """Stands in argument tuples of pairs that are simulated: of an observed argument only that it is observed counts."""
 
@@ -157,18 +160,48 @@ def propose(
     name: str, program: Program, guide: Program, pair: HeldOutPair, num_samples: int, seed: int, defensive: float = 0.0
 ) -> Proposal:
     """Importance sampling of one pair."""
+    return measured(name, importance(program, guide, num_samples, progress=False, defensive=defensive), pair, seed)
+
+
+def search(program: Program, lm: LM, pair: HeldOutPair, seconds: float, num_samples: int, seed: int) -> Proposal:
+    """Search for one pair at a given cost: the better of sequential Monte Carlo with the program's own proposals, and
+    of the best of so many zero-shot answers.
+
+    :param seconds: CPU seconds that each may take, roughly.
+    :param num_samples: of a first try, which shows what a sample costs.
+    """
+    found = []
+    asked = zero_shot(program, lm)
+    for name, run in (
+        ("smc", lambda count: smc(program, None, count, progress=False)),
+        ("best of n", lambda count: importance(program, asked, count, progress=False)),
+    ):
+        first = measured(name, run(num_samples), pair, seed)
+        count = int(num_samples * seconds / first.cpu_seconds)
+        found.append(measured(name, run(count), pair, seed + 1) if count > num_samples else first)
+    best = max(found, key=lambda proposal: proposal.relative_ess * proposal.posterior.num_samples)
+    return replace(best, posterior=_best_first(best.posterior))
+
+
+def _best_first(posterior: Posterior) -> Posterior:
+    return posterior.taken(np.argsort(-posterior.log_weights, kind="stable"))
+
+
+def measured(name: str, run: Callable[..., Posterior], pair: HeldOutPair, seed: int) -> Proposal:
+    """One inference of one pair, and what it cost."""
     pyro.set_rng_seed(seed)
     start = time.process_time()
     try:
-        run = importance(program, guide, num_samples, progress=False, defensive=defensive)
         posterior = run(pair.beginning, pair.keyword)
     except NoWeightError as error:
         posterior = error.posterior
-    seconds = time.process_time() - start
+    seconds, num_samples = time.process_time() - start, posterior.num_samples
     squares = np.logaddexp.reduce(2 * posterior.log_weights) - math.log(num_samples)
     # Draws that miss the heaviest weights make the former too large, a reference that is too low the latter.
     own = float(posterior.ess) / num_samples if np.isfinite(squares) else 0.0
-    ess = min(math.exp(2 * pair.log_evidence - squares), own) if np.isfinite(squares) else 0.0
+    known = math.exp(2 * pair.log_evidence - squares) if np.isfinite(squares) else 0.0
+    # Weights after resampling are alike, and say nothing of how far the draws are from the posterior.
+    ess = own if posterior.method == "smc" else min(known, own)
     ess = max(ess, 0.5 / num_samples)  # no hit, half an effective sample: a mean over pairs needs a number
     return Proposal(name, posterior, seconds, ess)
 
@@ -235,14 +268,20 @@ def run(num_pairs: int, steps: int, samples: int, held_out: int, seed: int, save
         # Rarer words are names and slips; a reference of hundreds of samples does not pin their log Z down.
         known = [pair for pair in held_out_pairs() if pair.hit_rate > RAREST]
         chosen = [known[n * (len(known) - 1) // max(held_out - 1, 1)] for n in range(held_out)]
-        rows: dict[str, list[Proposal]] = {name: [] for name in guides}
+        names = list(guides)
+        rows: dict[str, list[Proposal]] = {name: [] for name in (*names[:2], SEARCH, *names[2:])}
         for n, pair in enumerate(chosen):
             shown = textwrap.fill(f"{pair.beginning}  [{pair.keyword}]", 110)
             print(f"\n{shown}\n  The prior's sentence has the word in {pair.hit_rate:.2%}.", flush=True)
             for name, (proposal, defensive) in guides.items():
                 rows[name].append(propose(name, program, proposal, pair, samples, seed + n, defensive))
-                if n < 3:
-                    print(f"  {name}:", *texts(rows[name][-1]), sep="\n      ", flush=True)
+            # Search may take as long as the guide took.
+            cost = rows["trained here"][-1].cpu_seconds
+            rows[SEARCH].append(search(program, lm, pair, cost, max(samples // 2, 2), seed + n))
+            if n < 3:
+                for name, column in rows.items():
+                    which = f" ({column[-1].name})" if name == SEARCH else ""
+                    print(f"  {name}{which}:", *texts(column[-1]), sep="\n      ", flush=True)
         _print_summary(rows, chosen, samples, spent, time.monotonic() - start)
 
 
