@@ -126,14 +126,14 @@ def infill(
 def report(
     adapter: Annotated[
         Path | None,
-        typer.Argument(
-            help="An adapter saved by `llmppl demo --program infilling --save`; the shipped one by default."
-        ),
+        typer.Argument(help="A guide saved by `llmppl demo --save`; the shipped one by default."),
     ] = None,
+    program: Annotated[str, typer.Option(help="That of the guide: keyword or infilling.")] = "keyword",
     data: Annotated[
         Path | None,
         typer.Option(
-            help='Stories, one JSON object a line with "beginning" and "ending"; the held-out ones by default.'
+            help='Stories, one JSON object a line with "beginning" and "keyword", or "ending" for infilling; held-out '
+            "ones by default."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
@@ -143,11 +143,16 @@ def report(
     threads: Threads = CORES,
 ) -> None:
     """Write one HTML page that says how far a saved guide is from the posterior."""
+    if program not in ("keyword", "infilling"):
+        raise typer.BadParameter(f"{program!r} is neither keyword nor infilling.", param_hint="--program")
+
     from llmppl.demo.infilling import shipped_adapter
+    from llmppl.demo.keyword import shipped_guide
     from llmppl.demo.report import report as run
 
+    shipped = shipped_guide() if program == "keyword" else shipped_adapter()
     try:
-        diagnosis = run(adapter or shipped_adapter(), data, out, samples, simulations, seed, threads)
+        diagnosis = run(program, adapter or shipped, data, out, samples, simulations, seed, threads)
     except (OSError, ModuleNotFoundError, ValueError) as error:
         typer.echo(f"llmppl report: {error}", err=True)
         raise typer.Exit(2) from None

@@ -37,7 +37,15 @@ def test_the_keyword_demo_trains_and_reports(tmp_path: Path, monkeypatch: pytest
     arguments = ["demo", "--pairs", "6", "--steps", "8", "--samples", "4", "--held-out", "1", "--save", path]
     result = CliRunner().invoke(app, [*arguments, "--threads", "1"])
     assert result.exit_code == 0, result.output
-    for text in ("prior", "zero-shot prompt", "search", "trained here", "held-out gain", "relative ESS", "times cheaper"):
+    for text in (
+        "prior",
+        "zero-shot prompt",
+        "search",
+        "trained here",
+        "held-out gain",
+        "relative ESS",
+        "times cheaper",
+    ):
         assert text in result.output
     result = CliRunner().invoke(
         app,

@@ -22,7 +22,8 @@ from llmppl.demo import report
 from llmppl.display import posterior_html, posterior_table, prefix_tree, report_page
 from llmppl.display.prefix_tree import Node, _lines, build
 from llmppl.display.token_marks import coloured, pieces, shade
-from llmppl.models import infilling
+from llmppl.guides import WordGuide
+from llmppl.models import infilling, keyword
 from llmppl.posterior.posterior import Posterior
 from llmppl.testing import tiny_lm
 
@@ -481,6 +482,10 @@ def test_stories_are_read_as_infill_takes_them(tmp_path: Path) -> None:
         {"beginning": "Ann ran.", "ending": "She won.", "x": 1},
     )
     assert report.read_stories(path) == [("Tom sat.", " He left."), ("Ann ran.", " She won.")]
+    path = write(tmp_path / "k.jsonl", {"beginning": " Tom sat.", "keyword": " Chair "})
+    assert report.read_stories(path, "keyword") == [("Tom sat.", "Chair")]
+    with pytest.raises(ValueError, match='no text under "ending"'):
+        report.read_stories(path)
 
 
 @pytest.mark.parametrize(
@@ -504,7 +509,8 @@ def test_bad_stories_are_named(
     path = tmp_path / "stories.jsonl"
     if content is not None:
         path.write_bytes(content)
-    result = CliRunner().invoke(app, ["report", "--data", str(path), "--out", str(tmp_path / "r.html")])
+    options = ["--program", "infilling", "--data", str(path), "--out", str(tmp_path / "r.html")]
+    result = CliRunner().invoke(app, ["report", *options])
     assert result.exit_code == 2
     assert result.output.startswith("llmppl report: ")
     assert message in result.output
@@ -516,6 +522,33 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path
         result = CliRunner().invoke(app, ["report", "--out", str(out)])
         assert result.exit_code == 2
         assert message in result.output
+
+
+def test_the_page_of_the_keyword_guide_is_of_held_out_pairs_unless_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def diagnose(model: Any, guide: Any, data: Any, **options: Any) -> Diagnosis:
+        asked.update(data=data, guide=type(guide).__name__)
+        return Diagnosis(two_rows())
+
+    guide = tmp_path / "mine.safetensors"
+    WordGuide(keyword(tiny_lm()), tiny_lm()).save(guide)
+    monkeypatch.setattr("llmppl.demo.report.diagnose", diagnose)
+    monkeypatch.setattr(report.LM, "from_pretrained", lambda name: tiny_lm())
+    monkeypatch.setattr(report, "_held_out", lambda program: [("Tom sat.", "chair"), ("Ann ran.", "race")])
+    out = tmp_path / "r.html"
+    result = CliRunner().invoke(app, ["report", str(guide), "--out", str(out), "--threads", "1"])
+    assert result.exit_code == 0, result.output
+    assert asked == {"data": [("Tom sat.", "chair"), ("Ann ran.", "race")], "guide": "WordGuide"}
+    assert "p(keyword | sentence)" in out.read_text(encoding="utf-8")
+    monkeypatch.undo()
+    held_out = report._held_out("keyword")
+    assert len(held_out) == report.HELD_OUT == len(set(held_out))
+    result = CliRunner().invoke(app, ["report", "--program", "poem"])
+    assert result.exit_code == 2
+    assert "neither keyword nor infilling" in result.output
 
 
 def test_the_command_writes_the_page_of_what_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -537,7 +570,7 @@ def test_the_command_writes_the_page_of_what_it_was_given(tmp_path: Path, monkey
     )
     out = tmp_path / "r.html"
     options = ["--data", str(path), "--out", str(out), "--samples", "7", "--seed", "5", "--threads", "1"]
-    result = CliRunner().invoke(app, ["report", str(adapter), *options])
+    result = CliRunner().invoke(app, ["report", str(adapter), "--program", "infilling", *options])
     assert result.exit_code == 0, result.output
     assert asked == {
         "data": [("Tom <sat>.", " He left."), ("Ann ran.", " She won.")],
