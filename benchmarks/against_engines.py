@@ -1,6 +1,9 @@
-"""Infilling beside test-time engines: CPU seconds per effective sample, and when a trained guide pays.
+"""Beside test-time engines: CPU seconds per effective sample, and when a trained guide pays.
 
     python benchmarks/against_engines.py --engine-python ENGINES/bin/python
+    python benchmarks/against_engines.py --engine-python ENGINES/bin/python --program keyword
+
+With ``--program keyword`` the engines stand in the comparison of ``amortization.py``, on its 24 pairs. Otherwise:
 
 The task is the demo's: p(middle | beginning) p(ending | beginning, middle), with a middle of at most 16 tokens, on
 stories that no guide has seen. ``importance`` with the prior, the prompt guide and the shipped trained guide, and
@@ -170,7 +173,6 @@ class Engine:
         return dict(json.loads(line))
 
     def draw(self, lm: LM, stop: list[int], prompted: bool, story: Story, count: int, seed: int) -> Run:
-        assert self.process.stdin is not None
         request = {
             "beginning": story[0],
             "ending": lm.encode(story[1]).tolist(),
@@ -180,10 +182,15 @@ class Engine:
             "num_samples": count,
             "seed": seed,
         }
+        return self.ask(request)
+
+    def ask(self, request: dict[str, Any]) -> Run:
+        """The answer to a request of ``engine_worker.py``."""
+        assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         answer = self._answer()
-        texts = torch.full((count, MAX_TOKENS), PAD)
+        texts = torch.full((request["num_samples"], request["max_tokens"]), PAD)
         for row, middle in zip(texts, answer["middles"], strict=True):
             row[: len(middle)] = torch.tensor(middle)
         return Run(answer["cpu_seconds"], texts, np.array(answer["log_weights"]), NONE)
@@ -402,6 +409,7 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine-python", help="interpreter of an environment with genlm-control and llamppl")
+    parser.add_argument("--program", choices=["infilling", "keyword"], default="infilling")
     parser.add_argument("--stories", type=int, default=4, help="held-out stories, at most 12")
     parser.add_argument("--particles", type=int, nargs="+", default=[16, 64], help="samples a story; several runs")
     parser.add_argument("--wanted", type=float, default=10.0, help="effective samples a query, for the break-even")
@@ -413,6 +421,16 @@ def main() -> None:
 
     folder = packaged_folder("smollm2-135m")
     lm = LM.from_pretrained(folder)
+    if options.program == "keyword":
+        import amortization
+
+        started = dict(engines(options.engine_python, folder))
+        print(f"{machine(list(started.values()))}\n")
+        guides = {"shipped": amortization.demo.shipped_guide()}
+        amortization.compare(lm, guides, max(options.particles), options.seed, engines=started)
+        for engine in started.values():
+            engine.close()
+        return
     program = infilling(lm, MAX_TOKENS)
     stop = lm(SHORT_STORY[0], max_tokens=MAX_TOKENS, stop=".").law.stop.tolist()
     training_stories, held_out = demo.split(demo.stories(), options.stories)

@@ -5,7 +5,9 @@
 Reads one JSON request a line from standard input and answers each with one JSON line. A request is
 ``{"beginning": text, "ending": token ids, "prompt": token ids or null, "stop": token ids, "max_tokens": T,
 "num_samples": K, "seed": int}``; the answer holds the log-weights in nats, the token ids of the middles and the
-CPU seconds. Needs the engine alone, not llmppl.
+CPU seconds. With ``"keyword": word`` in place of the ending the observation is that one of the middle's content words,
+drawn uniformly, is this one, and ``"temperature"`` is that of the middle. Needs the engine alone, not llmppl, whose
+list of words it reads as a file.
 
 Both engines get what their users would give them: the beginning's key-value cache is kept, as many queries a batch
 as there are particles, and the ending's probabilities come from one query for each middle, not one for each token.
@@ -15,12 +17,15 @@ No resampling (``ess_threshold=0``), so this is plain importance sampling.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
+import math
 import os
 import sys
 import warnings
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,12 +45,12 @@ def genlm_control(folder: str) -> Callable[[Request], Awaitable[Particles]]:
     unused = b"<filename>"
     base = PromptedLLM.from_name(folder, backend="hf", eos_byte_strings=[unused], hf_opts={"dtype": torch.float32})
 
-    class Ending(Potential):  # type: ignore[misc]
-        """log p(ending | beginning, middle) of a complete middle."""
+    class Observation(Potential):  # type: ignore[misc]
+        """log p(ending | beginning, middle), or log p(keyword | middle), of a complete middle."""
 
-        def __init__(self, llm: Any, ending: list[int]) -> None:
+        def __init__(self, llm: Any, request: Request) -> None:
             super().__init__(llm.vocab, tables=llm.tables)
-            self.llm, self.ending = llm, ending
+            self.llm, self.request = llm, request
 
         def is_terminal_only(self) -> bool:
             return True
@@ -54,11 +59,15 @@ def genlm_control(folder: str) -> Callable[[Request], Awaitable[Particles]]:
             return 0.0
 
         async def complete(self, context: list[Any]) -> float:
-            read = self.llm.prompt_ids + self.llm.encode_tokens(context)
-            return await ending_log_prob(self.llm.model.next_token_logprobs, read, self.ending)
+            middle = self.llm.encode_tokens(context)
+            if "keyword" in self.request:
+                return keyword_log_prob(self.llm.model.tokenizer.decode(middle), self.request["keyword"])
+            read = self.llm.prompt_ids + middle
+            return await ending_log_prob(self.llm.model.next_token_logprobs, read, self.request["ending"])
 
     async def sample(request: Request) -> Particles:
         base.model.batch_size = request["num_samples"]
+        base.temperature = request.get("temperature", 1.0)
         llm = base.spawn(prompt_ids=base.model.tokenizer.encode(request["beginning"]))
         proposal = None
         base.model.cache_kv(llm.prompt_ids)
@@ -69,7 +78,7 @@ def genlm_control(folder: str) -> Callable[[Request], Awaitable[Particles]]:
             # equal: the weights were wrong by nats. With a token left out of the cache they never are.
             base.model.cache_kv(request["prompt"][:-1])
         stop, most = set(request["stop"]), request["max_tokens"]
-        smc = SMC(direct_token_sampler(llm, proposal), critic=Ending(llm, request["ending"]))
+        smc = SMC(direct_token_sampler(llm, proposal), critic=Observation(llm, request))
         sequences = await smc(
             n_particles=request["num_samples"],
             ess_threshold=0,
@@ -99,7 +108,11 @@ def llamppl(folder: str) -> Callable[[Request], Awaitable[Particles]]:
         async def step(self) -> None:
             token = await self.sample(self.context.next_token())
             self.middle.append(int(token.token_id))
-            if len(self.middle) == self.request["max_tokens"] or self.middle[-1] in self.request["stop"]:
+            ended = len(self.middle) == self.request["max_tokens"] or self.middle[-1] in self.request["stop"]
+            if ended and "keyword" in self.request:
+                self.score(keyword_log_prob(lm.tokenizer.decode(self.middle), self.request["keyword"]))
+                self.finish()
+            elif ended:
                 await lm.next_token_logprobs([*self.context.tokens, *self.request["ending"]])
                 for observed in self.request["ending"]:
                     await self.observe(self.context.next_token(), observed)
@@ -110,13 +123,33 @@ def llamppl(folder: str) -> Callable[[Request], Awaitable[Particles]]:
             raise ValueError("LLaMPPL runs with the prior as its proposal here.")
         lm.model.batch_size = request["num_samples"]
         lm.cache_kv(lm.tokenizer.encode(request["beginning"]))
-        context = await LMContext.create(lm, request["beginning"])
+        context = await LMContext.create(lm, request["beginning"], temp=request.get("temperature", 1.0))
         request = {**request, "stop": set(request["stop"])}
         particles = await smc_standard(Infilling(context, request), request["num_samples"], ess_threshold=0)
         lm.clear_cache()
         return [float(p.weight) for p in particles], [p.middle for p in particles]
 
     return sample
+
+
+def keyword_log_prob(text: str, keyword: str) -> float:
+    """Of one of the text's content words, each as probable."""
+    own = WORDS.content_words(text)
+    return -math.log(len(own)) if keyword in own else -math.inf
+
+
+def words() -> Any:
+    """llmppl's words, of which a file of its own knows all."""
+    path = Path(__file__).parent.parent / "llmppl" / "text" / "words.py"
+    spec = importlib.util.spec_from_file_location("words", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+WORDS = words()
 
 
 async def ending_log_prob(

@@ -164,13 +164,22 @@ def propose(
 
 
 def search(program: Program, lm: LM, pair: HeldOutPair, seconds: float, num_samples: int, seed: int) -> Proposal:
-    """Search for one pair at a given cost: the better of sequential Monte Carlo with the program's own proposals, and
-    of the best of so many zero-shot answers.
+    """The better of :func:`searches`, its heaviest texts first."""
+    found = searches(program, lm, pair, seconds, num_samples, seed).values()
+    best = max(found, key=lambda proposal: proposal.relative_ess * proposal.posterior.num_samples)
+    return replace(best, posterior=_best_first(best.posterior))
+
+
+def searches(
+    program: Program, lm: LM, pair: HeldOutPair, seconds: float, num_samples: int, seed: int
+) -> dict[str, Proposal]:
+    """Search for one pair at a given cost: sequential Monte Carlo with the program's own proposals, and the best of so
+    many zero-shot answers.
 
     :param seconds: CPU seconds that each may take, roughly.
     :param num_samples: of a first try, which shows what a sample costs.
     """
-    found = []
+    found = {}
     asked = zero_shot(program, lm)
     for name, run in (
         ("smc", lambda count: smc(program, None, count, progress=False)),
@@ -178,9 +187,8 @@ def search(program: Program, lm: LM, pair: HeldOutPair, seconds: float, num_samp
     ):
         first = measured(name, run(num_samples), pair, seed)
         count = int(num_samples * seconds / first.cpu_seconds)
-        found.append(measured(name, run(count), pair, seed + 1) if count > num_samples else first)
-    best = max(found, key=lambda proposal: proposal.relative_ess * proposal.posterior.num_samples)
-    return replace(best, posterior=_best_first(best.posterior))
+        found[name] = measured(name, run(count), pair, seed + 1) if count > num_samples else first
+    return found
 
 
 def _best_first(posterior: Posterior) -> Posterior:
