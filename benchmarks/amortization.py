@@ -140,7 +140,7 @@ def _print_break_even(
     queries = seconds / (wanted * (others[best] - own))
     said = f"has paid after {queries:.2f} queries" if queries > 0 else "does not pay"
     print(
-        f"{name}, defensive: {seconds:.0f} CPU s of training {said} of {wanted} effective samples each instead of {best} "
+        f"{name}, defensive: {seconds:.0f} CPU s of training {said} of {wanted} effective samples instead of {best} "
         f"({own:.1f} against {others[best]:.1f} CPU s for each, means over the pairs)"
     )
 
