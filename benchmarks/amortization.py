@@ -10,7 +10,8 @@ over the posterior. ``compare`` runs every proposal on the 24 pairs in one run, 
 effective sample size against the reference log Z, and CPU seconds for each effective sample by bins of the prior's hit
 rate. A proposal's relative effective sample size is Z² / E_q[w²] with Z from the reference; of the zero-shot prompt,
 whose few hits say little, it is Z / E[w], E over posterior sentences. ``smc`` and the best of ``n`` zero-shot answers
-take as long as the guide. Test-time engines join by ``against_engines.py --program keyword``.
+take as long as the guide; the keyword is seen only where a sentence has ended, so that the draws of ``smc`` are the
+prior's, and those of the best of ``n`` the prompt's. Test-time engines join by ``against_engines.py --program keyword``.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ def compare(
             asked.relative_ess = _from_the_posterior(program, kind, pair, posteriors[-1])
         # The same draws, whoever makes them: what differs is their cost.
         rows["best of n"][-1].relative_ess = asked.relative_ess
+        rows["smc"][-1].relative_ess = pair.prior_ess
         for name, told in asks:
             assert engines is not None
             run = engines[name].ask(_request(lm, program, kind if told else None, pair, samples, seed + n))
