@@ -11,7 +11,8 @@ effective sample size against the reference log Z, and CPU seconds for each effe
 rate. A proposal's relative effective sample size is Z² / E_q[w²] with Z from the reference; of the zero-shot prompt,
 whose few hits say little, it is Z / E[w], E over posterior sentences. ``smc`` and the best of ``n`` zero-shot answers
 take as long as the guide; the keyword is seen only where a sentence has ended, so that the draws of ``smc`` are the
-prior's, and those of the best of ``n`` the prompt's. Test-time engines join by ``against_engines.py --program keyword``.
+prior's, and those of the best of ``n`` the prompt's. Test-time engines join by ``against_engines.py --program
+keyword``.
 """
 
 from __future__ import annotations
