@@ -25,7 +25,7 @@ from llmppl.programs.particles import common_axes
 from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Program, is_latent, structure
 from llmppl.training.fit import fit
-from llmppl.training.minibatches import Data, checked
+from llmppl.training.minibatches import Rows, checked
 
 PARTICLES = 16
 ENUMERABLE = 10_000
@@ -35,8 +35,8 @@ ENUMERABLE = 10_000
 def gap_report(
     model: Program,
     guide: Program,
-    data: Data,
-    held_out: Data | None = None,
+    data: Rows,
+    held_out: Rows | None = None,
     num_samples: int = 128,
     steps: int = 100,
     restarts: int = 1,
@@ -97,8 +97,8 @@ def gap_report(
     [1] Cremer, Li, Duvenaud (2018), `Inference suboptimality in variational autoencoders`.
     """
     check_weights(guide)
-    data = checked(data)
-    everything = data + ([] if held_out is None else checked(held_out, "held_out"))
+    data = checked(data, program=model)
+    everything = data + ([] if held_out is None else checked(held_out, "held_out", model))
     for name, number, least in (("num_samples", num_samples, 2), ("steps", steps, 1), ("restarts", restarts, 0)):
         if number < least:
             raise ValueError(f"{name} must be at least {least}, got {number}.")

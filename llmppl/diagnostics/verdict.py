@@ -41,7 +41,7 @@ from llmppl.programs.plates import in_data_plate
 from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Program, Site, is_latent, structure
 from llmppl.training.collation import collate
-from llmppl.training.minibatches import checked
+from llmppl.training.minibatches import Rows, checked
 
 ENUMERABLE = 2000
 """Combinations of latents of one observation up to which its posterior is enumerated."""
@@ -106,7 +106,7 @@ class Diagnosis:
 def diagnose(
     model: Program,
     guide: Program,
-    data: Sequence[tuple[Any, ...]],
+    data: Rows,
     num_samples: int = 24,
     simulations: int = 8,
     seed: int = 0,
@@ -161,7 +161,7 @@ def diagnose(
     if simulations < 0:
         raise ValueError(f"simulations must not be negative, got {simulations}. Pass 0 to leave them out.")
     check_weights(guide)
-    data = checked(data)
+    data = checked(data, program=model)
     calls = list(data)
     if vectorize_data:
         calls = [collate(data[n : n + ROWS]) for n in range(0, len(data), ROWS)]

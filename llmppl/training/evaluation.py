@@ -23,7 +23,7 @@ from llmppl.programs.structure import Program
 from llmppl.training.collation import collate
 from llmppl.training.gain import held_out_gain
 from llmppl.training.history import Evaluated
-from llmppl.training.minibatches import checked
+from llmppl.training.minibatches import Rows, checked
 from llmppl.training.run_identity import digest
 
 ROWS = 16
@@ -63,7 +63,7 @@ class Evaluation:
     :raises TypeError, ValueError: malformed data or numbers.
     """
 
-    data: Sequence[tuple[Any, ...]] = ()
+    data: Rows = ()
     every: int = 50
     num_samples: int = 32
     patience: int | None = None
@@ -127,6 +127,7 @@ class HeldOut:
         if evaluation.references is not None:
             self.log_evidence = np.asarray([float(z) for z in evaluation.references])
             self.log_evidence_error = np.zeros(len(self.log_evidence))
+        self.data = checked(evaluation.data, "Evaluation.data", model) if len(evaluation.data) else []
         self.best_step: int | None = None
         self.best_parameters: dict[str, Tensor] = {}
         self.best_gains: Tensor | None = None
@@ -260,7 +261,7 @@ class HeldOut:
         self.best_gains = state["best_gains"]
 
     def _calls(self) -> Iterator[tuple[Any, ...]]:
-        data, size = list(self.evaluation.data), ROWS
+        data, size = self.data, ROWS
         if not self.vectorize_data:
             yield from data
             return

@@ -26,7 +26,7 @@ from llmppl.programs.structure import Program
 from llmppl.training.collation import collate
 from llmppl.training.evaluation import Evaluation, HeldOut
 from llmppl.training.history import COLUMNS, HARD, History
-from llmppl.training.minibatches import Data, Minibatches, checked
+from llmppl.training.minibatches import Minibatches, Rows, checked
 from llmppl.training.optimization import SCHEDULES, make_optimizer, make_scheduler, trained_parameters
 from llmppl.training.regularisation import Regularisation, Regularised
 from llmppl.training.resumable import Resumable
@@ -40,7 +40,7 @@ __all__ = ["History", "fit"]
 def fit(
     model: Program,
     guide: Program,
-    data: Data | SimulatedStream,
+    data: Rows | SimulatedStream,
     objective: ELBO,
     steps: int,
     batch_size: int = 1,
@@ -69,8 +69,8 @@ def fit(
     loses the steps since that checkpoint. The same call with ``resume=True`` starts a run, too, so that
     one command can be repeated until it is through.
 
-    :param data: the program's argument tuples, each drawn once before any is drawn again; or simulated pairs, a set
-        or a stream of :func:`~llmppl.simulate`.
+    :param data: the program's arguments, as tuples or as mappings by name (rows of a ``datasets.Dataset``), each drawn
+        once before any is drawn again; or simulated pairs, a set or a stream of :func:`~llmppl.simulate`.
     :param objective: any pyro ``ELBO``. One with ``state_dict()`` and ``load_state_dict(state)``, of
         tensors, numbers, strings, lists and dicts, has its state in the checkpoints.
     :param batch_size: tuples a minibatch; their gradients are averaged.
@@ -105,7 +105,7 @@ def fit(
     """
     stream = data if isinstance(data, SimulatedStream) else None
     readings = steps * batch_size * accumulate / len(data) if isinstance(data, SimulatedSet) else math.nan
-    data = data.described() if isinstance(data, SimulatedStream) else checked(data)
+    data = data.described() if isinstance(data, SimulatedStream) else checked(data, program=model)
     _check_numbers(steps=steps, batch_size=batch_size, accumulate=accumulate, checkpoint_every=checkpoint_every)
     if not isinstance(objective, ELBO):
         raise TypeError(f"objective must be an ELBO such as TrajectoryBalance(num_particles=16), got {objective!r}.")

@@ -20,10 +20,10 @@ from llmppl.programs.simulation import check_simulable
 from llmppl.programs.simulation import simulate as simulate_once
 from llmppl.programs.structure import Program, is_deterministic, structure
 from llmppl.training.collation import collate
-from llmppl.training.minibatches import Data, checked
+from llmppl.training.minibatches import Rows, checked
 from llmppl.training.simulated_set import FILE, SimulatedSet
 
-Arguments = Data | Callable[[int], Data]
+Arguments = Rows | Callable[[int], Rows]
 
 
 class SimulatedStream:
@@ -61,12 +61,12 @@ class SimulatedStream:
     def _block(self, number: int) -> SimulatedSet:
         own = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
         with torch.no_grad(), randomness_kept(own):
-            rows = _arguments(self.data, self.batch_size, self.seed, number * self.batch_size)
+            rows = _arguments(self.program, self.data, self.batch_size, self.seed, number * self.batch_size)
             return _drawn(self.program, [rows])
 
     def described(self) -> list[tuple[Any, ...]]:
         """What makes two streams of one program the same."""
-        known = [] if callable(self.data) else list(self.data)
+        known = [] if callable(self.data) else checked(self.data, program=self.program)
         return [("stream", self.batch_size, self.seed), *known]
 
     def __repr__(self) -> str:
@@ -140,7 +140,7 @@ def simulate(
         if folder is not None:
             raise ValueError("a stream of fresh pairs is not kept in a folder. Say how many pairs: num_pairs=.")
         with torch.no_grad(), randomness_kept(seed):
-            _check(program, _arguments(data, 1, seed)[0])
+            _check(program, _arguments(program, data, 1, seed)[0])
         return SimulatedStream(program, data, batch_size, seed)
     if folder is not None and (Path(folder) / FILE).exists():
         found = SimulatedSet.load(folder)
@@ -155,7 +155,7 @@ def simulate(
         randomness_kept(seed),
         tqdm(total=num_pairs, desc="simulate", disable=not progress, delay=5, leave=False) as bar,
     ):
-        rows = _arguments(data, num_pairs, seed)
+        rows = _arguments(program, data, num_pairs, seed)
         _check(program, rows[0])
         parts = [rows[start : start + batch_size] for start in range(0, num_pairs, batch_size)]
         found = _drawn(program, parts, bar.update)
@@ -195,11 +195,11 @@ def _drawn(
     return SimulatedSet(rows, _joined(latents, counts), _joined(seen, counts))
 
 
-def _arguments(data: Arguments, count: int, seed: int, first: int = 0) -> list[tuple[Any, ...]]:
+def _arguments(program: Program, data: Arguments, count: int, seed: int, first: int = 0) -> list[tuple[Any, ...]]:
     """Arguments ``first`` to ``first + count`` of an endless order, which has all of them in each of its rounds."""
     if callable(data):
-        return checked(data(count), "data")[:count]
-    known = checked(data)
+        return checked(data(count), "data", program)[:count]
+    known = checked(data, program=program)
     orders: dict[int, np.ndarray] = {}
     rows = []
     for n in range(first, first + count):

@@ -24,7 +24,7 @@ from llmppl.numpyro.programs.particles import layout, run_particle
 from llmppl.numpyro.programs.tracing import DummyTexts, Program, in_data_plate
 from llmppl.numpyro.training.data_columns import Columns
 from llmppl.training.history import HARD, History
-from llmppl.training.minibatches import Data, Minibatches, checked
+from llmppl.training.minibatches import Minibatches, Rows, checked
 
 SCHEDULES = ("constant", "cosine")
 
@@ -32,7 +32,7 @@ SCHEDULES = ("constant", "cosine")
 def fit(
     model: Program,
     guide: Any,
-    data: Data,
+    data: Rows,
     objective: ELBO,
     steps: int,
     batch_size: int = 1,
@@ -72,7 +72,7 @@ def fit(
     :returns: the history.
     :raises TypeError, ValueError: malformed data or numbers; a loss that is not finite, with the sites that make it so.
     """
-    data = checked(data)
+    data = checked(data, program=model)
     for name, number in (("steps", steps), ("batch_size", batch_size)):
         if not number >= 1:
             raise ValueError(f"{name} must be at least 1, got {number}.")
