@@ -143,7 +143,7 @@ class LM:
         self,
         *pieces: Piece,
         max_tokens: int | None = None,
-        stop: str | int | Sequence[int] | Tensor | None = None,
+        stop: str | int | Sequence[str] | Sequence[int] | Tensor | None = None,
         min_tokens: int = 0,
         temperature: float = 1.0,
         allowed: Tensor | Sequence[int] | None = None,
@@ -157,7 +157,8 @@ class LM:
         :param max_tokens: most tokens, the stop token included. ``None``: the unbounded stream, whose
             ``log_prob`` is the probability that it begins with the value.
         :param stop: ends the text and belongs to it: a string stands for every token whose text
-            contains it; or token ids. ``None``: exactly ``max_tokens`` tokens.
+            contains it, several strings for those of any of them; or token ids. ``None``: exactly
+            ``max_tokens`` tokens.
         :param min_tokens: fewest tokens, the stop token included.
         :param temperature: divides the logits; part of the law.
         :param allowed: token ids, or a boolean mask over the vocabulary; part of the law.
@@ -170,7 +171,7 @@ class LM:
     def law(
         self,
         max_tokens: int | None = None,
-        stop: str | int | Sequence[int] | Tensor | None = None,
+        stop: str | int | Sequence[str] | Sequence[int] | Tensor | None = None,
         min_tokens: int = 0,
         temperature: float = 1.0,
         allowed: Tensor | Sequence[int] | None = None,

@@ -197,7 +197,7 @@ class MaskedLM(nn.Module):
         self,
         *pieces: Piece | EllipsisType,
         max_tokens: int,
-        stop: str | int | Sequence[int] | Tensor | None = None,
+        stop: str | int | Sequence[str] | Sequence[int] | Tensor | None = None,
         min_tokens: int = 0,
         temperature: float = 1.0,
         allowed: Tensor | Sequence[int] | None = None,

@@ -144,8 +144,8 @@ class LM:
 
         :param max_tokens: most tokens, the stop token included. ``None``: the unbounded stream, whose ``log_prob`` is
             the probability that it begins with the value.
-        :param stop: ends the text and belongs to it: a string stands for every token whose text contains it; or token
-            ids. ``None``: exactly ``max_tokens`` tokens.
+        :param stop: ends the text and belongs to it: a string stands for every token whose text contains it,
+            several strings for those of any of them; or token ids. ``None``: exactly ``max_tokens`` tokens.
         :param min_tokens: fewest tokens, the stop token included.
         :param temperature: divides the logits; part of the law. It may be a latent of the program.
         :param allowed: token ids, or a boolean mask over the vocabulary; part of the law.

@@ -5,6 +5,7 @@ The checks and their sentences are the same whatever framework holds the ids.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -27,6 +28,13 @@ class Spelling:
 
         :raises ValueError: a token that the model has no embedding for.
         """
+        alone = next((n for n, sign in enumerate(text) if "\ud800" <= sign <= "\udfff"), None)
+        if alone is not None:
+            raise ValueError(
+                f"the text {text!a} has a lone surrogate, {text[alone]!a}, at place {alone}: half of a "
+                "character, as from a file that was read with errors='surrogateescape' or cut in the middle. Give "
+                "whole characters."
+            )
         ids = self.codec.encode(text, first=first)
         wrong = next((n for n in ids if n >= self.vocabulary), None)
         if wrong is not None:
@@ -48,6 +56,7 @@ class Spelling:
         if not texts:
             raise ValueError("text is an empty list. Pass at least one string.")
         rows = [self.ids(t) for t in texts]
+        self._warn_of_unknown(texts, rows)
         for n, row in enumerate(rows):
             if not row:
                 where = "text" if isinstance(text, str) else f"text[{n}]"
@@ -56,6 +65,20 @@ class Spelling:
                     "Pass a non-empty string, or leave the site out."
                 )
         return rows
+
+    def _warn_of_unknown(self, texts: Sequence[str], rows: Sequence[Sequence[int]]) -> None:
+        """Say which characters of observed texts the vocabulary lacks: another text is observed in their place."""
+        if self.codec.unknown is None:
+            return
+        name = self.codec.decode([self.codec.unknown])
+        for text, row in zip(texts, rows, strict=True):
+            if self.codec.unknown in row and not (name and name in text):
+                lost = sorted({sign for sign in text if self.codec.unknown in self.codec.encode(sign)})
+                warnings.warn(
+                    f"the observed text {describe(text)} has {', '.join(map(repr, lost)) or 'signs'}, which this "
+                    f"tokenizer does not know: {name!r} is observed in their place.",
+                    stacklevel=4,
+                )
 
     def piece(self, piece: Any, number: int, tensor: str, literal: str, name: str = "") -> list[list[int]]:
         """Of a piece that is no tensor: a string, or several.
@@ -75,8 +98,9 @@ class Spelling:
         return [self.ids(text, first=number == 0) for text in texts]
 
     def stops(self, stop: Any) -> list[int]:
-        """The tokens that end a text: those that contain a string, or ids.
+        """The tokens that end a text: those that contain a string, or one of several, or ids.
 
+        :raises TypeError: neither strings nor ids.
         :raises ValueError: a string that no token contains; ids outside the vocabulary; none at all.
         """
         if stop is None:
@@ -89,9 +113,16 @@ class Spelling:
                     "string that some token contains, e.g. stop='.'"
                 )
             return ids
-        ids = [stop] if isinstance(stop, int) else [int(n) for n in stop]
-        if not ids:
+        parts = [stop] if isinstance(stop, int) else list(stop)
+        if not parts:
             raise ValueError("stop= is empty. Pass stop token ids or a string, or leave it out.")
+        if any(isinstance(part, str) for part in parts):
+            # The tokens of any of the strings, in the order of the vocabulary, none twice.
+            return sorted({token for part in parts for token in self.stops(part)})
+        try:
+            ids = [int(part) for part in parts]
+        except (TypeError, ValueError):
+            raise TypeError(f"stop={stop!r} must be a string, a list of strings, or token ids.") from None
         return self.known(ids, "stop")
 
     def containing(self, text: str) -> list[int]:

@@ -34,6 +34,8 @@ class Codec:
         self._tokenizer = tokenizer
         self.vocabulary = len(tokenizer)
         self.bos: int | None = tokenizer.bos_token_id
+        self.unknown: int | None = getattr(tokenizer, "unk_token_id", None)
+        """Stands for what the vocabulary has no token for."""
         plain = self._first.encode("a", add_special_tokens=False).ids
         full = self._first.encode("a", add_special_tokens=True).ids
         found = next((n for n in range(len(full)) if full[n : n + len(plain)] == plain), 0) if plain else 0
