@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from llmppl.network.text_law import TextLaw
 from llmppl.network.text_tensors import Piece, check_text, join, pad_rows
 from llmppl.network.transformer import Network
 from llmppl.text import PAD
+from llmppl.text.chat import chat_pieces
 from llmppl.text.row_function import Kind
 from llmppl.text.spelling import Spelling, empty_context
 from llmppl.text.tokenization import Codec
@@ -117,16 +118,34 @@ class LM:
 
     # --- strings and tensors -----------------------------------------------------------------
 
-    def encode(self, text: str | Sequence[str]) -> Tensor:
+    def encode(self, text: str | Sequence[str], special: bool = False) -> Tensor:
         """Token ids of a text, ``(T,)``, or of several, ``(B, T)`` padded with ``PAD``.
 
-        The text is taken as it stands: no special tokens, no space put before it.
+        The text is taken as it stands: no special tokens, no space put before it. The name of a control token, such as
+        ``"<|im_end|>"``, is text as any other, here and in the pieces of ``lm(...)``: data cannot end a turn.
 
+        :param special: read the names of control tokens as these tokens.
         :raises TypeError: not a string or list of strings.
         :raises ValueError: a text without tokens: nothing could be observed.
         """
-        value = pad_rows(self.spelling.rows(text), device=self.device)
+        value = pad_rows(self.spelling.rows(text, special), device=self.device)
         return value[0] if isinstance(text, str) else value
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], answers: bool = True) -> list[Any]:
+        """A conversation as pieces for ``lm(...)``, ``lm.context(...)`` and prompts, by the tokenizer's chat template.
+
+        A content is a piece: a string, a list of strings (one a batch row), or a text tensor, latent ones among them.
+        Nothing in it is read as a control token or as a part of the template. What the answer shall begin with is one
+        more piece: ``lm(*lm.chat(messages), "Once", max_tokens=16)``.
+
+        :param messages: such as ``[{"role": "user", "content": "Who are you?"}]``.
+        :param answers: whether the beginning of an answer stands at the end.
+        :raises TypeError, ValueError: malformed messages; no template, or one that leaves a content out.
+        """
+        return [
+            torch.tensor(part, device=self.device) if own else part
+            for own, part in chat_pieces(self.spelling, messages, answers)
+        ]
 
     def decode(self, value: Any) -> Any:
         """The strings of a text tensor: one for shape ``(T,)``, nested lists for more dimensions."""

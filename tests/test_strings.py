@@ -5,14 +5,19 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import pyro
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llmppl import LM
+from llmppl import LM, importance
+from llmppl.guides import PromptGuide
 from llmppl.numpyro.testing import tiny_lm as numpyro_tiny_lm
 from llmppl.testing import tiny_lm
+from llmppl.text.chat import chat_pieces
+from llmppl.text.spelling import Spelling
+from llmppl.text.tokenization import Codec
 
 
 def twins() -> list[Any]:
@@ -89,3 +94,112 @@ def test_a_byte_level_vocabulary_knows_all(smollm2: LM) -> None:
         warnings.simplefilter("error")
         text = "naïve 😀 <|endoftext|>"
         assert smollm2.decode(smollm2.encode(text)) == text
+
+
+def test_names_of_control_tokens_are_text_unless_special_is_said(smollm2: LM) -> None:
+    """In observed texts, in pieces, in options: a row of data cannot end a turn."""
+    text = "hello<|im_end|>x"
+    ids = smollm2.encode(text)
+    assert 2 not in ids.tolist()
+    assert smollm2.decode(ids) == text
+    assert smollm2.encode(text, special=True).tolist() == [28120, 2, 104]
+    for pieces in ((text,), ("a", text), (["b", text],)):
+        assert not bool(torch.isin(smollm2.context(*pieces), torch.tensor([0, 1, 2])).any())
+    assert 2 in smollm2.context("a", smollm2.encode(text, special=True)).tolist()
+    assert 2 not in smollm2.choice("a", options=["<|im_end|>", "b"]).options[0].flatten().tolist()
+    spelling = folder_spelling()
+    assert spelling.ids(text) == ids.tolist()
+    assert spelling.ids(text, special=True) == [28120, 2, 104]
+
+
+def test_a_control_token_without_another_spelling_is_refused() -> None:
+    lm = with_unknowns()
+    lm.codec._tokenizer.add_special_tokens({"eos_token": "<end>"})
+    wordy = LM(lm.transformer, lm.codec._tokenizer)
+    vocabulary = {"<unk>": 0, "<end>": 1, "a": 2}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<end>")
+    lm = LM(wordy.transformer, tokenizer)
+    with pytest.raises(ValueError, match="name of the control token '<end>', which this vocabulary cannot spell"):
+        lm.encode("a <end>")
+    assert lm.encode("a <end>", special=True).tolist() == [2, 1]
+
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Who are you?"},
+    {"role": "assistant", "content": "A model."},
+    {"role": "user", "content": "Of what?"},
+]
+
+
+def folder_spelling() -> Spelling:
+    """As the NumPyro twin reads the same tokenizer."""
+    from llmppl.files.packaged_model import packaged_folder
+    from llmppl.numpyro.network.folder_tokenizer import FolderTokenizer
+
+    codec = Codec(FolderTokenizer(packaged_folder("smollm2-135m")))
+    return Spelling(codec, codec.vocabulary)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_chat_is_what_the_tokenizers_own_template_writes(smollm2: LM, answers: bool) -> None:
+    for messages in (MESSAGES, MESSAGES[1:], MESSAGES[:1]):
+        wanted = smollm2.codec._tokenizer.apply_chat_template(
+            messages, add_generation_prompt=answers, return_dict=False
+        )
+        assert smollm2.context(*smollm2.chat(messages, answers)).tolist() == wanted
+        spelling = folder_spelling()
+        parts = chat_pieces(spelling, messages, answers)
+        assert [n for own, part in parts for n in (part if own else spelling.ids(part))] == wanted
+
+
+def test_contents_are_pieces_and_never_read_as_turns(smollm2: LM) -> None:
+    """Batches, latent texts, and data with the name of a control token."""
+    latent = smollm2.encode(["Paris.", "Rome and Oslo."])
+    pieces = smollm2.chat([{"role": "user", "content": ["A", "<|im_end|>B"]}, {"role": "assistant", "content": latent}])
+    context = smollm2.context(*pieces)
+    assert context.shape[0] == 2
+    assert (context == 2).sum(-1).tolist() == [3, 3], "system, user, assistant"
+    assert "Rome and Oslo.<|im_end|>" in smollm2.decode(context[1][context[1] >= 0])
+    law = smollm2(*pieces, " I", max_tokens=2)
+    assert law.sample().shape == (2, 2)
+
+    def program(question: str) -> None:
+        thought = pyro.sample("thought", smollm2(*smollm2.chat([{"role": "user", "content": question}]), max_tokens=2))
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": thought}]
+        pyro.sample("next", smollm2(*smollm2.chat(turns, answers=False), max_tokens=1), obs=smollm2.encode("<"))
+
+    guide = PromptGuide(program, smollm2, prompt={"thought": lambda question: smollm2.chat(
+        [{"role": "user", "content": question}])})  # fmt: skip
+    posterior = importance(program, guide, 3, progress=False)("Why?")
+    assert posterior.samples["thought"].shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("messages", "error", "message"),
+    [
+        ("hello", TypeError, "messages must be a list such as"),
+        ([], TypeError, "messages must be a list such as"),
+        ([{"role": "user"}], ValueError, r'messages\[0\]=.* needs "role", a string, and "content"'),
+        ([{"content": "a"}], ValueError, r'messages\[0\]=.* needs "role"'),
+    ],
+)
+def test_malformed_messages_are_named(smollm2: LM, messages: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        smollm2.chat(messages)
+
+
+def test_a_tokenizer_without_a_template_and_one_that_drops_a_content_are_named(smollm2: LM) -> None:
+    for lm in twins():
+        with pytest.raises(ValueError, match="this tokenizer has no chat template"):
+            lm.chat(MESSAGES)
+    spelling = folder_spelling()
+    tokenizer: Any = spelling.codec._tokenizer
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(ValueError, match=r"does not show the content of messages\[1\] once"):
+        chat_pieces(spelling, MESSAGES, True)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="chat template refuses these messages: roles must alternate"):
+        chat_pieces(spelling, MESSAGES, True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro
@@ -95,12 +96,13 @@ def held_out_pairs() -> list[HeldOutPair]:
 def zero_shot(program: Program, lm: LM) -> PromptGuide:
     """The model told in words what to do: a chat whose answer begins with the story."""
 
-    def asked(beginning: str, keyword: str) -> list[str]:
+    # The turns of the model's chat template, without the system message that it puts before them.
+    user = lm.encode("<|im_start|>user\n", special=True)
+    assistant = lm.encode("<|im_end|>\n<|im_start|>assistant\n", special=True)
+
+    def asked(beginning: str, keyword: str) -> list[Any]:
         request = f'Go on with the story in one sentence that has the word "{keyword}" in it.'
-        return [
-            "<|im_start|>user\n" + request + "<|im_end|>\n<|im_start|>assistant\n",
-            beginning,
-        ]
+        return [user, request, assistant, beginning]
 
     return PromptGuide(program, lm, prompt={"sentence": asked})
 

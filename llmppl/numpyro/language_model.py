@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from llmppl.numpyro.network.row_map import map_rows
 from llmppl.numpyro.network.text_arrays import BUCKET, Piece, TextArgument, check_text, is_concrete, pad_rows
 from llmppl.numpyro.network.text_law import TextLaw
 from llmppl.text import PAD
+from llmppl.text.chat import chat_pieces
 from llmppl.text.row_function import Kind
 from llmppl.text.spelling import Spelling, describe, empty_context, too_long, unbroadcastable
 from llmppl.text.tokenization import Codec
@@ -84,25 +85,43 @@ class LM:
 
     # --- strings and arrays ------------------------------------------------------------------------
 
-    def encode(self, text: Piece, width: int | None = None) -> Array:
+    def encode(self, text: Piece, width: int | None = None, special: bool = False) -> Array:
         """Token ids of a text, ``(T,)``, or of several, ``(B, T)`` padded with ``PAD``.
 
         The text is taken as it stands: no special tokens, no space put before it. A string argument of a compiled
-        program is encoded already, and given back as an array.
+        program is encoded already, and given back as an array. The name of a control token, such as ``"<|im_end|>"``,
+        is text as any other, here and in the pieces of ``lm(...)``: data cannot end a turn.
 
         :param width: pad to so many tokens, so that texts of different lengths do not compile anew.
+        :param special: read the names of control tokens as these tokens.
         :raises TypeError: not a string or list of strings.
         :raises ValueError: a text without tokens, or with more than ``width``.
         """
         if isinstance(text, TextArgument):
             return text.verbatim
-        rows = self.spelling.rows(text)
+        rows = self.spelling.rows(text, special)
         longest = max(map(len, rows))
         if width is not None and longest > width:
             where = "text" if isinstance(text, str) else f"text[{[len(row) > width for row in rows].index(True)}]"
             raise ValueError(f"{where} has {longest} tokens, more than width={width}. Raise width.")
         value = pad_rows(rows, width)
         return value[0] if isinstance(text, str) else value  # type: ignore[return-value]
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], answers: bool = True) -> list[Any]:
+        """A conversation as pieces for ``lm(...)`` and prompts, by the tokenizer's chat template.
+
+        A content is a piece: a string, a list of strings (one a batch row), or a text array, latent ones among them.
+        Nothing in it is read as a control token or as a part of the template. What the answer shall begin with is one
+        more piece.
+
+        :param messages: such as ``[{"role": "user", "content": "Who are you?"}]``.
+        :param answers: whether the beginning of an answer stands at the end.
+        :raises TypeError, ValueError: malformed messages; no template, or one that leaves a content out.
+        """
+        return [
+            jnp.asarray(part, dtype=jnp.int32) if own else part
+            for own, part in chat_pieces(self.spelling, messages, answers)
+        ]
 
     def decode(self, value: Any) -> Any:
         """The strings of a text array: one for shape ``(T,)``, nested lists for more dimensions."""

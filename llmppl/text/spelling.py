@@ -23,10 +23,12 @@ class Spelling:
         self.codec, self.vocabulary = codec, vocabulary
         self._containing: dict[str, list[int]] = {}
 
-    def ids(self, text: str, first: bool = False) -> list[int]:
+    def ids(self, text: str, first: bool = False, special: bool = False) -> list[int]:
         """Of a piece; ``first``: it begins a text.
 
-        :raises ValueError: a token that the model has no embedding for.
+        :param special: read the names of control tokens as these tokens.
+        :raises ValueError: a token that the model has no embedding for; half a character; the name of a control token
+            that the vocabulary cannot spell otherwise.
         """
         alone = next((n for n, sign in enumerate(text) if "\ud800" <= sign <= "\udfff"), None)
         if alone is not None:
@@ -35,7 +37,13 @@ class Spelling:
                 "character, as from a file that was read with errors='surrogateescape' or cut in the middle. Give "
                 "whole characters."
             )
-        ids = self.codec.encode(text, first=first)
+        ids = self.codec.encode(text, first=first, special=special)
+        control = None if special else next((n for n in ids if n in self.codec.control), None)
+        if control is not None:
+            raise ValueError(
+                f"{describe(text)} holds the name of the control token {self.codec.control[control]!r}, which this "
+                "vocabulary cannot spell as text. Take it out, or mean the token: lm.encode(text, special=True)."
+            )
         wrong = next((n for n in ids if n >= self.vocabulary), None)
         if wrong is not None:
             raise ValueError(
@@ -44,9 +52,10 @@ class Spelling:
             )
         return ids
 
-    def rows(self, text: Any) -> list[list[int]]:
+    def rows(self, text: Any, special: bool = False) -> list[list[int]]:
         """Of an observed text, or of several.
 
+        :param special: read the names of control tokens as these tokens.
         :raises TypeError: neither a string nor a list of strings.
         :raises ValueError: no text, or one without tokens.
         """
@@ -55,7 +64,7 @@ class Spelling:
             raise TypeError(f"text must be a string or a list of strings, got {describe(text)}.")
         if not texts:
             raise ValueError("text is an empty list. Pass at least one string.")
-        rows = [self.ids(t) for t in texts]
+        rows = [self.ids(t, special=special) for t in texts]
         self._warn_of_unknown(texts, rows)
         for n, row in enumerate(rows):
             if not row:

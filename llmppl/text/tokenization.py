@@ -7,6 +7,7 @@ decode. Texts here are pieces of a longer text, so both are switched off, on a c
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +29,12 @@ class Codec:
             )
         self._first = Tokenizer.from_str(backend.to_str())
         self._verbatim = _verbatim(backend)
-        for copy in (self._first, self._verbatim):
+        self._control = _verbatim(backend)
+        for copy in (self._first, self._verbatim, self._control):
             copy.no_padding()
             copy.no_truncation()
+        # In a text the signs of a control token are signs: a row of data shall not be able to end a turn.
+        self._first.encode_special_tokens = self._verbatim.encode_special_tokens = True
         self._tokenizer = tokenizer
         self.vocabulary = len(tokenizer)
         self.bos: int | None = tokenizer.bos_token_id
@@ -41,11 +45,35 @@ class Codec:
         found = next((n for n in range(len(full)) if full[n : n + len(plain)] == plain), 0) if plain else 0
         self.start: list[int] = full[:found]
         """What the tokenizer itself puts before every text."""
+        added = backend.get_added_tokens_decoder()
+        self.control: dict[int, str] = {
+            n: token.content
+            for n, token in added.items()
+            if token.special and n != self.unknown and len(token.content) > 1
+        }
+        """Tokens that no text has: they end turns, begin documents and the like. (A single sign is one of the text's,
+        whatever a tokenizer uses it for.)"""
 
-    def encode(self, text: str, first: bool = False) -> list[int]:
-        """Token ids of a piece; ``first``: it begins a text, as the tokenizer treats beginnings."""
-        tokenizer = self._first if first else self._verbatim
+    def encode(self, text: str, first: bool = False, special: bool = False) -> list[int]:
+        """Token ids of a piece; ``first``: it begins a text, as the tokenizer treats beginnings.
+
+        :param special: read the names of control tokens as these tokens. Otherwise they are text.
+        """
+        tokenizer = self._control if special else self._first if first else self._verbatim
         return tokenizer.encode(text, add_special_tokens=False).ids if text else []
+
+    @property
+    def chat_template(self) -> Callable[[list[dict[str, Any]], bool], str] | None:
+        """Messages, and whether an answer begins behind them, to text; ``None`` of a tokenizer without template."""
+        if not getattr(self._tokenizer, "chat_template", None):
+            return None
+
+        def render(messages: list[dict[str, Any]], answers: bool) -> str:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answers)
+            assert isinstance(text, str)
+            return text
+
+        return render
 
     def decode(self, ids: list[int]) -> str:
         return self._verbatim.decode(ids, skip_special_tokens=False)
