@@ -379,10 +379,17 @@ class LM:
     def max_length(self) -> int | None:
         """Most tokens the model can read at once, or ``None`` where its configuration does not say.
 
-        A sliding window counts: no text may outgrow it, so that it never matters.
+        Where rotary embeddings change with the length of a text (LongRoPE), the length up to which they do not: a
+        prefix would otherwise have other probabilities in a longer text.
         """
-        config = self.transformer.config
-        known = (getattr(config, key, None) for key in ("max_position_embeddings", "sliding_window"))
+        config = self.transformer.config.get_text_config()
+        known = [getattr(config, "max_position_embeddings", None)]
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        if rope.get("rope_type", rope.get("type")) == "longrope":
+            known += [
+                rope.get("original_max_position_embeddings"),
+                getattr(config, "original_max_position_embeddings", None),
+            ]
         return min((length for length in known if length), default=None)
 
     @cached_property

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from llmppl.network.windows import FULL, Windows
+
 KeysAndValues = list[tuple[Tensor, Tensor]]
 """Of every layer, each of shape ``(N, heads, P, width)``."""
 
@@ -25,6 +27,7 @@ class Network:
 
     def __init__(self, transformer: Any) -> None:
         self.transformer = transformer
+        self.windows = Windows.of(transformer.config)
         self._probed: bool | None = None
 
     @property
@@ -90,6 +93,7 @@ class Network:
             visible[None, None].to(device),
             past or [],
             caches,
+            self.windows,
             **keywords,
         )
         states = found.logits[0] if whole else found.last_hidden_state[0]
@@ -141,6 +145,7 @@ def attend(
     visible: Tensor,
     past: KeysAndValues,
     caches: bool,
+    windows: Windows | None = None,
     **keywords: Any,
 ) -> tuple[Any, KeysAndValues]:
     """Run ``(N, M)`` tokens under any attention.
@@ -148,11 +153,14 @@ def attend(
     :param module: a transformer, or its trunk.
     :param visible: which keys each token sees, boolean ``(N, 1, M, P + M)``: those of ``past`` first.
     :param caches: whether to return the keys and values of all ``P + M`` tokens.
+    :param windows: what the layers see of it; all by default. Tokens of ``past`` then stand at places 0 to ``P - 1``.
     :param keywords: further arguments of the module.
     :returns: what the module returns, and the keys and values, each ``(N, heads, P + M, width)``.
     """
     dtype = next(module.parameters()).dtype
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    before = torch.arange(visible.shape[-1] - tokens.shape[-1], device=positions.device).expand(len(positions), -1)
+    keys_at = torch.cat([before, positions], -1)
+    mask = (windows or Windows({FULL: ("full", 0)})).masks(visible, positions, keys_at, dtype)
     # Without a configuration every layer keeps all it is given, which the mask counts on.
     cache = DynamicCache()
     for layer, (keys, values) in enumerate(past):
@@ -161,7 +169,7 @@ def attend(
     found = module(
         input_ids=tokens,
         position_ids=positions,
-        attention_mask=mask.masked_fill_(~visible, torch.finfo(dtype).min),
+        attention_mask=mask,
         past_key_values=cache if used else None,
         use_cache=used,
         **keywords,
