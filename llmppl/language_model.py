@@ -409,7 +409,8 @@ class LM:
         return (
             f"LM({type(self.transformer).__name__} {Path(self.name).name!r}, "
             f"{weights / 1e6:.1f} M parameters, vocabulary={self.vocabulary}, "
-            f"dtype={str(self.dtype).removeprefix('torch.')}, device={self.device}{adapters})"
+            f"dtype={str(self.dtype).removeprefix('torch.')}, device={self.device}, "
+            f"{'packed' if self.network.packs else 'row by row'}{adapters})"
         )
 
 

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 _numbers = itertools.count()
 
+MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""Model types of the Mamba family."""
+
 
 class Adapters:
     """The named adapters of a transformer. All are off but inside :meth:`active`.
@@ -109,6 +112,9 @@ class Adapters:
             layer: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
             if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head and "lora_" not in key:
                 found.add(key.removesuffix(".base_layer").rsplit(".", 1)[-1])
+        # The kernels of these architectures read that layer's weight themselves, past any adapter, and PEFT refuses it.
+        if transformer.config.model_type in MAMBA:
+            found -= {"out_proj"}
         return sorted(found)
 
     @contextmanager

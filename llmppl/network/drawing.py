@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from llmppl.network.transformer import Network, reading_of
 from llmppl.text import PAD
 
 if TYPE_CHECKING:
@@ -65,8 +66,10 @@ def draw(
 def rows_at_once(transformer: torch.nn.Module, tokens: int) -> int:
     """How many rows of so many tokens :data:`CACHE_BYTES` hold."""
     config: Any = transformer.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config = config.get_text_config()
+    own = getattr(config, "num_attention_heads", None) or 1
+    heads = getattr(config, "num_key_value_heads", None) or own
+    width = getattr(config, "head_dim", None) or config.hidden_size // own
     size = next(transformer.parameters()).element_size()
     # Keys and values of every layer, and some copies of the logits.
     row = 2 * config.num_hidden_layers * heads * width * size * tokens + 3 * 4 * config.vocab_size
@@ -140,6 +143,13 @@ class Stream:
 
     def __init__(self, transformer: torch.nn.Module, contexts: Sequence[Sequence[int]]) -> None:
         self.transformer = transformer
+        self._rows: list[list[int]] | None = None
+        """The tokens so far of a network that is read row by row, whose cache may not be one of keys and values."""
+        if not reading_of(transformer).packs:
+            self._rows = [list(context) for context in contexts]
+            self.tokens_read = 0
+            self._read_rows()
+            return
         device = next(transformer.parameters()).device
         distinct = list(dict.fromkeys(tuple(context) for context in contexts))
         number = {context: n for n, context in enumerate(distinct)}
@@ -156,14 +166,32 @@ class Stream:
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows, ``(M,)``; a row may be named several times."""
+        if self._rows is not None:
+            self._rows = [self._rows[n] for n in rows.tolist()]
+            self.logits = self.logits[rows]
+            return
         self._cache.batch_select_indices(rows)
         self.logits, self._seen = self.logits[rows], self._seen[rows]
 
     def advance(self, tokens: Tensor) -> None:
         """Read one token a row, ``(N,)``."""
+        if self._rows is not None:
+            self._rows = [[*row, token] for row, token in zip(self._rows, tokens.tolist(), strict=True)]
+            self._read_rows()
+            return
         self._seen = torch.cat([self._seen, self._seen.new_ones(len(self._seen), 1)], -1)
         self._read(tokens[:, None], self._seen.sum(-1, keepdim=True) - 1)
         self.tokens_read += len(tokens)
+
+    @torch.no_grad()
+    def _read_rows(self) -> None:
+        """Read every distinct row from its beginning."""
+        assert self._rows is not None
+        distinct = list(dict.fromkeys(map(tuple, self._rows)))
+        number = {row: n for n, row in enumerate(distinct)}
+        last = Network(self.transformer).rows(distinct, [(n, len(row) - 1) for n, row in enumerate(distinct)])
+        self.logits = last[torch.tensor([number[tuple(row)] for row in self._rows], device=last.device)]
+        self.tokens_read += sum(map(len, distinct))
 
     @torch.no_grad()
     def _read(self, ids: Tensor, positions: Tensor, **keywords: int) -> None:

@@ -10,7 +10,7 @@ chunk is given the keys and values of the one path of the former chunks that it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -72,6 +72,8 @@ def score(network: Network, requests: Sequence[Request], max_nodes: int | None =
         forbids.
     """
     size = max_nodes or MAX_NODES.get(network.device.type, MAX_NODES["cpu"])
+    if not network.packs:
+        return _score_rows(network, requests, size)
     # The last token of a text is predicted, never read.
     rows = [[*context, *text[:-1]] for r in requests for context, text in zip(r.contexts, r.texts, strict=True) if text]
     trie = Trie.of(rows)
@@ -111,6 +113,50 @@ def score(network: Network, requests: Sequence[Request], max_nodes: int | None =
     return [_table(network, r, f, p) for r, f, p in zip(requests, found, places, strict=True)]
 
 
+def _score_rows(network: Network, requests: Sequence[Request], size: int) -> list[Tensor]:
+    """As :func:`score`, by plain forward passes over the distinct rows; a row's tokens are the nodes."""
+    wanted: list[tuple[tuple[int, ...], int, list[_Entry]]] = []
+    first, nodes = dict[tuple[int, ...], int](), 0
+    for number, r in enumerate(requests):
+        for n, (context, text) in enumerate(zip(r.contexts, r.texts, strict=True)):
+            if not text:
+                continue
+            row = (*context, *text[:-1])
+            if row not in first:
+                first[row], nodes = nodes, nodes + len(row)
+            start = first[row] + len(context) - 1
+            wanted.append((row, number, [_Entry(start + t, token, n, t) for t, token in enumerate(text)]))
+    found: list[list[Tensor]] = [[] for _ in requests]
+    places: list[list[tuple[int, int]]] = [[] for _ in requests]
+    for rows in _together(sorted(first, key=len), size):
+        within = {row: n for n, row in enumerate(rows)}
+        by_request: dict[int, list[_Entry]] = {}
+        keep: dict[int, tuple[int, int]] = {}
+        for row, number, entries in wanted:
+            if row in within:
+                by_request.setdefault(number, []).extend(entries)
+                keep.update({entry.node: (within[row], entry.node - first[row]) for entry in entries})
+        states = network.rows(rows, list(keep.values()))
+        at = {node: n for n, node in enumerate(keep)}
+        for number, entries in by_request.items():
+            scores, ordered = _score_chunk(network, requests[number], states, at, entries, nodes)
+            found[number].append(scores)
+            places[number].extend((entry.row, entry.column) for entry in ordered)
+    return [_table(network, r, f, p) for r, f, p in zip(requests, found, places, strict=True)]
+
+
+def _together(rows: Sequence[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:
+    """Rows, the shortest first, that are run together: at most so many tokens, the filling counted."""
+    part: list[tuple[int, ...]] = []
+    for row in rows:
+        if part and len(row) * (len(part) + 1) > size:
+            yield part
+            part = []
+        part.append(row)
+    if part:
+        yield part
+
+
 def _select(
     cache: KeysAndValues | None, past: int, start: int, path: list[int], depths: list[int]
 ) -> KeysAndValues | None:
@@ -127,7 +173,7 @@ def _table(network: Network, r: Request, found: list[Tensor], places: list[tuple
     if not found:
         return total
     row, column = torch.tensor(places, device=total.device).T
-    return total.index_put((row, column), torch.cat(found))
+    return total.index_put((row, column), torch.cat(found).to(total.dtype))
 
 
 def _score_chunk(

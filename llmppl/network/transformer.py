@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +19,11 @@ KeysAndValues = list[tuple[Tensor, Tensor]]
 
 
 class Network:
-    """A frozen causal transformer, read in packed form.
+    """A frozen causal transformer, read in packed form where it follows a mask.
 
     The trunk runs over all tokens, the vocabulary's layer only over the states that are asked for. A
     model that does more to its logits than that layer does (soft caps, scales) is found out by a
-    probe, and then run as a whole.
+    probe, and then run as a whole; one that cannot be packed is read row by row.
 
     :param transformer: a ``transformers`` causal language model.
     """
@@ -28,7 +31,6 @@ class Network:
     def __init__(self, transformer: Any) -> None:
         self.transformer = transformer
         self.windows = Windows.of(transformer.config)
-        self._probed: bool | None = None
 
     @property
     def device(self) -> torch.device:
@@ -42,9 +44,12 @@ class Network:
     @property
     def splits(self) -> bool:
         """Whether the logits are those of the vocabulary's layer at the last hidden state."""
-        if self._probed is None:
-            self._probed = self._probe()
-        return self._probed
+        return reading_of(self.transformer).splits
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows that begin alike can be read together; otherwise they are read row by row."""
+        return reading_of(self.transformer).packs
 
     def states(
         self,
@@ -63,7 +68,15 @@ class Network:
         :param past: keys and values of ``P`` tokens that were run before.
         :param caches: whether to return the keys and values of all ``P + M`` tokens.
         :returns: what :meth:`logits` takes, ``(len(keep), ...)``, and the keys and values.
+        :raises ValueError: a network that cannot be packed.
         """
+        if not self.packs:
+            raise ValueError(
+                f"{type(self.transformer).__name__} does not follow a 4-D attention mask with position ids, so that "
+                "its tokens cannot be packed, as this guide or method needs. Load a model with rotary or learned "
+                "positions, e.g. of the llama, qwen2, qwen3, mistral or gpt2 family, with "
+                "attn_implementation='sdpa' or 'eager'."
+            ) from reading_of(self.transformer).reason
         splits = self.splits
         return self._run(splits, tokens, positions, visible, keep, past, caches)
 
@@ -99,43 +112,92 @@ class Network:
         states = found.logits[0] if whole else found.last_hidden_state[0]
         return states if keywords else states[kept], keys if caches else None
 
-    @torch.no_grad()
-    def _probe(self) -> bool:
-        """Whether trunk and vocabulary layer make the whole; refuses a network that packs wrongly.
+    def rows(self, rows: Sequence[Sequence[int]], keep: Sequence[tuple[int, int]]) -> Tensor:
+        """Run rows of tokens as they are, each by itself: for a network that cannot be packed.
 
-        :raises ValueError: the architecture does not follow a 4-D mask with position ids.
+        :param rows: token lists, none empty.
+        :param keep: row and place of the states that are wanted.
+        :returns: what :meth:`logits` takes, ``(len(keep), V)``.
         """
-        last = self.transformer.get_input_embeddings().weight.shape[0] - 1
-        first, second, third = 0, min(1, last), min(2, last)
-        plain = self.transformer(input_ids=torch.tensor([[first, third]], device=self.device)).logits[0, -1]
-        if not bool(plain.isfinite().all()):
-            return True  # whoever reads the log-probabilities names the site
-        tolerance = (float(plain.abs().max()) + 1.0) * (0.1 if plain.dtype in (torch.bfloat16, torch.float16) else 1e-3)
-        # Two branches from one token, the second run after the first with the root's keys and values.
-        root, branches = torch.tensor([[True, False], [True, True]]), torch.tensor([[1, 1, 0], [1, 0, 1]]) > 0
+        found = self.transformer(input_ids=_filled(rows, self.device), use_cache=False).logits
+        row, place = torch.tensor(keep, dtype=torch.long, device=self.device).reshape(-1, 2).T
+        return found[row, place]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a transformer can be read.
+
+    :param packs: tokens of several rows in one, under a 4-D mask with position ids; otherwise row by row.
+    :param splits: the logits are those of the vocabulary's layer at the last hidden state.
+    :param reason: why it does not pack.
+    """
+
+    packs: bool
+    splits: bool
+    reason: Exception | None = None
+
+
+_readings: WeakKeyDictionary[nn.Module, Reading] = WeakKeyDictionary()
+
+
+def reading_of(transformer: nn.Module) -> Reading:
+    """How a transformer can be read, found out by a probe, once."""
+    if transformer not in _readings:
+        training = {module: module.training for module in transformer.modules()}
+        transformer.eval()  # with dropout no two passes agree
+        try:
+            _readings[transformer] = _probe(Network(transformer))
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+    return _readings[transformer]
+
+
+@torch.no_grad()
+def _probe(network: Network) -> Reading:
+    """Two rows that begin alike and go on for as long: packed side by side behind the keys and values of what they
+    share, against each row alone. Long enough for what only counts beyond a few tokens."""
+    transformer, device = network.transformer, network.device
+    last = transformer.get_input_embeddings().weight.shape[0] - 1
+    size = 8
+    root, one, two = ([min(n % (last + 1) if last else 0, last) for n in part] for part in (
+        range(size), range(3, 3 + 2 * size, 2), range(5, 5 + 3 * size, 3)))  # fmt: skip
+    plain = transformer(input_ids=torch.tensor([root + one, root + two], device=device), use_cache=False).logits[
+        :, size:
+    ]
+    if not bool(plain.isfinite().all()):
+        return Reading(True, True)  # whoever reads the log-probabilities names the site
+    tolerance = (float(plain.abs().max()) + 1.0) * (0.05 if plain.dtype in (torch.bfloat16, torch.float16) else 1e-4)
+    causal, places = torch.ones(2 * size, 2 * size).tril() > 0, list(range(2 * size))
+    # Each branch sees the root and itself.
+    own = torch.block_diag(*[torch.ones(size, size).tril()] * 2) > 0
+    visible = torch.cat([torch.ones(2 * size, size) > 0, own], -1)
+    try:
+        _, past = network._run(False, root, places[:size], causal[:size, :size], [size - 1], None, True)
+        packed, _ = network._run(False, one + two, places[size:] * 2, visible, places, past, True)
+        agrees = bool(torch.allclose(packed.unflatten(0, (2, size)), plain, rtol=0, atol=tolerance))
         reason: Exception | None = None
-        try:
-            _, past = self._run(False, [first, second], [0, 1], root, [1], None, True)
-            past = [(keys[..., :1, :], values[..., :1, :]) for keys, values in past or []]
-            packed, _ = self._run(False, [second, third], [1, 1], branches, [1], past, True)
-            agrees = torch.allclose(packed[0], plain, rtol=0, atol=tolerance)
-        except (TypeError, ValueError, RuntimeError) as error:
-            agrees, reason = False, error
-        if not agrees:
-            raise ValueError(
-                f"{type(self.transformer).__name__} does not follow a 4-D attention mask with position ids, so that "
-                "prefixes cannot be shared. Load a model with rotary or learned positions, e.g. of the llama, qwen2, "
-                "qwen3, mistral or gpt2 family, with attn_implementation='sdpa' or 'eager'."
-            ) from reason
-        head = self.transformer.get_output_embeddings()
-        if not isinstance(head, nn.Module):
-            return False
-        try:
-            states, _ = self._run(True, [first, third], [0, 1], torch.ones(2, 2).tril() > 0, [1], None, False)
-        except (AttributeError, TypeError):
-            return False  # the trunk takes other arguments, or returns something else
-        logits = head(states)[0]
-        return logits.shape == plain.shape and torch.allclose(logits, plain, rtol=0, atol=tolerance * 1e-2)
+    except Exception as error:  # whatever a cache or a mask raises, this network is not to be packed
+        agrees, reason = False, error
+    if not agrees:
+        return Reading(False, False, reason)
+    head = transformer.get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        return Reading(True, False)
+    try:
+        states, _ = network._run(True, root + one, places, causal, places[size:], None, False)
+    except (AttributeError, TypeError):
+        return Reading(True, False)  # the trunk takes other arguments, or returns something else
+    logits = head(states)
+    same = logits.shape == plain[0].shape and torch.allclose(logits, plain[0], rtol=0, atol=tolerance * 1e-1)
+    return Reading(True, bool(same))
+
+
+def _filled(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Rows of one length. Behind its end a row repeats its last token, which nothing before it sees."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows], device=device)
 
 
 def attend(

@@ -1,0 +1,163 @@
+"""Causal architectures of transformers, tiny and random: scores, draws and gradients against plain forward passes."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pyro
+import pytest
+import torch
+import transformers as hf
+
+from llmppl import LM
+from llmppl.guides import AutoregressiveGuide
+from llmppl.testing import tiny_lm
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 12,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
+PACKED: dict[str, dict[str, Any]] = {
+    "Apertus": {},
+    "Arcee": {},
+    "BioGpt": {},
+    "CTRL": {"n_embd": 16, "dff": 16, "n_layer": 2, "n_head": 2},
+    "CodeGen": {"hidden_size": 32, "num_attention_heads": 4, "rotary_dim": 4},
+    "Cohere": {},
+    "DeepseekV3": {},
+    "Ernie4_5": {"head_dim": 8},
+    "Falcon": {"alibi": False},
+    "GPT2": {"n_embd": 16, "n_layer": 2, "n_head": 2},
+    "GPTBigCode": {"n_embd": 16, "n_layer": 2, "n_head": 2},
+    "GPTJ": {"n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4},
+    "GPTNeoX": {},
+    "Glm": {"head_dim": 8},
+    "Granite": {},
+    "Helium": {"head_dim": 8},
+    "JetMoe": {"num_local_experts": 2, "num_experts_per_tok": 1},
+    "Llama": {},
+    "Nemotron": {},
+    "OPT": {"word_embed_proj_dim": 16, "ffn_dim": 16},
+    "Olmo": {},
+    "Olmo2": {},
+    "Persimmon": {},
+    "Phi": {},
+    "Qwen2Moe": {"num_experts": 2, "num_experts_per_tok": 1},
+    "Qwen3Moe": {"num_experts": 2, "num_experts_per_tok": 1, "head_dim": 8},
+    "SmolLM3": {},
+    "StableLm": {},
+    "XGLM": {"d_model": 16, "ffn_dim": 16, "attention_heads": 2, "num_layers": 2},
+}
+MAMBA = {"mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_expand": 2}
+BY_ROWS: dict[str, dict[str, Any]] = {
+    "Bamba": {**MAMBA, "attn_layer_indices": [1]},
+    "Bloom": {"n_layer": 2, "n_head": 2},
+    "FalconMamba": {"state_size": 8},
+    "GraniteMoeHybrid": {**MAMBA, "layer_types": ["mamba", "attention"], "num_local_experts": 2,
+                         "num_experts_per_tok": 1, "shared_intermediate_size": 16},
+    "Jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "num_experts": 2, "mamba_d_state": 8,
+              "use_mamba_kernels": False, "mamba_dt_rank": 4, "num_experts_per_tok": 1},
+    "Lfm2": {"layer_types": ["conv", "full_attention"]},
+    "Mamba": {"state_size": 8},
+    "Mamba2": {"num_heads": 4, "head_dim": 8, "state_size": 8, "n_groups": 1},
+    "Mpt": {"d_model": 16, "n_heads": 2, "n_layers": 2},
+    "Qwen3Next": {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 2,
+                  "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "head_dim": 8,
+                  "num_experts": 2, "num_experts_per_tok": 1, "decoder_sparse_step": 1, "moe_intermediate_size": 16,
+                  "shared_expert_intermediate_size": 16},
+    "RecurrentGemma": {"block_types": ["recurrent", "attention"], "lru_width": 16, "num_hidden_layers": 2,
+                       "attention_window_size": 64},
+    "Rwkv": {"attention_hidden_size": 16, "context_length": 64},
+}  # fmt: skip
+
+
+def make(name: str) -> LM:
+    own = PACKED.get(name) or BY_ROWS.get(name) or {}
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = getattr(hf, f"{name}Config")(**{**SIZES, **own})
+        model = hf.AutoModelForCausalLM.from_config(config).eval()
+    # Weights of the usual size leave a tiny model all but uniform.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)
+    return LM(model, tiny_lm(vocabulary=12).codec._tokenizer)
+
+
+def alone(lm: LM, context: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """log p of each token of one text after one context, by a plain forward pass."""
+    ids = torch.cat([context, text])[None]
+    log_probs = lm.transformer(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+    at = torch.arange(len(context) - 1, ids.shape[1] - 1)
+    return log_probs[at, ids[0, at + 1]]
+
+
+@pytest.mark.parametrize("name", [*PACKED, *BY_ROWS])
+@pytest.mark.filterwarnings("ignore")  # of transformers, on kernels that are not installed
+def test_scores_and_draws_are_those_of_plain_passes(name: str) -> None:
+    """Prompts of unequal lengths, prefixes of one text among the texts, rows drawn several times; 2e-5 nats."""
+    lm = make(name)
+    assert f", {'packed' if name in PACKED else 'row by row'}" in repr(lm)
+    contexts = [torch.randint(1, 12, (size,)) for size in (14, 9)]
+    texts = torch.randint(1, 12, (3, 5))
+    texts[1, :3] = texts[0, :3]
+    texts[2, 2:] = -1
+    for context in contexts:
+        found = lm(context, max_tokens=5).token_log_prob(texts[:2])
+        with torch.no_grad():
+            wanted = torch.stack([alone(lm, context, text) for text in texts[:2]])
+            short = lm(context, max_tokens=2).token_log_prob(texts[2:, :2])
+            torch.testing.assert_close(short[0], alone(lm, context, texts[2, :2]), atol=2e-5, rtol=0)
+        torch.testing.assert_close(found, wanted, atol=2e-5, rtol=0)
+    padded = torch.full((2, 14), -1)
+    for n, context in enumerate(contexts):
+        padded[n, : len(context)] = context
+    drawn, recorded = lm(padded, max_tokens=4).sample_with_log_prob((2,))
+    with torch.no_grad():
+        again = torch.stack(
+            [torch.stack([alone(lm, c, t).sum() for c, t in zip(contexts, row, strict=True)]) for row in drawn]
+        )
+    torch.testing.assert_close(recorded, again, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["Bloom", "Mamba", "Qwen3Next", "Jamba"])
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_models_read_by_rows_have_their_gradient(name: str) -> None:
+    lm = make(name)
+    if name in ("Bloom", "Mamba"):  # experts are multiplied in single precision at most
+        lm.transformer.double()
+    context, text = torch.randint(1, 12, (7,)), torch.randint(1, 12, (2, 4))
+
+    def program() -> None:
+        pyro.sample("z", lm(context, max_tokens=4))
+
+    guide = AutoregressiveGuide(program, lm, prompt={"z": lambda: [context]}, rank=2, seed=0)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    gradients = []
+    for own in (True, False):
+        guide.zero_grad()
+        if own:
+            lm(context, max_tokens=4).with_context(context, guide.adapter).log_prob(text).sum().backward()
+        else:
+            with lm.using(guide.adapter):
+                sum(alone(lm, context, row).sum() for row in text).backward()
+        # Layers that no token came to have none.
+        gradients.append(
+            torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in guide.parameters()])
+        )
+    size = float(gradients[1].abs().max())
+    assert size > 1e-3
+    assert float((gradients[0] - gradients[1]).abs().max()) < 1e-4 * size
