@@ -25,7 +25,7 @@ from llmppl.network.row_map import map_rows
 from llmppl.network.scoring import Request, score
 from llmppl.network.text_law import TextLaw
 from llmppl.network.text_tensors import Piece, check_text, join, pad_rows
-from llmppl.network.transformer import Network
+from llmppl.network.transformer import Network, forget_reading
 from llmppl.text import PAD
 from llmppl.text.chat import chat_pieces
 from llmppl.text.row_function import Kind
@@ -111,6 +111,7 @@ class LM:
         self.codec = Codec(tokenizer)
         self.vocabulary = min(self.codec.vocabulary, model.get_input_embeddings().weight.shape[0])
         self.spelling = Spelling(self.codec, self.vocabulary)
+        forget_reading(self.transformer)
         self.network = Network(self.transformer)
         self._samplers: dict[tuple[str | None, torch.dtype], Sampler] = {}
         self.drawn: OrderedDict[Any, Tensor] = OrderedDict()

@@ -253,6 +253,7 @@ def test_unknown_sites_are_refused_by_name(small: LM) -> None:
         importance(program, WordGuide(program, small, word="word"), 2)("ab", "b")
 
 
+@pytest.mark.filterwarnings("ignore:each of the")  # read often, which is no harm here
 def test_the_gain_is_the_mutual_information_less_the_divergence(small: LM) -> None:
     """By enumeration: mean over pairs of log q − log p is MI − KL(p‖q), and zero for the prior."""
     program = keyword(small, max_tokens=3, stop=None, temperature=1.0, shortest=1)
@@ -309,6 +310,7 @@ def test_a_guide_is_saved_read_back_and_refused_where_it_does_not_fit(small: LM,
     assert "word='keyword', 5,444 parameters" in repr(WordGuide(program, small))
 
 
+@pytest.mark.filterwarnings("ignore:each of the")  # read often, which is no harm here
 def test_other_guides_learn_keywords_too(small: LM) -> None:
     """An adapter that is told the word, from the same simulated sentences."""
     program = keyword(small, max_tokens=3, stop=None, temperature=1.0, shortest=1)

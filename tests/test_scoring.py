@@ -47,9 +47,10 @@ def test_cutting_the_trie_into_chunks_changes_no_score(lm: LM, max_nodes: int) -
     generator = torch.Generator().manual_seed(0)
     contexts = [torch.randint(6, (n % 5 + 1,), generator=generator).tolist() for n in range(12)]
     texts = [torch.randint(6, (n % 4 + 1,), generator=generator).tolist() for n in range(12)]
+    assert lm.network.packs  # probes the network
     seen = forward_sizes(lm)
     (packed,) = score(lm.network, [Request(stream(lm), contexts, texts, 4)], max_nodes=max_nodes)
-    assert max(seen) <= max(max_nodes, 2)  # a probe of the network reads two tokens
+    assert max(seen) <= max_nodes
     for row, context, text in zip(packed, contexts, texts, strict=True):
         logits = lm.transformer(torch.tensor([context + text])).logits[0].log_softmax(-1)
         expected = logits[len(context) - 1 : -1].gather(-1, torch.tensor(text)[:, None])[:, 0]
@@ -132,6 +133,7 @@ def test_requests_of_several_laws_share_their_prefixes_and_keep_their_laws(lm: L
 def test_a_network_that_scales_its_logits_is_found_out(lm: LM) -> None:
     """Running its trunk and its vocabulary layer alone would leave the scale out."""
     expected = lm("ab").log_prob(lm.encode("cd"))
+    tempered = lm("ab", max_tokens=9, temperature=2.0).token_log_prob(lm.encode("cdaaaaaaa"))[:2].sum()
     whole = lm.transformer.forward
 
     def halved(*args: object, **kwargs: object) -> object:
@@ -143,20 +145,22 @@ def test_a_network_that_scales_its_logits_is_found_out(lm: LM) -> None:
     lm.transformer.forward = halved
     other = LM(lm.transformer, lm.tokenizer)
     changed = other("ab").log_prob(other.encode("cd"))
-    assert float(changed) == pytest.approx(
-        float(lm("ab", max_tokens=9, temperature=2.0).token_log_prob(lm.encode("cdaaaaaaa"))[:2].sum())
-    )
+    assert float(changed) == pytest.approx(float(tempered))
     assert float(changed) != pytest.approx(float(expected))
 
 
-def test_a_network_that_ignores_the_mask_is_refused() -> None:
+def test_a_network_that_ignores_the_mask_is_read_by_rows_and_never_packed() -> None:
     from transformers import BloomConfig, BloomForCausalLM
 
     tokenizer = tiny_lm().tokenizer
     config = BloomConfig(vocab_size=6, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.5)
-    lm = LM(BloomForCausalLM(config), tokenizer)
-    with pytest.raises((ValueError, RuntimeError), match="4-D attention mask"):
-        lm("ab").log_prob(lm.encode("cd"))
+    lm = LM(BloomForCausalLM(config).eval(), tokenizer)
+    ids = lm.encode("abcd")
+    logits = lm.transformer(ids[None], use_cache=False).logits[0].log_softmax(-1)
+    found = lm("ab", max_tokens=2).token_log_prob(lm.encode("cd"))
+    torch.testing.assert_close(found, logits[1:3].gather(-1, ids[2:, None])[:, 0])
+    with pytest.raises(ValueError, match="4-D attention mask"):
+        lm.network.states([0], [0], torch.ones(1, 1) > 0, [0])
 
 
 def test_particles_share_their_prompt_in_one_forward_pass(lm: LM) -> None:

@@ -154,6 +154,11 @@ def reading_of(transformer: nn.Module) -> Reading:
     return _readings[transformer]
 
 
+def forget_reading(transformer: nn.Module) -> None:
+    """Probe a transformer anew when it is read next: whoever loads it may have changed what it does."""
+    _readings.pop(transformer, None)
+
+
 @torch.no_grad()
 def _probe(network: Network) -> Reading:
     """Two rows that begin alike and go on for as long: packed side by side behind the keys and values of what they
