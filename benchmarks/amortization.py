@@ -65,6 +65,11 @@ def references(lm: LM, guide_path: Path, samples: int, seed: int) -> list[demo.H
             math.exp(log_z) * float((weights[kept] / likelihood[kept]).sum()),
             math.exp(log_z) / float((weights * likelihood).sum()),
             float(own) - log_z,
+            0.0,
+        )
+        asked = demo.zero_shot(program, lm)
+        found[beginning] = replace(
+            found[beginning], prompt_ess=_from_the_posterior(program, asked, found[beginning], posterior)
         )
         print(found[beginning], f"ESS {float(posterior.ess):.0f}", flush=True)
     return sorted(found.values(), key=lambda pair: -pair.hit_rate)
@@ -108,7 +113,6 @@ def compare(
             asked.relative_ess = _from_the_posterior(program, kind, pair, posteriors[-1])
         # The same draws, whoever makes them: what differs is their cost.
         rows["best of n"][-1].relative_ess = asked.relative_ess
-        rows["smc"][-1].relative_ess = pair.prior_ess
         for name, told in asks:
             assert engines is not None
             run = engines[name].ask(_request(lm, program, kind if told else None, pair, samples, seed + n))

@@ -32,7 +32,7 @@ def demo(
         int | None, typer.Option(min=1, help="Training steps: 240 quick ones of keyword, 16 of 15 s of infilling.")
     ] = None,
     samples: Annotated[int, typer.Option(min=2, help="Importance samples of each proposal.")] = 24,
-    held_out: Annotated[int, typer.Option(min=1, max=12, help="Held-out observations to report on.")] = 8,
+    held_out: Annotated[int, typer.Option(min=1, max=12, help="Held-out observations to report on.")] = 6,
     seed: Seed = 0,
     save: Annotated[Path | None, typer.Option(help="Write the trained guide to this file.")] = None,
     threads: Threads = CORES,
