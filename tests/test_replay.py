@@ -406,3 +406,24 @@ def test_impossible_draws_stay_out_and_unknown_posteriors_are_refused(story: Sto
     assert all(2 in entry.values["middle"].tolist() for entry in buffer.of(*story.args))
     with pytest.raises(ValueError, match="does not say which observations"):
         buffer.add(replace(posterior, observations=""))
+
+
+def test_rows_within_a_plate_of_the_program_are_filed_under_their_own_observation(story: Story) -> None:
+    """Two copies of each row in a plate of the program's own: what a row's entry holds is of that row's law."""
+
+    def program(beginning: object, ending: object) -> None:
+        with pyro.plate("copies", 2, dim=-2):
+            middle = pyro.sample("middle", story.lm(beginning, max_tokens=3, stop="."))
+            pyro.sample("ending", story.lm(beginning, middle), obs=story.lm.encode(ending))
+
+    guide = PromptGuide(program, story.lm, prompt={"middle": lambda beginning: [beginning]})
+    behaviour = Behaviour(replayed=0.5)
+    objective = TrajectoryBalance(6, behaviour=behaviour)
+    objective.loss(in_data_plate(program), in_data_plate(guide), *map(list, zip(*DATA, strict=True)))
+    for x in DATA:
+        texts, log_joint = story.joint(*x)
+        assert behaviour.buffer.of(*x)
+        for entry in behaviour.buffer.of(*x):
+            assert entry.values["middle"].shape == (2, 3)
+            places = [(texts == text).all(-1).nonzero().item() for text in entry.values["middle"]]
+            assert entry.log_joint == pytest.approx(float(log_joint[places].sum()), abs=1e-5)
