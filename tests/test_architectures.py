@@ -5,13 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import pyro
 import pytest
 import torch
 import transformers as hf
+from plain_pass import adapter_gradients, alone, drawn_alone
 
 from llmppl import LM
-from llmppl.guides import AutoregressiveGuide
 from llmppl.testing import tiny_lm
 
 SIZES: dict[str, Any] = {
@@ -95,14 +94,6 @@ def make(name: str) -> LM:
     return LM(model, tiny_lm(vocabulary=12).codec._tokenizer)
 
 
-def alone(lm: LM, context: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """log p of each token of one text after one context, by a plain forward pass."""
-    ids = torch.cat([context, text])[None]
-    log_probs = lm.transformer(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
-    at = torch.arange(len(context) - 1, ids.shape[1] - 1)
-    return log_probs[at, ids[0, at + 1]]
-
-
 @pytest.mark.parametrize("name", [*PACKED, *BY_ROWS])
 @pytest.mark.filterwarnings("ignore")  # of transformers, on kernels that are not installed
 def test_scores_and_draws_are_those_of_plain_passes(name: str) -> None:
@@ -124,11 +115,7 @@ def test_scores_and_draws_are_those_of_plain_passes(name: str) -> None:
     for n, context in enumerate(contexts):
         padded[n, : len(context)] = context
     drawn, recorded = lm(padded, max_tokens=4).sample_with_log_prob((2,))
-    with torch.no_grad():
-        again = torch.stack(
-            [torch.stack([alone(lm, c, t).sum() for c, t in zip(contexts, row, strict=True)]) for row in drawn]
-        )
-    torch.testing.assert_close(recorded, again, atol=1e-4, rtol=0)
+    torch.testing.assert_close(recorded, drawn_alone(lm, contexts, drawn), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["Bloom", "Mamba", "Qwen3Next", "Jamba"])
@@ -137,27 +124,7 @@ def test_adapters_of_models_read_by_rows_have_their_gradient(name: str) -> None:
     lm = make(name)
     if name in ("Bloom", "Mamba"):  # experts are multiplied in single precision at most
         lm.transformer.double()
-    context, text = torch.randint(1, 12, (7,)), torch.randint(1, 12, (2, 4))
-
-    def program() -> None:
-        pyro.sample("z", lm(context, max_tokens=4))
-
-    guide = AutoregressiveGuide(program, lm, prompt={"z": lambda: [context]}, rank=2, seed=0)
-    with torch.no_grad():
-        for parameter in guide.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    gradients = []
-    for own in (True, False):
-        guide.zero_grad()
-        if own:
-            lm(context, max_tokens=4).with_context(context, guide.adapter).log_prob(text).sum().backward()
-        else:
-            with lm.using(guide.adapter):
-                sum(alone(lm, context, row).sum() for row in text).backward()
-        # Layers that no token came to have none.
-        gradients.append(
-            torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in guide.parameters()])
-        )
+    gradients = adapter_gradients(lm, torch.randint(1, 12, (7,)), torch.randint(1, 12, (2, 4)))
     size = float(gradients[1].abs().max())
     assert size > 1e-3
     assert float((gradients[0] - gradients[1]).abs().max()) < 1e-4 * size

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from plain_pass import adapter_gradients, alone, drawn_alone
 
 from llmppl import LM
-from llmppl.guides import AutoregressiveGuide
 from llmppl.network import scoring
 from llmppl.testing import tiny_lm
 
@@ -66,15 +66,6 @@ def make(name: str) -> LM:
     return LM(model, tiny_lm(vocabulary=12).codec._tokenizer)
 
 
-def alone(lm: LM, context: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """log p of one text after one context, by a plain forward pass."""
-    ids = torch.cat([context, text])[None]
-    with torch.no_grad():
-        log_probs = lm.transformer(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)
-    at = torch.arange(len(context) - 1, ids.shape[1] - 1)
-    return log_probs[at, ids[0, at + 1]]
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_texts_far_beyond_the_window_have_their_probabilities(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of 32 tokens and a window of 5; packed in one chunk, and in chunks of 20 tokens. That the window matters
@@ -85,9 +76,10 @@ def test_texts_far_beyond_the_window_have_their_probabilities(name: str, monkeyp
     contexts[1, :16] = contexts[0, :16]  # a shared beginning
     texts = torch.randint(1, 12, (2, 3, 9))
     texts[:, 1, :4] = texts[:, 0, :4]
-    wanted = torch.stack(
-        [torch.stack([alone(lm, context, text) for text in row]) for context, row in zip(contexts, texts, strict=True)]
-    )
+    with torch.no_grad():
+        wanted = torch.stack(
+            [torch.stack([alone(lm, c, text) for text in row]) for c, row in zip(contexts, texts, strict=True)]
+        )
     law = lm(contexts[:, None], max_tokens=9)
     torch.testing.assert_close(law.token_log_prob(texts), wanted, atol=within, rtol=0, check_dtype=False)
     monkeypatch.setitem(scoring.MAX_NODES, "cpu", 20)
@@ -96,10 +88,7 @@ def test_texts_far_beyond_the_window_have_their_probabilities(name: str, monkeyp
     )
     # Drawing keeps its own keys and values, and records the same.
     drawn, recorded = lm(contexts, max_tokens=9).sample_with_log_prob((2,))
-    again = torch.stack(
-        [torch.stack([alone(lm, c, t).sum() for c, t in zip(contexts, row, strict=True)]) for row in drawn]
-    )
-    torch.testing.assert_close(recorded, again, atol=within, rtol=0, check_dtype=False)
+    torch.testing.assert_close(recorded, drawn_alone(lm, contexts, drawn), atol=within, rtol=0, check_dtype=False)
     whole = make(name)
     whole.network.windows = type(whole.network.windows)(dict.fromkeys(whole.network.windows.limits, ("full", 0)))
     assert float((whole(contexts[:, None], max_tokens=9).token_log_prob(texts) - wanted).abs().max()) > 1e-3
@@ -107,29 +96,7 @@ def test_texts_far_beyond_the_window_have_their_probabilities(name: str, monkeyp
 
 def test_an_adapter_has_the_gradient_of_a_plain_pass_under_a_window() -> None:
     lm = make("gemma3")
-    context, text = torch.randint(1, 12, (20,)), torch.randint(1, 12, (6,))
-
-    def program() -> None:
-        import pyro
-
-        pyro.sample("z", lm(context, max_tokens=6))
-
-    guide = AutoregressiveGuide(program, lm, prompt={"z": lambda: [context]}, rank=2, seed=0)
-    with torch.no_grad():
-        for parameter in guide.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    gradients = []
-    for packed in (True, False):
-        guide.zero_grad()
-        if packed:
-            lm(context, max_tokens=6).with_context(context, guide.adapter).log_prob(text).backward()
-        else:
-            with lm.using(guide.adapter):
-                ids = torch.cat([context, text])[None]
-                log_probs = lm.transformer(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
-                at = torch.arange(len(context) - 1, ids.shape[1] - 1)
-                log_probs[at, ids[0, at + 1]].sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in guide.parameters()]))
+    gradients = adapter_gradients(lm, torch.randint(1, 12, (20,)), torch.randint(1, 12, (1, 6)))
     torch.testing.assert_close(*gradients, atol=1e-8, rtol=1e-6)
     assert float(gradients[0].abs().max()) > 1e-3
 
