@@ -23,7 +23,7 @@ def alone(lm: LM, context: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
 def drawn_alone(lm: LM, contexts: Sequence[torch.Tensor], drawn: torch.Tensor) -> torch.Tensor:
     """log p of texts ``(K, N, T)`` after ``N`` contexts, each by a pass of its own, ``(K, N)``."""
     return torch.stack(
-        [torch.stack([alone(lm, c, t).sum() for c, t in zip(contexts, row, strict=True)]) for row in drawn]
+        [torch.stack([alone(lm, c, t[t >= 0]).sum() for c, t in zip(contexts, row, strict=True)]) for row in drawn]
     )
 
 

@@ -114,7 +114,9 @@ def test_scores_and_draws_are_those_of_plain_passes(name: str) -> None:
     padded = torch.full((2, 14), -1)
     for n, context in enumerate(contexts):
         padded[n, : len(context)] = context
-    drawn, recorded = lm(padded, max_tokens=4).sample_with_log_prob((2,))
+    # Rows end at different places, and those that have ended leave the others.
+    drawn, recorded = lm(padded, max_tokens=6, stop=[1, 2, 3, 4]).sample_with_log_prob((4,))
+    assert len(set((drawn >= 0).sum(-1).flatten().tolist())) > 1
     torch.testing.assert_close(recorded, drawn_alone(lm, contexts, drawn), atol=1e-4, rtol=0)
 
 
