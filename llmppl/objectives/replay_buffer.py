@@ -25,6 +25,9 @@ PRIORITIES = ("log_joint", "log_weight", "uniform")
 class ReplayBuffer:
     """Latent configurations of each observation, none twice.
 
+    The joint of a configuration is kept with it, and of a program without learned parameters it is taken to stay the
+    same. Where a program changes otherwise, by a factor that is annealed, say, use another buffer.
+
     :param capacity: most configurations of one observation; the one of least priority leaves.
     :param observations: most observations; the one least recently seen leaves with all its own.
     :param priority: what is drawn more often and kept longer, by rank (a draw's probability falls as
