@@ -34,6 +34,12 @@ class Compiled:
         kwargs: dict[str, Any],
         lm: LM | None,
     ) -> Any:
+        return self.at(params, args, kwargs, lm)(keys)
+
+    def at(
+        self, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], lm: LM | None
+    ) -> Callable[[Any], Any]:
+        """The function of the keys alone, for arguments that are encoded once."""
         leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=lambda value: value is not args and _is_leaf(value))
         leaves = [_argument(leaf, lm) for leaf in leaves]
         moving = [leaf if _moves(leaf) else None for leaf in leaves]
@@ -48,7 +54,8 @@ class Compiled:
                 return self.function(keys, params, own_args, own_kwargs)
 
             self.variants[which] = jit(function)
-        return self.variants[which](keys, params, moving)
+        variant = self.variants[which]
+        return lambda keys: variant(keys, params, moving)
 
     def count(self) -> int:
         """How often it was compiled."""

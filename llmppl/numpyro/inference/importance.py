@@ -90,11 +90,12 @@ def importance(
         error = RunningError()
         # The sample's number makes its key, so that the blocks do not matter.
         keys = jax.vmap(lambda number: random.fold_in(rng_key, number))
+        once = compiled.at(own_params, args, kwargs, lm)
         drawn = 0
         with tqdm(total=num_samples, desc="importance", disable=not progress, delay=5, leave=False) as bar:
             while drawn < num_samples:
                 count = min(size, num_samples - drawn)
-                found = compiled(keys(drawn + jnp.arange(size)), own_params, args, kwargs, lm)
+                found = once(keys(drawn + jnp.arange(size)))
                 particles: Particle = jax.tree.map(np.asarray, found)
                 if (bad := faulty(particles)) is not None:
                     values = {name: jnp.asarray(value[bad]) for name, value in particles.values.items()}

@@ -107,11 +107,12 @@ def smc(
             check_lists(args)
         stages = Stages(model, guide, args, kwargs)
         lm = language_model(told, stages.sites, stages.proposed)
+        once = compiled.at(params or {}, args, kwargs, lm)
         parts = []
         for key in tqdm(
             random.split(rng_key, num_runs), desc="smc", unit="run", disable=not progress, delay=5, leave=False
         ):
-            parts.append(posterior_of(compiled(key, params or {}, args, kwargs, lm), stages, exactness))
+            parts.append(posterior_of(once(key), stages, exactness))
         posterior = pooled(parts)
         if np.isneginf(posterior.log_evidence).any():
             raise ValueError(
