@@ -10,11 +10,10 @@ NEWER := $(PYTHON312) python3.12 python3.13 python3.14 $(sort $(wildcard $(HOME)
 demo: venv
 	$(BIN)/llmppl demo
 
-# The two environments are installed side by side.
+# The small environment is installed, and its tests are run, while the large one is installed.
 test:
-	$(MAKE) --no-print-directory -j2 venv venv-arviz
+	$(MAKE) --no-print-directory -j2 venv test-arviz
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
-	$(MAKE) --no-print-directory test-arviz
 
 # The main environment has the ArviZ of Python 3.11; this one has arviz 1.x, and neither torch nor Pyro.
 test-arviz: venv-arviz
