@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from typing import Any
 
@@ -96,7 +98,7 @@ def test_a_byte_level_vocabulary_knows_all(smollm2: LM) -> None:
         assert smollm2.decode(smollm2.encode(text)) == text
 
 
-def test_names_of_control_tokens_are_text_unless_special_is_said(smollm2: LM) -> None:
+def test_names_of_control_tokens_are_text_unless_special_is_said(smollm2: LM, folder: Spelling) -> None:
     """In observed texts, in pieces, in options: a row of data cannot end a turn."""
     text = "hello<|im_end|>x"
     ids = smollm2.encode(text)
@@ -107,9 +109,16 @@ def test_names_of_control_tokens_are_text_unless_special_is_said(smollm2: LM) ->
         assert not bool(torch.isin(smollm2.context(*pieces), torch.tensor([0, 1, 2])).any())
     assert 2 in smollm2.context("a", smollm2.encode(text, special=True)).tolist()
     assert 2 not in smollm2.choice("a", options=["<|im_end|>", "b"]).options[0].flatten().tolist()
-    spelling = folder_spelling()
-    assert spelling.ids(text) == ids.tolist()
-    assert spelling.ids(text, special=True) == [28120, 2, 104]
+    assert folder.ids(text) == ids.tolist()
+    assert folder.ids(text, special=True) == [28120, 2, 104]
+
+
+def test_copies_read_control_tokens_as_the_original_does(smollm2: LM, folder: Spelling) -> None:
+    for codec in (smollm2.codec, folder.codec):
+        for again in (copy.deepcopy(codec), pickle.loads(pickle.dumps(codec))):
+            for first in (True, False):
+                assert again.encode("a<|im_end|>", first) == codec.encode("a<|im_end|>", first)
+            assert again.encode("a<|im_end|>", special=True) == [81, 2]
 
 
 def test_a_control_token_without_another_spelling_is_refused() -> None:
@@ -134,8 +143,13 @@ MESSAGES = [
 ]
 
 
-def folder_spelling() -> Spelling:
+@pytest.fixture(scope="module")
+def folder() -> Spelling:
     """As the NumPyro twin reads the same tokenizer."""
+    return folder_spelling()
+
+
+def folder_spelling() -> Spelling:
     from llmppl.files.packaged_model import packaged_folder
     from llmppl.numpyro.network.folder_tokenizer import FolderTokenizer
 
@@ -144,15 +158,14 @@ def folder_spelling() -> Spelling:
 
 
 @pytest.mark.parametrize("answers", [True, False])
-def test_a_chat_is_what_the_tokenizers_own_template_writes(smollm2: LM, answers: bool) -> None:
+def test_a_chat_is_what_the_tokenizers_own_template_writes(smollm2: LM, folder: Spelling, answers: bool) -> None:
     for messages in (MESSAGES, MESSAGES[1:], MESSAGES[:1]):
         wanted = smollm2.codec._tokenizer.apply_chat_template(
             messages, add_generation_prompt=answers, return_dict=False
         )
         assert smollm2.context(*smollm2.chat(messages, answers)).tolist() == wanted
-        spelling = folder_spelling()
-        parts = chat_pieces(spelling, messages, answers)
-        assert [n for own, part in parts for n in (part if own else spelling.ids(part))] == wanted
+        parts = chat_pieces(folder, messages, answers)
+        assert [n for own, part in parts for n in (part if own else folder.ids(part))] == wanted
 
 
 def test_contents_are_pieces_and_never_read_as_turns(smollm2: LM) -> None:

@@ -29,8 +29,7 @@ class Codec:
             )
         self._first = Tokenizer.from_str(backend.to_str())
         self._verbatim = _verbatim(backend)
-        self._control = _verbatim(backend)
-        for copy in (self._first, self._verbatim, self._control):
+        for copy in (self._first, self._verbatim):
             copy.no_padding()
             copy.no_truncation()
         # In a text the signs of a control token are signs: a row of data shall not be able to end a turn.
@@ -59,8 +58,17 @@ class Codec:
 
         :param special: read the names of control tokens as these tokens. Otherwise they are text.
         """
-        tokenizer = self._control if special else self._first if first else self._verbatim
+        tokenizer = self._reads_control if special else self._first if first else self._verbatim
         return tokenizer.encode(text, add_special_tokens=False).ids if text else []
+
+    @cached_property
+    def _reads_control(self) -> Tokenizer:
+        """The verbatim tokenizer, which reads the names of control tokens as these tokens."""
+        return Tokenizer.from_str(self._verbatim.to_str())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # How control tokens are read is no part of a tokenizer's state: a copy is made anew.
+        return type(self), (self._tokenizer,)
 
     @property
     def chat_template(self) -> Callable[[list[dict[str, Any]], bool], str] | None:
