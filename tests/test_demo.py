@@ -31,7 +31,7 @@ def test_the_stories_are_five_sentences_and_the_held_out_ones_are_not_trained_on
         assert ending.count(".") == 1
 
 
-def test_the_keyword_demo_trains_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_keyword_demo_trains_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2: LM) -> None:
     monkeypatch.setattr(keyword_demo, "UNSEEN", 4)
     path = str(tmp_path / "guide.safetensors")
     arguments = ["demo", "--pairs", "6", "--steps", "8", "--samples", "4", "--held-out", "1", "--save", path]
@@ -47,6 +47,7 @@ def test_the_keyword_demo_trains_and_reports(tmp_path: Path, monkeypatch: pytest
         "times cheaper",
     ):
         assert text in result.output
+    monkeypatch.setattr(LM, "from_pretrained", lambda name: smollm2)  # loaded once, as users do, is enough
     result = CliRunner().invoke(
         app,
         ["write", "Tom could not find the key. So he could not open the", "--keyword", "Door", "--guide", path,
@@ -67,7 +68,7 @@ def test_the_held_out_pairs_are_of_stories_that_no_guide_has_seen() -> None:
 
 
 def test_the_demo_trains_and_reports(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: object
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: object, smollm2: LM
 ) -> None:
     monkeypatch.setattr(demo, "PARTICLES", 3)
     monkeypatch.setattr(demo, "STORIES_A_STEP", 1)
@@ -95,6 +96,7 @@ def test_the_demo_trains_and_reports(
     for text in ("prompt guide", "trained here, 1 steps", "shipped adapter", "CPU s/sample", "gap"):
         assert text in result.output
     # Trained one step, saved, and used on the user's own story.
+    monkeypatch.setattr(LM, "from_pretrained", lambda name: smollm2)
     result = CliRunner().invoke(
         app,
         [
