@@ -16,7 +16,9 @@ from test_objectives import perturbed
 from llmppl import LM, exact_posterior, smc
 from llmppl.guides import AutoregressiveGuide, PromptGuide
 from llmppl.inference.resampling import effective_size, resample, without_replacement
+from llmppl.inference.writing import Writing
 from llmppl.posterior.smc_runs import SCHEMES
+from llmppl.programs.structure import structure
 from llmppl.testing import tiny_lm
 
 FROM_PRIOR = {"middle": lambda beginning: [beginning]}
@@ -99,6 +101,47 @@ def test_the_evidence_estimate_is_unbiased(story: Story, targets: str, resamplin
 
 
 @pytest.mark.parametrize("targets", ["prefixes", "flows"])
+def test_a_defensive_share_is_the_mixture_of_both_laws(story: Story, targets: str) -> None:
+    """Without resampling every weight is p(x, z) / (.7 q(z) + .3 p(z)); with it the evidence stays unbiased."""
+    guide = perturbed(AutoregressiveGuide(story.program, story.lm, FROM_PRIOR, rank=2), 0.3)
+    settings = {"targets": targets, "check_every": 1, "seed": 7, "defensive": 0.3, "progress": False}
+    posterior = smc(story.program, guide, 200, ess_threshold=0.0, **settings)(*story.args)
+    texts, log_joint = story.joint()
+    index = (torch.as_tensor(posterior.samples["middle"])[:, None] == texts).all(-1).long().argmax(-1)
+    log_q = structure(guide, story.args, {}).nodes["middle"]["fn"].log_prob(texts).detach()
+    mixture = torch.logaddexp(math.log(0.7) + log_q, math.log(0.3) + story.prior().log_prob(texts))
+    assert len(index.unique()) > 10
+    np.testing.assert_allclose(posterior.log_weights, (log_joint - mixture)[index].numpy(), atol=1e-9)
+
+    exact = float(log_joint.logsumexp(0))
+    run = smc(story.program, near_prior(story), 6, ess_threshold=1.0, vectorize_data=True, **settings)
+    rows = run([story.beginning] * ROWS, [story.ending] * ROWS)
+    ratio = np.exp(rows.log_evidence - exact)
+    error = ratio.std(ddof=1) / ROWS**0.5
+    assert error < 0.12
+    assert abs(ratio.mean() - 1) < 3 * error
+    assert (rows.distinct_ancestors < 6).any(), "nothing was resampled: the test tests nothing"
+
+
+def test_a_mixed_text_keeps_its_own_odds_through_resampling(story: Story) -> None:
+    """The next token is mixed by what both laws have made of the text that is now there."""
+    guide = perturbed(AutoregressiveGuide(story.program, story.lm, FROM_PRIOR, rank=2), 0.5)
+    q = structure(guide, story.args, {}).nodes["middle"]["fn"].expand((3,))
+    writing = Writing(q, story.prior().expand((3,)), False, None, 0.3)
+    own_q, own_p = writing.own_q[0], writing.next_p[0]
+    tokens = torch.tensor([0, 1, 2])
+    writing.write(tokens)
+    source = torch.tensor([2, 2, 1])
+    writing.reorder(source)
+    writing._last = tokens[source]
+    writing.advance()
+    log_q, log_p = own_q[tokens[source], None] + writing.own_q, own_p[tokens[source], None] + writing.next_p
+    begun = torch.logaddexp(math.log(0.7) + own_q, math.log(0.3) + own_p)[tokens[source], None]
+    expected = torch.logaddexp(math.log(0.7) + log_q, math.log(0.3) + log_p) - begun
+    torch.testing.assert_close(writing.next_q, expected)
+
+
+@pytest.mark.parametrize("targets", ["prefixes", "flows"])
 def test_weighted_particles_follow_the_posterior(story: Story, targets: str) -> None:
     """Weighted frequencies of texts over 1000 runs, Ẑ-weighted, within 4 standard errors of p(z|x)."""
     run = smc(story.program, None, 6, targets, ess_threshold=1.0, check_every=1, vectorize_data=True, seed=5)
@@ -129,8 +172,6 @@ def test_reported_joint_and_token_scores_are_those_of_the_texts(story: Story, mo
     texts, log_joint = story.joint()
     index = (torch.as_tensor(posterior.samples["middle"])[:, None] == texts).all(-1).long().argmax(-1)
     np.testing.assert_allclose(posterior.log_joint, log_joint[index].numpy(), atol=1e-9)
-    from llmppl.programs.structure import structure
-
     log_q = structure(guide, story.args, {}).nodes["middle"]["fn"].token_log_prob(texts).detach()
     np.testing.assert_allclose(posterior.token_log_q["middle"], log_q[index].numpy(), atol=1e-9)
     likelihood = posterior.log_joint - posterior.token_log_p["middle"].sum(-1)
@@ -324,6 +365,9 @@ def test_bad_input_is_named(story: Story) -> None:
         ({"ess_threshold": 1.5}, "ess_threshold=1.5 must be a share"),
         ({"num_runs": 0}, "num_runs must be at least 1"),
         ({"check_every": 0}, "check_every must be at least 1"),
+        ({"defensive": 1.0}, "defensive=1.0 is a share"),
+        ({"defensive": 0.1}, "give a guide"),
+        ({"defensive": 0.1, "guide": near_prior(story), "resampling": "optimal"}, "another resampling"),
     ):
         with pytest.raises(ValueError, match=message):
             smc(story.program, **keywords)

@@ -12,7 +12,7 @@ from llmppl.distributions.process_text import ProcessText
 from llmppl.network.drawing import NotFiniteError, draw
 from llmppl.network.scoring import Request, check_length
 from llmppl.network.text_law import TextLaw
-from llmppl.network.text_tensors import check_text, pad_scores, unpad_rows
+from llmppl.network.text_tensors import check_text, lengths, pad_scores, unpad_rows
 
 MOST_RECALLED = 4096
 """Draws of the frozen model whose log-probabilities are kept, at most."""
@@ -58,6 +58,14 @@ class AutoregressiveText(ProcessText):
         """The same law after another context, under another adapter."""
         return AutoregressiveText(self.lm, context, self.law, adapter, self._validate_args, self.sampling_dtype)
 
+    def rows(self, index: Tensor | slice) -> AutoregressiveText:
+        """The laws of some rows of the batch, by an index of its first dimensions or a mask."""
+        return self._at_site(self.with_context(self.context[index], self.adapter))
+
+    def _at_site(self, other: Any) -> Any:
+        other.site = self.site
+        return other
+
     def expand(self, batch_shape: Any, _instance: object = None) -> AutoregressiveText:
         batch_shape = torch.Size(batch_shape)
         expanded = self.with_context(self.context.expand(batch_shape + self.context.shape[-1:]), self.adapter)
@@ -90,6 +98,31 @@ class AutoregressiveText(ProcessText):
         token_log_probs = token_log_probs.reshape(tokens.shape)
         self.remember(tokens, token_log_probs)
         return tokens, token_log_probs.sum(-1)
+
+    def next_log_probs(self, logits: Tensor, begun: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The law of the next token of texts that have begun, ``(P, V)``, nats.
+
+        :param logits: ``(P, V)``, the network's after the contexts and what has begun.
+        :param begun: ``(P, t)``, what is written so far; padding in it is skipped.
+        :param rows: which row of the flattened batch each is, ``(P,)``; by default one after another.
+        :raises ValueError: NaN, with the site.
+        """
+        prefixes = None if self.law.grammar is None else unpad_rows(begun)
+        log_probs = self.law.scaled_logits(logits, lengths(begun), prefixes).log_softmax(-1)
+        if bool(log_probs.isnan().any()):
+            raise NotFiniteError(
+                f"site {self.site!r}: the network's log-probabilities are NaN. Check the model's weights and dtype: "
+                "float16 overflows."
+            )
+        return log_probs
+
+    def not_terminable(self) -> str | None:
+        """Why some prefix of a text is no text once it is ended; ``None`` where each is."""
+        if not len(self.law.stop):
+            return "has no stop token, so it cannot end at every prefix"
+        if self.law.grammar is not None:
+            return "has a grammar, so its prefixes may be no texts"
+        return None
 
     def token_log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of each token, in nats, zero behind the end.

@@ -111,6 +111,7 @@ class TwistedText(AutoregressiveText):
         validate_args: bool | None = None,
     ) -> None:
         self.words, self.twist = words, twist
+        self._walk: WordWalk | None = None
         shape = torch.broadcast_shapes(context.shape[:-1], words.shape[:-1])
         super().__init__(lm, context.expand(shape + context.shape[-1:]), law, adapter, validate_args)
 
@@ -118,6 +119,14 @@ class TwistedText(AutoregressiveText):
         """The same law and words after another context, under another adapter."""
         lm: Any = self.lm
         return TwistedText(lm, context, self.law, self.words, self.twist, adapter, self._validate_args)
+
+    def rows(self, index: Tensor | slice) -> TwistedText:
+        lm: Any = self.lm
+        words = self.words.expand(self.batch_shape + self.words.shape[-1:])[index]
+        chosen = TwistedText(
+            lm, self.context[index], self.law, words, self.twist, self.adapter, self._validate_args
+        )  # fmt: skip
+        return self._at_site(chosen)
 
     def expand(self, batch_shape: Any, _instance: object = None) -> TwistedText:
         shape, lm = torch.Size(batch_shape), self.lm
@@ -158,6 +167,18 @@ class TwistedText(AutoregressiveText):
         token_log_probs = token_log_probs.reshape(tokens.shape)
         self.remember(tokens, token_log_probs)
         return tokens, token_log_probs.sum(-1)
+
+    def next_log_probs(self, logits: Tensor, begun: Tensor, rows: Tensor | None = None) -> Tensor:
+        log_probs = super().next_log_probs(logits, begun, rows)
+        if self._walk is None:
+            known: Any = self.lm
+            self._walk = WordWalk(known, self.law, self._strings(torch.Size(self.batch_shape)), self.twist)
+        numbers = range(len(begun)) if rows is None else rows.tolist()
+        with torch.no_grad():
+            return self._walk(log_probs, list(numbers), begun)
+
+    def not_terminable(self) -> str | None:
+        return "is twisted towards a word, so it does not end without it"
 
     def pending(self, value: Tensor) -> Pending | None:
         value = check_text(value, "value", self.law.vocabulary)

@@ -116,18 +116,20 @@ class WordWalk(WordClasses):
         self.twist = twist
 
     def __call__(self, log_probs: Tensor, rows: list[int], texts: Tensor) -> Tensor:
-        places = []
+        places, steps = [], []
         for row, tokens in zip(rows, texts.tolist(), strict=True):
             word = self.words[row]
             known = [token for token in tokens if token != PAD]
             places.append((word, self.tokens.states(word, BETWEEN, known)[-1] if word else HAS))
+            steps.append(len(known))
         masses = self.masses(log_probs, range(len(rows)), places)
-        boosts = self.twist(self.features(masses, places, [texts.shape[-1]] * len(rows)))
-        boosts = torch.where(torch.tensor([bool(word) for word, _ in places])[:, None], boosts, 0.0)
+        boosts = self.twist(self.features(masses, places, steps))
+        told = torch.tensor([bool(word) for word, _ in places], device=boosts.device)
+        boosts = torch.where(told[:, None], boosts, 0.0)
         twisted = log_probs.clone()
         for n, place in enumerate(places):
             if place[0]:
-                ids, kinds = (torch.from_numpy(part) for part in self.of(*place))
+                ids, kinds = (torch.from_numpy(part).to(twisted.device) for part in self.of(*place))
                 twisted[n, ids] += boosts[n, kinds].to(twisted.dtype)
         return twisted.log_softmax(-1)
 

@@ -19,7 +19,7 @@ from llmppl.distributions.autoregressive_text import AutoregressiveText
 from llmppl.inference.blocks import block_size
 from llmppl.inference.gathering import Gathering, check_unscaled, of_observations
 from llmppl.inference.stages import Stages, Values
-from llmppl.network.drawing import NotFiniteError, Stream, choose
+from llmppl.network.drawing import Stream, choose
 from llmppl.network.text_tensors import unpad_rows
 from llmppl.posterior.posterior import Posterior
 from llmppl.programs.particles import Particles, compute_log_prob
@@ -181,7 +181,7 @@ class _Writer(Messenger):
         fn = msg["fn"]
         if isinstance(fn, AutoregressiveText):
             rows = fn.context.reshape(-1, fn.context.shape[-1])
-            value = _write(fn, rows, self.rule, msg["name"]).reshape(fn.batch_shape + fn.event_shape)
+            value = _write(fn, rows, self.rule).reshape(fn.batch_shape + fn.event_shape)
         elif fn.has_enumerate_support:
             support, log_probs = _values(fn, msg["name"])
             taken = self.rule(log_probs.movedim(0, -1).reshape(-1, len(support)))
@@ -210,7 +210,7 @@ def _particles(stages: Stages, values: Values) -> Particles:
     return particles
 
 
-def _write(fn: AutoregressiveText, contexts: Tensor, rule: _Rule, site: str) -> Tensor:
+def _write(fn: AutoregressiveText, contexts: Tensor, rule: _Rule) -> Tensor:
     """Texts after contexts ``(N, L)``, token by token: ``(N, max_tokens)``."""
     law = fn.law
     assert law.max_tokens is not None
@@ -219,7 +219,7 @@ def _write(fn: AutoregressiveText, contexts: Tensor, rule: _Rule, site: str) -> 
     with fn.lm.using(fn.adapter):
         stream = Stream(fn.lm.transformer, unpad_rows(contexts))
         for step in range(law.max_tokens):
-            token = rule(_next(fn, stream, texts[rows, :step], site))
+            token = rule(fn.next_log_probs(stream.logits, texts[rows, :step], rows))
             texts[rows, step] = token
             kept = (~law.is_stop(token)).nonzero()[:, 0]
             if step + 1 == law.max_tokens or not len(kept):
@@ -228,16 +228,6 @@ def _write(fn: AutoregressiveText, contexts: Tensor, rule: _Rule, site: str) -> 
             stream.advance(token[kept])
             rows = rows[kept]
     return texts
-
-
-def _next(fn: AutoregressiveText, stream: Stream, begun: Tensor, site: str) -> Tensor:
-    """Log-probabilities of the next token of texts that have begun with ``(N, t)``."""
-    steps = torch.full((len(begun),), begun.shape[-1], device=begun.device)
-    prefixes = None if fn.law.grammar is None else begun.tolist()
-    log_probs = fn.law.scaled_logits(stream.logits, steps, prefixes).log_softmax(-1)
-    if bool(log_probs.isnan().any()):
-        raise NotFiniteError(f"site {site!r}: the network's log-probabilities are NaN. Check its weights and dtype.")
-    return log_probs
 
 
 def _values(fn: Any, name: str) -> tuple[Tensor, Tensor]:
@@ -277,7 +267,7 @@ def _beam_search(stages: Stages) -> Particles:
         flat = score.reshape(stages.count, -1).T  # (rows, B)
         if isinstance(fn, AutoregressiveText):
             contexts = fn.context.reshape(stages.count, -1, fn.context.shape[-1]).movedim(0, 1)
-            found, flat, source = _beams(fn, contexts, flat, name)
+            found, flat, source = _beams(fn, contexts, flat)
         elif fn.has_enumerate_support:
             support, log_probs = _values(fn, name)
             steps = log_probs.reshape(len(support), stages.count, -1).movedim(0, -1).movedim(0, 1).double().cpu()
@@ -304,7 +294,7 @@ def _best(candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return score, index // size, index % size
 
 
-def _beams(fn: AutoregressiveText, contexts: Tensor, score: Tensor, site: str) -> tuple[Tensor, Tensor, Tensor]:
+def _beams(fn: AutoregressiveText, contexts: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Beam search over one text for each row; an ended text competes with its score as it is.
 
     :param contexts: of each beam, ``(rows, B, L)``.
@@ -315,13 +305,15 @@ def _beams(fn: AutoregressiveText, contexts: Tensor, score: Tensor, site: str) -
     assert law.max_tokens is not None
     texts = torch.full((count, beams, law.max_tokens), PAD, dtype=torch.long)
     source = torch.arange(beams).expand(count, beams)
+    numbers = torch.arange(beams * count).reshape(beams, count).T  # of the beams in the flattened batch
     is_open = score.isfinite()
     with fn.lm.using(fn.adapter):
         stream = Stream(fn.lm.transformer, unpad_rows(contexts[is_open.to(contexts.device)]))
         for step in range(law.max_tokens):
             place = torch.full((count, beams), -1)
             place[is_open] = torch.arange(int(is_open.sum()))
-            log_probs = _next(fn, stream, texts[is_open][:, :step].to(contexts.device), site).double().cpu()
+            begun, rows = texts[is_open][:, :step].to(contexts.device), numbers.gather(1, source)[is_open]
+            log_probs = fn.next_log_probs(stream.logits, begun, rows.to(contexts.device)).double().cpu()
             candidates = torch.full((count, beams, log_probs.shape[-1]), -torch.inf, dtype=torch.float64)
             candidates[..., 0] = score
             candidates[is_open] = score[is_open][:, None] + log_probs

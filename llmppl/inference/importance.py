@@ -15,7 +15,7 @@ from llmppl.inference.blocks import block_size
 from llmppl.inference.gathering import Gathering, NoWeightError, check_unscaled, of_observations
 from llmppl.inference.simulated_pairs import score_given
 from llmppl.inference.stages import latents_of
-from llmppl.posterior.exactness import check_scores_given, check_weights
+from llmppl.posterior.exactness import check_scores_given, check_share, check_weights
 from llmppl.posterior.posterior import Posterior
 from llmppl.posterior.running_error import RunningError, check_target, plan
 from llmppl.programs.particles import check_finite, log_prior, run_particles
@@ -76,8 +76,7 @@ def importance(
         raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
     if target_error is not None:
         check_target(target_error, num_samples)
-    if not 0 <= defensive < 1:
-        raise ValueError(f"defensive={defensive} is a share of the samples: from 0 to below 1, e.g. 0.1.")
+    check_share(defensive)
     exactness = check_weights(guide)
     if defensive:
         check_scores_given(guide, "defensive=")

@@ -273,10 +273,8 @@ class _Chains:
         moved = self._one_entry(front)
         if isinstance(fn, AutoregressiveText):
             length = value.shape[-1] if self.kernel != "block" else self.block
-            rows = fn.with_context(fn.context[moved], fn.adapter)
-            rows.site = name
             new = value.clone()
-            new[moved], ratios = propose(rows, value[moved], length)
+            new[moved], ratios = propose(fn.rows(moved), value[moved], length)
             ratio = torch.zeros(front, dtype=torch.float64, device=value.device)
             ratio[moved] = ratios
         else:

@@ -34,8 +34,10 @@ class Population:
         ess_threshold: float,
         check_every: int | None,
         retained: Values | None = None,
+        defensive: float = 0.0,
     ) -> None:
         assert retained is None or resampling == "multinomial"
+        self.defensive = defensive
         self.stages, self.resampling, self.threshold, self.retained = stages, resampling, ess_threshold, retained
         self.targets, self.check_every = targets, check_every
         self.values: Values = {}
@@ -114,7 +116,7 @@ class Population:
         retained = (
             None if self.retained is None else stages.whole(self.retained[name], 1)[0].reshape(-1, q.event_shape[0])
         )
-        writing = Writing(q, p, reads_prior=targets == "prefixes", retained=retained)
+        writing = Writing(q, p, targets == "prefixes", retained, self.defensive)
         if self.resampling == "optimal" and math.prod(q.batch_shape) != math.prod(stages.shape):
             raise ValueError(
                 f"resampling='optimal' needs one text a particle, and site {name!r} stands in a plate that does not "
@@ -146,11 +148,7 @@ class Population:
         self.recorded[name] = writing.log_q[source].reshape(self.values[name].shape)
 
     def _targets(self, name: str, q: AutoregressiveText) -> str:
-        reason = None
-        if not len(q.law.stop):
-            reason = "has no stop token, so it cannot end at every prefix"
-        elif q.law.grammar is not None:
-            reason = "has a grammar, so its prefixes may be no texts"
+        reason = q.not_terminable()
         if self.targets == "flows" and reason is not None:
             raise ValueError(
                 f"targets='flows': latent site {name!r} {reason}. Use targets='prefixes', or pass stop= and no "

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmppl.distributions.autoregressive_text import AutoregressiveText
-from llmppl.network.drawing import NotFiniteError, Stream, choose, rows_at_once
+from llmppl.network.drawing import Stream, choose, rows_at_once
 from llmppl.network.text_law import TextLaw
 from llmppl.network.text_tensors import lengths, unpad_rows
 from llmppl.text import PAD
@@ -37,7 +37,7 @@ def propose(fn: AutoregressiveText, texts: Tensor, block: int) -> tuple[Tensor, 
     start = (torch.rand(len(texts), dtype=torch.float64, device=texts.device) * count).long()
     drawn = torch.full_like(texts, PAD)
     # There: drawn. Back: the same place of the same text, made to write the old tokens again.
-    twice = fn.with_context(fn.context.repeat(2, 1), fn.adapter)
+    twice = fn.rows(torch.arange(len(texts), device=texts.device).repeat(2))
     new, log_q = rewrite(twice, texts.repeat(2, 1), start.repeat(2), block, torch.cat([drawn, texts]))
     there, back = log_q.chunk(2)
     new = new[: len(texts)]
@@ -67,14 +67,14 @@ def rewrite(fn: AutoregressiveText, texts: Tensor, start: Tensor, block: int, ta
         size = rows_at_once(fn.lm.transformer, fn.context.shape[-1] + fn.law.max_tokens)
         for n in range(0, len(texts), size):
             part = slice(n, n + size)
-            results.append(_rewrite(fn, fn.context[part], texts[part], start[part], block, targets[part]))
+            results.append(_rewrite(fn.rows(part), texts[part], start[part], block, targets[part]))
     return torch.cat([new for new, _ in results]), torch.cat([log_q for _, log_q in results])
 
 
 def _rewrite(
-    fn: AutoregressiveText, context: Tensor, texts: Tensor, start: Tensor, block: int, targets: Tensor
+    fn: AutoregressiveText, texts: Tensor, start: Tensor, block: int, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    law, width = fn.law, texts.shape[-1]
+    law, context, width = fn.law, fn.context, texts.shape[-1]
     inner = start + block < lengths(texts)
     last = (start + block).clamp(max=width) - 1
     places = torch.arange(width, device=texts.device)
@@ -89,7 +89,9 @@ def _rewrite(
         stream = Stream(fn.lm.transformer, unpad_rows(torch.cat([context, texts.masked_fill(~before, PAD)], -1)[rows]))
     place = start[rows]
     while len(rows):
-        scaled = _permitted(law, stream.logits, place, inner[rows], last[rows], new[rows], fn.site)
+        begun = new[rows].masked_fill(places >= place[:, None], PAD)
+        log_law = fn.next_log_probs(stream.logits, begun, rows)
+        scaled = _permitted(law, log_law, place, inner[rows], last[rows], width)
         possible = ~torch.isneginf(scaled).all(-1)
         log_probs = scaled.masked_fill(~possible[:, None], 0.0).log_softmax(-1)
         token = torch.where(forced[rows], targets[rows, place], choose(log_probs))
@@ -107,20 +109,12 @@ def _rewrite(
     return new, log_q
 
 
-def _permitted(
-    law: TextLaw, logits: Tensor, place: Tensor, inner: Tensor, last: Tensor, texts: Tensor, site: str | None
-) -> Tensor:
-    """The law's logits, −inf where a token would leave the move, ``(N, V)``."""
-    prefixes = None
-    if law.grammar is not None:
-        prefixes = [text[:n] for text, n in zip(texts.tolist(), place.tolist(), strict=True)]
-    scaled = law.scaled_logits(logits, place, prefixes)
-    if bool(scaled.isnan().any()):
-        raise NotFiniteError(f"site {site!r}: the network's log-probabilities are NaN. Check its weights and dtype.")
-    stops = torch.zeros(scaled.shape[-1], dtype=torch.bool, device=scaled.device)
+def _permitted(law: TextLaw, log_law: Tensor, place: Tensor, inner: Tensor, last: Tensor, width: int) -> Tensor:
+    """The law of the next token, −inf where it would leave the move, ``(N, V)``."""
+    stops = torch.zeros(log_law.shape[-1], dtype=torch.bool, device=log_law.device)
     stops[law.stop] = True
-    must_end = ~inner & (place == last) & (last < texts.shape[-1] - 1)
-    return scaled.masked_fill((inner[:, None] & stops) | (must_end[:, None] & ~stops), -torch.inf)
+    must_end = ~inner & (place == last) & (last < width - 1)
+    return log_law.masked_fill((inner[:, None] & stops) | (must_end[:, None] & ~stops), -torch.inf)
 
 
 def alternatives(law: TextLaw, texts: Tensor, start: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from llmppl.inference.gathering import NoWeightError, check_unscaled, gather, of_observations
 from llmppl.inference.population import Population
 from llmppl.inference.stages import Stages
-from llmppl.posterior.exactness import check_weights
+from llmppl.posterior.exactness import check_share, check_weights
 from llmppl.posterior.posterior import Posterior
 from llmppl.posterior.smc_runs import check_settings, pooled
 from llmppl.programs.particles import Particles
@@ -35,6 +35,7 @@ def smc(
     vectorize_data: bool = False,
     seed: int | None = None,
     progress: bool = True,
+    defensive: float = 0.0,
 ) -> Callable[..., Posterior]:
     r"""Sequential Monte Carlo: a function of the program's arguments that returns a :class:`Posterior`.
 
@@ -52,6 +53,11 @@ def smc(
       of ending it. For a guide that is the posterior it is the exact sum over all continuations. On ended texts
       it is the joint itself, so that all particles can be compared. It costs a scoring of the program at every
       look.
+
+    With ``defensive`` :math:`\alpha` texts are proposed by the mixture :math:`(1-\alpha)\,q(z|x) + \alpha\,p(z)` [4], a
+    token at a time: its next token is that of both, mixed by what each has made of the text so far. Exact like any
+    other proposal, and without resampling no weight exceeds :math:`1/\alpha` of the likelihood. Latents that are no
+    texts are the guide's alone.
 
     A program with several latents is walked through in the guide's order; observed sites are weighed as soon
     as every latent before them is there. Latents that are no texts are proposed whole. A text in an inner
@@ -74,10 +80,13 @@ def smc(
         needs at least 2.
     :param vectorize_data: as for :func:`~llmppl.importance`; each row is an observation of its own.
     :param seed: of the run's random numbers, which are then none of the caller's.
+    :param defensive: share of the prior in what proposes texts, from 0 to below 1. It reads the prior, too, at every
+        token; a :class:`~llmppl.guides.WordGuide` has read it anyway.
     :returns: its :attr:`~Posterior.ess` is the smallest at any look, taken before resampling;
         :attr:`~Posterior.distinct_ancestors` and :meth:`~Posterior.distinct_texts` say what resampling has left.
     :raises ValueError: numbers out of range; flows of texts that cannot end; a guide that misses sites or has
-        no exact density; a scaled site; NaN; no particle of positive weight.
+        no exact density; a scaled site; NaN; no particle of positive weight; ``defensive`` without a guide or under
+        ``"optimal"`` resampling.
 
     References
 
@@ -85,8 +94,15 @@ def smc(
     [2] Hu et al. (2024), `Amortizing intractable inference in large language models`, eq. 3; the flow is that of
     terminable states, F(s) = R(s⊤) / P(⊤|s).
     [3] Fearnhead, Clifford (2003), `On-line inference for hidden Markov models via particle filters`.
+    [4] Hesterberg (1995), `Weighted average importance sampling and defensive mixture distributions`.
     """
     check_settings(num_samples, num_runs, targets, resampling, ess_threshold, check_every)
+    check_share(defensive)
+    if defensive and (guide is None or resampling == "optimal"):
+        raise ValueError(
+            f"defensive={defensive} mixes a guide's texts with the prior's: give a guide, and another resampling than "
+            "'optimal', which draws nothing. Or leave it out."
+        )
     exactness = check_weights(guide)
     if vectorize_data:
         model, guide = in_data_plate(model), None if guide is None else in_data_plate(guide)
@@ -100,8 +116,8 @@ def smc(
             stages = Stages(model, guide, args, kwargs, num_samples)
             parts = []
             for _ in range(num_runs):
-                scheme = resampling or ("optimal" if stages.narrowed else "systematic")
-                population = Population(stages, targets, scheme, ess_threshold, check_every)
+                scheme = resampling or ("optimal" if stages.narrowed and not defensive else "systematic")
+                population = Population(stages, targets, scheme, ess_threshold, check_every, None, defensive)
                 population.run(bar)
                 parts.append(_posterior(population, exactness))
         posterior = of_observations(pooled(parts), args, vectorize_data)

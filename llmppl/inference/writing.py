@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmppl.distributions.autoregressive_text import AutoregressiveText
-from llmppl.network.drawing import NotFiniteError, Stream, choose, rows_at_once
+from llmppl.network.drawing import Stream, choose, rows_at_once
 from llmppl.network.text_tensors import unpad_rows
 from llmppl.text import PAD
 
@@ -21,11 +23,19 @@ class Writing:
     :param p: the program's own distribution there.
     :param reads_prior: whether the tokens' log-probabilities under ``p`` are wanted.
     :param retained: texts ``(n, T)`` that the first ``n`` must become.
+    :param defensive: share α of the texts that ``p`` writes: each text follows (1 − α) q + α p, whose next token is the
+        mixture of both next tokens by what each has made of the text so far.
     """
 
     def __init__(
-        self, q: AutoregressiveText, p: AutoregressiveText, reads_prior: bool, retained: Tensor | None = None
+        self,
+        q: AutoregressiveText,
+        p: AutoregressiveText,
+        reads_prior: bool,
+        retained: Tensor | None = None,
+        defensive: float = 0.0,
     ) -> None:
+        reads_prior = reads_prior or defensive > 0
         if q.law.max_tokens is None or q.event_shape != p.event_shape:
             raise ValueError(
                 f"the guide writes texts of {q.law.max_tokens} tokens, the program {p.law.max_tokens}. Give both the "
@@ -38,6 +48,8 @@ class Writing:
         self.tokens = torch.full((count, width), PAD, dtype=torch.long, device=device)
         self.log_q = torch.zeros(count, width, dtype=torch.float64, device=device)
         self.open = torch.ones(count, dtype=torch.bool, device=device)
+        self.defensive = defensive
+        self._odds = torch.zeros(count, dtype=torch.float64, device=device)  # log q - log p of what is written
         self.rows = torch.arange(count, device=device)
         """The texts that are open, in the order of the streams' rows."""
         self.length = 0
@@ -54,23 +66,18 @@ class Writing:
 
     def _look_ahead(self) -> None:
         """Log-probabilities of the next token of each open text, ``(open, V)``."""
-        steps = torch.full((len(self.rows),), self.length, device=self.tokens.device)
-        prefixes = None
-        if self.q.law.grammar is not None or self.p.law.grammar is not None:
-            prefixes = self.tokens[self.rows, : self.length].tolist()
-        self.next_q = self.q.law.scaled_logits(self._stream.logits, steps, prefixes).log_softmax(-1)
-        if bool(self.next_q.isnan().any()):
-            raise NotFiniteError(
-                f"site {self.q.site!r}: the network's log-probabilities are NaN. Check the model's weights and dtype: "
-                "float16 overflows."
-            )
+        begun = self.tokens[self.rows, : self.length]
+        self.next_q = self.own_q = self.q.next_log_probs(self._stream.logits, begun, self.rows)
         if not self.reads_prior:
             return
-        if self._prior_stream is None and self.p.law is self.q.law:
+        if self._prior_stream is None and self.p.law is self.q.law and type(self.p) is type(self.q):
             self.next_p = self.next_q
         else:
-            stream = self._prior_stream or self._stream
-            self.next_p = self.p.law.scaled_logits(stream.logits, steps, prefixes).log_softmax(-1)
+            self.next_p = self.p.next_log_probs((self._prior_stream or self._stream).logits, begun, self.rows)
+        if self.defensive:
+            log_odds = self._odds[self.rows] + math.log1p(-self.defensive) - math.log(self.defensive)
+            of_q, of_p = (nn.functional.logsigmoid(sign * log_odds)[:, None].to(self.next_q) for sign in (1, -1))
+            self.next_q = torch.logaddexp(self.own_q + of_q, self.next_p + of_p)
 
     def draw(self) -> Tensor:
         """A next token for each open text, from ``q``."""
@@ -96,6 +103,10 @@ class Writing:
         self._log_q[at] = self.next_q.gather(-1, token[:, None])[:, 0].double().cpu()
         if self.reads_prior:
             self._log_p[at] = self.next_p.gather(-1, token[:, None])[:, 0].double().cpu()
+        if self.defensive:
+            own = self.own_q.gather(-1, token[:, None])[:, 0].double()
+            # A text that neither writes has no odds, and is not drawn.
+            self._odds[self.rows] += own - self._log_p[at].to(own.device)
         self.tokens[self.rows, self.length] = token
         self.log_q[self.rows, self.length] = self._log_q[at].to(self.log_q.device)
         self.length += 1
@@ -129,7 +140,7 @@ class Writing:
             if stream is not None:
                 stream.select(places)
         self.rows = self.rows[places]
-        self.next_q = self.next_q[places]
+        self.next_q, self.own_q = self.next_q[places], self.own_q[places]
         if self.reads_prior:
             self.next_p = self.next_p[places]
 
@@ -145,6 +156,7 @@ class Writing:
         place = torch.full((len(self.tokens),), -1, device=source.device)
         place[self.rows] = torch.arange(len(self.rows), device=source.device)
         self.tokens, self.log_q, self.open = self.tokens[source], self.log_q[source], self.open[source]
+        self._odds = self._odds[source]
         rows = self.open.nonzero()[:, 0]
         self._select(place[source[rows]])
         self.rows = rows
@@ -154,12 +166,12 @@ class Writing:
         return not bool(self.q.law.stop_forbidden(torch.tensor(self.length)))
 
     def ended(self) -> tuple[Tensor, Tensor]:
-        """Every text, open ones closed by the law's first stop token, ``(N, T)``; and the log-probability of
-        closing them, ``(N,)``, zero where they have ended."""
+        """Every text, open ones closed by the law's first stop token, ``(N, T)``; and the log-probability under ``q``
+        of closing them, ``(N,)``, zero where they have ended."""
         stop = self.q.law.stop[0]
         texts, log_stop = self.tokens.clone(), torch.zeros(len(self.tokens), dtype=torch.float64)
         texts[self.rows, self.length] = stop
-        log_stop[self.rows.cpu()] = self.next_q[:, stop].double().cpu()
+        log_stop[self.rows.cpu()] = self.own_q[:, stop].double().cpu()
         return texts, log_stop
 
 

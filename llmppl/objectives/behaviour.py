@@ -112,9 +112,7 @@ class Mixed(Messenger):
         if given is not None and isinstance(fn, AutoregressiveText) and whole > 0:
             value = given.expand((count, *fn.batch_shape[1:], *fn.event_shape)).to(fn.context.device).clone()
             if whole < count:
-                rest = fn.with_context(fn.context[whole:], fn.adapter)
-                rest.site = fn.site
-                drawn = rest.sample(temperature=heat[whole:])
+                drawn = fn.rows(slice(whole, None)).sample(temperature=heat[whole:])
                 value[whole:] = torch.where(self._over(fn.event_dim)[whole:], value[whole:], drawn)
         else:
             value = fn.sample(temperature=heat) if is_text(msg) else fn.sample()

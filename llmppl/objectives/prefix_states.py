@@ -45,10 +45,10 @@ def ended_prefixes(trace: poutine.Trace, axes: tuple[int, ...], nesting: int, ob
     terminable, reasons = {}, []
     for name, site in text_sites(trace).items():
         fn = site["fn"]
-        if not isinstance(fn, AutoregressiveText) or not len(fn.law.stop):
-            reasons.append(f"latent site {name!r} has no stop token")
-        elif fn.law.grammar is not None:
-            reasons.append(f"latent site {name!r} has a grammar, so its prefixes may be no texts")
+        if not isinstance(fn, AutoregressiveText):
+            reasons.append(f"latent site {name!r} is not written token by token")
+        elif reason := fn.not_terminable():
+            reasons.append(f"latent site {name!r} {reason}")
         else:
             terminable[name] = fn.law
     if not terminable:

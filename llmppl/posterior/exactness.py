@@ -40,3 +40,12 @@ def check_scores_given(guide: object, what: str) -> None:
             f"{what} needs the guide's density of values that it did not draw, and {type(guide).__name__} has none "
             f"(exactness {exactness!r}). Use a guide with exactness 'marginal', or a RefinementGuide."
         )
+
+
+def check_share(defensive: float) -> None:
+    """Refuse a share of the prior that leaves nothing to the guide.
+
+    :raises ValueError: outside [0, 1).
+    """
+    if not 0 <= defensive < 1:
+        raise ValueError(f"defensive={defensive} is a share of the samples: from 0 to below 1, e.g. 0.1.")
