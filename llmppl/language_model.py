@@ -176,8 +176,8 @@ class LM:
 
         :param max_tokens: most tokens, the stop token included. ``None``: the unbounded stream, whose
             ``log_prob`` is the probability that it begins with the value.
-        :param stop: ends the text and belongs to it: a string stands for every token whose text
-            contains it, several strings for those of any of them; or token ids. ``None``: exactly
+        :param stop: ends the text and belongs to it: a string, or one of several, as soon as the text holds it,
+            be it written by one token (which may hold more) or by several; or token ids. ``None``: exactly
             ``max_tokens`` tokens.
         :param min_tokens: fewest tokens, the stop token included.
         :param temperature: divides the logits; part of the law.
@@ -198,14 +198,16 @@ class LM:
         grammar: Grammar | None = None,
     ) -> TextLaw:
         """What may come next in a text of :meth:`__call__`'s arguments, whatever stands before it."""
+        ids, automaton = self.spelling.stops(stop, () if grammar is None else (grammar.bind(self).end,))
         return TextLaw(
             vocabulary=self.vocabulary,
             max_tokens=max_tokens,
             min_tokens=min_tokens,
-            stop=self._stop_tokens(stop, grammar),
+            stop=torch.tensor(ids, dtype=torch.long, device=self.device),
             allowed=self._allowed_tokens(allowed),
             temperature=temperature,
             grammar=None if grammar is None else grammar.bind(self),
+            automaton=automaton,
         )
 
     def choice(self, *pieces: Piece, options: Sequence[str]) -> Choice:
@@ -308,12 +310,6 @@ class LM:
             return check_text(piece, f"piece {number}", self.vocabulary).to(self.device)
         value = pad_rows(self.spelling.piece(piece, number, "tensor", "torch.tensor(ids)"), device=self.device)
         return value[0] if isinstance(piece, str) else value
-
-    def _stop_tokens(self, stop: Any, grammar: Grammar | None) -> Tensor:
-        ids = self.spelling.stops(stop)
-        if grammar is not None:
-            ids = [*ids, grammar.bind(self).end]
-        return torch.tensor(sorted(set(ids)), dtype=torch.long, device=self.device)
 
     def _allowed_tokens(self, allowed: Tensor | Sequence[int] | None) -> Tensor | None:
         if allowed is None:

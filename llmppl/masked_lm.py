@@ -220,6 +220,11 @@ class MaskedLM(nn.Module):
         plan = Plan(order, steps, tokens_per_step, num_orders)
         left, right = self.lm.both_sides(*pieces)
         law = self.lm.law(max_tokens, stop, min_tokens, temperature, allowed)
+        if law.automaton is not None:
+            raise ValueError(
+                f"stop={stop!r}: a masked law fills tokens in any order, and a stop string that several tokens write "
+                "ends it in none. Stop at token ids, or at a string that tokens hold whole, e.g. stop='.'"
+            )
         return MaskedText(self, left, right, law, plan)
 
     # --- the network -------------------------------------------------------------------------------

@@ -28,6 +28,9 @@ LAWS = {
         "allowed": [0, 2, 3],
         "temperature": 1.7,
     },
+    "stop of two tokens": {"max_tokens": 4, "stop": "ab"},
+    "stops of several kinds": {"max_tokens": 4, "min_tokens": 3, "stop": ["aa", "ba", "."], "allowed": [0, 1, 2, 4]},
+    "stop of two tokens, grammar": {"max_tokens": 4, "stop": "dd", "grammar": Grammar.regex("(ab|c)[de]*")},
     "grammar": {"max_tokens": 4, "grammar": Grammar.regex("(ab|c)[de]*")},
     "grammar and mask": {"max_tokens": 3, "grammar": Grammar.regex("[a-e]+"), "allowed": [0, 1, 2]},
 }

@@ -20,9 +20,9 @@ CALLS = {
     "stop matches nothing": (
         lambda lm: lm("a", max_tokens=2, stop="§"),
         ValueError,
-        "stop='§' matches no token",
+        "stop='§' matches no text",
     ),
-    "empty stop": (lambda lm: lm("a", max_tokens=2, stop=""), ValueError, "stop='' matches no token"),
+    "empty stop": (lambda lm: lm("a", max_tokens=2, stop=""), ValueError, "stop= holds an empty string"),
     "no stop ids": (lambda lm: lm("a", max_tokens=2, stop=[]), ValueError, "stop= is empty"),
     "stop id": (lambda lm: lm("a", max_tokens=2, stop=6), ValueError, "stop= holds the token id 6, outside"),
     "max_tokens 0": (lambda lm: lm("a", max_tokens=0), ValueError, "max_tokens must be at least 1"),

@@ -60,7 +60,7 @@ def test_malformed_arguments_are_refused_with_the_mend() -> None:
         (ValueError, "tokens_per_step= is empty", {"tokens_per_step": ()}),
         (ValueError, "num_orders=2 is for order='random'", {"num_orders": 2}),
         (ValueError, "temperature must be positive", {"temperature": 0.0}),
-        (ValueError, "matches no token", {"stop": "§"}),
+        (ValueError, "matches no text", {"stop": "§"}),
     ]
     for kind, message, arguments in cases:
         with pytest.raises(kind, match=message):

@@ -37,6 +37,9 @@ LAWS: dict[str, dict[str, Any]] = {
     "a temperature a row": {"max_tokens": 4, "stop": ".", "temperature": HEATS},
     "mask": {"max_tokens": 4, "stop": ".", "allowed": [0, 1, 4]},
     "everything": {"max_tokens": 4, "min_tokens": 2, "stop": ".", "allowed": [0, 2, 3], "temperature": HEATS},
+    "stop of two tokens": {"max_tokens": 4, "stop": "ab"},
+    "stops of several kinds": {"max_tokens": 4, "min_tokens": 3, "stop": ["aa", "ba", "."], "allowed": [0, 1, 2, 4]},
+    "stop of two tokens, grammar": {"max_tokens": 4, "stop": "dd", "grammar": Grammar.regex("(ab|c)[de]*")},
     "grammar": {"max_tokens": 4, "grammar": Grammar.regex("(ab|c)[de]*")},
     "grammar and stop": {"max_tokens": 4, "stop": [4], "grammar": Grammar.regex("(ab|c)[de]*")},
     "grammar and mask": {"max_tokens": 4, "grammar": Grammar.regex("[a-e]+"), "allowed": [0, 1, 2]},
@@ -64,7 +67,7 @@ def follows_grammar(name: str, text: str) -> bool:
     return last in ".de"
 
 
-COMPILED = ["everything", "grammar and stop"]
+COMPILED = ["everything", "grammar and stop", "stops of several kinds"]
 
 
 @pytest.fixture(scope="module")
@@ -91,23 +94,23 @@ def reference(lm: LM, law: str, texts: np.ndarray, logits: np.ndarray) -> np.nda
     arguments = LAWS[law]
     longest, fewest = arguments["max_tokens"], arguments.get("min_tokens", 0)
     stop = arguments.get("stop", [])
-    stops = {0} if stop == "." else set(stop)
-    stops |= {0} if "grammar" in arguments else set()
+    stops = [".abcde"[s] if isinstance(s, int) else s for s in ([stop] if isinstance(stop, str) else stop)]
+    stops += ["."] if "grammar" in arguments else []
     heat = np.broadcast_to(np.asarray(arguments.get("temperature", 1.0)), len(CONTEXTS))
     expected = np.full((len(texts), len(CONTEXTS)), -np.inf)
     for n, row in enumerate(texts):
         tokens = [int(t) for t in row if t != PAD]
-        ended = tokens[-1] in stops or len(tokens) == longest
-        if not ended or stops & set(tokens[:-1]) or not fewest <= len(tokens) <= longest:
+        signs = "".join(".abcde"[t] for t in tokens)
+        ended = any(s in signs for s in stops) or len(tokens) == longest
+        if not ended or any(s in signs[:-1] for s in stops) or not fewest <= len(tokens) <= longest:
             continue
         total = np.zeros(len(CONTEXTS))
         for t, token in enumerate(tokens):
             possible = np.isin(np.arange(V), arguments.get("allowed", range(V)))
             if t + 1 < fewest:
-                possible &= ~np.isin(np.arange(V), list(stops))
+                possible &= [not any(s in signs[:t] + c for s in stops) for c in ".abcde"]
             if "grammar" in arguments:
-                spelled = "".join(".abcde"[k] for k in tokens[:t])
-                possible &= [follows_grammar(law, spelled + c) for c in ".abcde"]
+                possible &= [follows_grammar(law, signs[:t] + c) for c in ".abcde"]
             scaled = np.where(possible, logits[n, :, t].astype(np.float64) / heat[:, None], -np.inf)
             total += scaled[:, token] - np.logaddexp.reduce(scaled, -1)
         expected[n] = total

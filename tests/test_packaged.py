@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyro
 import pytest
 import torch
 
@@ -53,6 +54,23 @@ def test_a_stop_string_stands_for_every_token_that_contains_it(smollm2: LM) -> N
     assert "." in texts
     assert "..." in texts
     assert all("." in text for text in texts)
+
+
+def test_a_stop_string_ends_a_text_however_it_is_written(smollm2: LM) -> None:
+    """A blank line is one token or two; a question's mark is never one."""
+    law = smollm2.law(max_tokens=8, stop="\n\n")
+    newline = smollm2.encode("\n")
+    assert law.ended(torch.cat([smollm2.encode("One."), newline, newline])).tolist()[-2:] == [False, True]
+    assert int(smollm2.encode("\n\n")) in law.stop.tolist()
+    asks = smollm2.law(max_tokens=8, stop=["Question:", "\n\n"])
+    text = smollm2.encode("yes. Question:")
+    assert asks.ended(text).tolist() == [False] * (len(text) - 1) + [True]
+    pyro.set_rng_seed(0)
+    fn = smollm2("1, 2, 3\n\n4, 5, 6\n\n7, 8", max_tokens=8, stop="\n\n")
+    texts, recorded = fn.sample_with_log_prob((8,))
+    assert all("\n\n" in text for text in smollm2.decode(texts))
+    assert not any("\n\n" in smollm2.decode(text[text >= 0][:-1]) for text in texts)
+    torch.testing.assert_close(fn.log_prob(texts.clone()), recorded, atol=1e-3, rtol=0)
 
 
 def test_a_choice_of_the_real_model_is_normalised(smollm2: LM) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from llmppl import LM, exact_posterior
 from llmppl.guides import AutoregressiveGuide, GFlowNetGuide
+from llmppl.network.text_law import TextLaw
 from llmppl.network.text_tensors import lengths
 from llmppl.objectives import DetailedBalance, SubTrajectoryBalance
 from llmppl.objectives.behaviour import Behaviour
@@ -47,14 +49,14 @@ def joint(lm: LM, beginning: str, ending: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_prefixes_of_a_text_are_its_ended_beginnings() -> None:
-    stop = torch.tensor([0, 5])
-    texts, valid = prefixes(torch.tensor([[3, 2, 5], [3, 2, 1], [0, -1, -1]]), stop, 0, 3)
+    law = TextLaw(6, 3, 0, torch.tensor([0, 5]))
+    texts, valid = prefixes(torch.tensor([[3, 2, 5], [3, 2, 1], [0, -1, -1]]), law)
     assert texts[:, 0].tolist() == [[5, -1, -1], [3, 5, -1], [3, 2, 5], [3, 2, 5]]
     assert valid[:, 0].tolist() == [True, True, True, False]
     assert texts[:, 1].tolist() == [[0, -1, -1], [3, 0, -1], [3, 2, 0], [3, 2, 1]]
     assert valid[:, 1].tolist() == [True] * 4
     assert valid[:, 2].tolist() == [True, False, False, False]
-    _, valid = prefixes(torch.tensor([[3, 2, 0]]), stop, 2, 3)
+    _, valid = prefixes(torch.tensor([[3, 2, 0]]), replace(law, min_tokens=2))
     assert valid[:, 0].tolist() == [False, True, True, False]  # a text of one token is too short
 
 
@@ -81,7 +83,7 @@ def test_the_loss_over_several_texts_is_zero_at_the_posterior_alone(lm: LM, obje
             a, b = first[k], second[k]
             states = []
             for which, text in (("first", a), ("second", b)):
-                ended, valid = prefixes(text[None], torch.tensor([0]), 0, 2)
+                ended, valid = prefixes(text[None], TextLaw(6, 2, 0, torch.tensor([0])))
                 for t, ok in zip(ended[:, 0], valid[:, 0], strict=True):
                     pair = (*t.tolist(), *b.tolist()) if which == "first" else (*a.tolist(), *t.tolist())
                     if bool(ok):

@@ -41,11 +41,11 @@ def test_several_stop_strings_are_the_tokens_of_any_of_them() -> None:
 
 def test_the_twins_have_the_same_stops() -> None:
     first, second = twins()
-    assert first.spelling.stops(["c", ".", "c"]) == second.spelling.stops(["c", ".", "c"]) == sorted(
-        {*first.spelling.stops("."), *first.spelling.stops("c")}
+    assert first.spelling.stops(["c", ".", "c"])[0] == second.spelling.stops(["c", ".", "c"])[0] == sorted(
+        {*first.spelling.stops(".")[0], *first.spelling.stops("c")[0]}
     )  # fmt: skip
     for lm in (first, second):
-        with pytest.raises(ValueError, match="stop='zz' matches no token"):
+        with pytest.raises(ValueError, match="stop='zz' matches no text"):
             lm("ab", max_tokens=3, stop=[".", "zz"])
         with pytest.raises(TypeError, match=r"stop=\[None\] must be a string, a list of strings, or token ids"):
             lm("ab", max_tokens=3, stop=[None])

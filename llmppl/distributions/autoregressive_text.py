@@ -107,7 +107,7 @@ class AutoregressiveText(ProcessText):
         :param rows: which row of the flattened batch each is, ``(P,)``; by default one after another.
         :raises ValueError: NaN, with the site.
         """
-        prefixes = None if self.law.grammar is None else unpad_rows(begun)
+        prefixes = unpad_rows(begun) if self.law.reads_prefix else None
         log_probs = self.law.scaled_logits(logits, lengths(begun), prefixes).log_softmax(-1)
         if bool(log_probs.isnan().any()):
             raise NotFiniteError(
@@ -117,8 +117,8 @@ class AutoregressiveText(ProcessText):
         return log_probs
 
     def not_terminable(self) -> str | None:
-        """Why some prefix of a text is no text once it is ended; ``None`` where each is."""
-        if not len(self.law.stop):
+        """Why prefixes of a text are no texts once they are ended; ``None`` where they are."""
+        if not self.law.stops:
             return "has no stop token, so it cannot end at every prefix"
         if self.law.grammar is not None:
             return "has a grammar, so its prefixes may be no texts"
@@ -185,7 +185,8 @@ class AutoregressiveText(ProcessText):
         law = self.law
         if self.adapter is not None or law.allowed is not None or law.grammar is not None or law.max_tokens is None:
             return None
-        return self.lm.weights_version(), law.max_tokens, law.min_tokens, law.temperature, tuple(law.stop.tolist())
+        ends = tuple(law.stop.tolist()), law.automaton
+        return self.lm.weights_version(), law.max_tokens, law.min_tokens, law.temperature, ends
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -54,6 +54,11 @@ class FactorisedText(ProcessText):
                 f"{law.grammar!r} makes a token depend on those before it, and these are independent. Use an "
                 "AutoregressiveGuide, or express the grammar as a factor of the program."
             )
+        if law.reads_prefix:
+            raise ValueError(
+                f"min_tokens={law.min_tokens} with {law.described_stop()}, which several tokens write, makes a token "
+                "depend on those before it, and these are independent. Leave min_tokens out, or stop at token ids."
+            )
         self.lm, self.law, self.adapter = lm, law, None
         if isinstance(logits, Tensor):
             if logits.dim() < 2 or logits.shape[-2] != law.max_tokens or logits.shape[-1] < law.vocabulary:
@@ -106,8 +111,8 @@ class FactorisedText(ProcessText):
             heat = temperature.to(row.device).expand(shape).reshape(-1)
         with torch.no_grad():
             tokens = _draw(scaled, row, heat)
-            stops = self.law.is_stop(tokens)
-            tokens = tokens.masked_fill(stops.cumsum(-1) - stops.long() > 0, PAD)
+            ended = self.law.ended(tokens)
+            tokens = tokens.masked_fill(torch.nn.functional.pad(ended[:, :-1], (1, 0)), PAD)
             scores = _pick(scaled, row, tokens)
         return tokens.reshape(shape + self.event_shape), scores.sum(-1).reshape(shape)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from llmppl.distributions.conditioned_text import ConditionedText
-from llmppl.network.text_law import TextLaw, _Text, enumerate_texts
+from llmppl.network.text_law import TextLaw, Text, enumerate_texts
 from llmppl.network.text_tensors import lengths, widen
 from llmppl.text.text_support import why_outside
 
@@ -27,7 +27,7 @@ class ProcessText(ConditionedText, TorchDistribution):
 
     @constraints.dependent_property(is_discrete=True, event_dim=1)
     def support(self) -> constraints.Constraint:
-        return _Text(self.law)
+        return Text(self.law)
 
     def sample(self, sample_shape: Any = torch.Size(), temperature: Tensor | None = None) -> Tensor:
         """Draw texts of shape ``sample_shape + batch_shape + (max_tokens,)``.
@@ -79,7 +79,7 @@ class ProcessText(ConditionedText, TorchDistribution):
         text = value[row]
         count = int(lengths(text))
         excluded = law.allowed is not None and not bool(law.allowed[text[:count]].all())
-        early = bool(law.is_stop(text[: max(count - 1, 0)]).any())
+        early = bool(law.ended(text[: max(count - 1, 0)]).any())
         reason = why_outside(count, law.min_tokens, law.max_tokens, excluded, early)
         raise ValueError(
             f"the text {self.lm.decode(text)!r} (row {row}) is outside the support {self.support}: {reason}. "
@@ -95,7 +95,7 @@ class ProcessText(ConditionedText, TorchDistribution):
         else:
             parts.append(f"max_tokens={law.max_tokens}")
             parts += [f"min_tokens={law.min_tokens}"] if law.min_tokens else []
-            parts += [f"{len(law.stop)} stop tokens"] if len(law.stop) else []
+            parts += [law.described_stop()] if law.stops else []
         parts += [f"temperature={law.temperature}"] if law.temperature != 1 else []
         parts += [f"{int(law.allowed.sum())} allowed tokens"] if law.allowed is not None else []
         parts += [f"{law.grammar!r}"] if law.grammar is not None else []

@@ -43,6 +43,11 @@ class WordClasses:
     """The classes of tokens behind each place of each row, and the features that the twist reads."""
 
     def __init__(self, lm: WordModel, law: TextLaw, words: list[str]) -> None:
+        if law.automaton is not None:
+            raise ValueError(
+                f"{law.described_stop()}: a twisted law ends with single tokens, and several write this. Stop at token "
+                "ids, or at a string that tokens hold whole, e.g. stop='.'"
+            )
         self.law, self.words = law, words
         self.tokens: WordTokens = lm.word_tokens
         self.stop = law.stop.cpu().numpy()

@@ -220,8 +220,8 @@ def _write(fn: AutoregressiveText, contexts: Tensor, rule: _Rule) -> Tensor:
         stream = Stream(fn.lm.transformer, unpad_rows(contexts))
         for step in range(law.max_tokens):
             token = rule(fn.next_log_probs(stream.logits, texts[rows, :step], rows))
+            kept = (~law.ends(texts[rows, :step], token)).nonzero()[:, 0]
             texts[rows, step] = token
-            kept = (~law.is_stop(token)).nonzero()[:, 0]
             if step + 1 == law.max_tokens or not len(kept):
                 break
             stream.select(kept)
@@ -321,8 +321,9 @@ def _beams(fn: AutoregressiveText, contexts: Tensor, score: Tensor) -> tuple[Ten
             texts = texts.gather(1, beam[..., None].expand_as(texts))
             source, place = source.gather(1, beam), place.gather(1, beam)
             grows = is_open.gather(1, beam) & score.isfinite()
+            flat = [x.reshape(count * beams, -1).to(law.stop.device) for x in (texts[..., :step], token)]
+            is_open = grows & ~law.ends(flat[0], flat[1][:, 0]).reshape(grows.shape).cpu()
             texts[..., step] = torch.where(grows, token, PAD)
-            is_open = grows & ~law.is_stop(token.to(law.stop.device)).cpu()
             if step + 1 == law.max_tokens or not bool(is_open.any()):
                 break
             stream.select(place[is_open].to(contexts.device))

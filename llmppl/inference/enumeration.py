@@ -199,7 +199,7 @@ def _same_law(law: TextLaw, other: TextLaw) -> bool:
         return False
     if law.grammar and other.grammar and law.grammar.grammar.source != other.grammar.grammar.source:
         return False
-    same = torch.equal(law.stop, other.stop)
+    same = torch.equal(law.stop, other.stop) and law.automaton is other.automaton
     return same and (law.allowed is None or other.allowed is None or torch.equal(law.allowed, other.allowed))
 
 

@@ -149,6 +149,8 @@ class Population:
 
     def _targets(self, name: str, q: AutoregressiveText) -> str:
         reason = q.not_terminable()
+        if reason is None and not len(q.law.stop):
+            reason = f"ends with {q.law.described_stop()} alone, so it cannot end at every prefix"
         if self.targets == "flows" and reason is not None:
             raise ValueError(
                 f"targets='flows': latent site {name!r} {reason}. Use targets='prefixes', or pass stop= and no "

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llmppl.distributions.autoregressive_text import AutoregressiveText
 from llmppl.network.drawing import Stream, choose, rows_at_once
-from llmppl.network.text_law import TextLaw
+from llmppl.network.text_law import Text, TextLaw
 from llmppl.network.text_tensors import lengths, unpad_rows
 from llmppl.text import PAD
 
@@ -91,7 +91,7 @@ def _rewrite(
     while len(rows):
         begun = new[rows].masked_fill(places >= place[:, None], PAD)
         log_law = fn.next_log_probs(stream.logits, begun, rows)
-        scaled = _permitted(law, log_law, place, inner[rows], last[rows], width)
+        scaled = _permitted(log_law, law.closing(begun), place, inner[rows], last[rows], width)
         possible = ~torch.isneginf(scaled).all(-1)
         log_probs = scaled.masked_fill(~possible[:, None], 0.0).log_softmax(-1)
         token = torch.where(forced[rows], targets[rows, place], choose(log_probs))
@@ -99,20 +99,23 @@ def _rewrite(
         step = log_probs.gather(-1, token.clamp(min=0)[:, None])[:, 0].double().masked_fill(~possible, -torch.inf)
         log_q[rows] += step
         new[rows, place] = token
-        kept = (step.isfinite() & (place < last[rows]) & ~law.is_stop(token)).nonzero()[:, 0]
+        kept = (step.isfinite() & (place < last[rows]) & ~law.ends(begun, token.clamp(min=0))).nonzero()[:, 0]
         if not len(kept):
             break
         stream.select(kept)
         stream.advance(token[kept])
         rows, place = rows[kept], place[kept] + 1
+    # A stop string may be written across the block's ends, and what stands behind a block may end no text any more.
+    log_q[~fn.support.check(new)] = -torch.inf
     new[torch.isneginf(log_q)] = texts[torch.isneginf(log_q)]
     return new, log_q
 
 
-def _permitted(law: TextLaw, log_law: Tensor, place: Tensor, inner: Tensor, last: Tensor, width: int) -> Tensor:
-    """The law of the next token, −inf where it would leave the move, ``(N, V)``."""
-    stops = torch.zeros(log_law.shape[-1], dtype=torch.bool, device=log_law.device)
-    stops[law.stop] = True
+def _permitted(log_law: Tensor, stops: Tensor, place: Tensor, inner: Tensor, last: Tensor, width: int) -> Tensor:
+    """The law of the next token, −inf where it would leave the move, ``(N, V)``.
+
+    :param stops: which tokens would end the text, ``(N, V)`` or ``(1, V)``.
+    """
     must_end = ~inner & (place == last) & (last < width - 1)
     return log_law.masked_fill((inner[:, None] & stops) | (must_end[:, None] & ~stops), -torch.inf)
 
@@ -123,6 +126,10 @@ def alternatives(law: TextLaw, texts: Tensor, start: Tensor) -> Tensor:
     length = lengths(texts)
     tokens = torch.arange(law.vocabulary, device=texts.device)
     allowed = torch.ones_like(tokens, dtype=torch.bool) if law.allowed is None else law.allowed
-    stops = law.is_stop(tokens)
+    stops = law.closing(texts.masked_fill(torch.arange(texts.shape[-1], device=texts.device) >= start[:, None], PAD))
     at_end, full = (start == length - 1)[:, None], torch.eq(length, law.max_tokens or 0)[:, None]
-    return allowed & torch.where(at_end, stops | full, ~stops)
+    possible = allowed & torch.where(at_end, stops | full, ~stops)
+    if law.automaton is None:
+        return possible
+    here = torch.arange(texts.shape[-1], device=texts.device) == start[:, None, None]
+    return possible & Text(law).check(torch.where(here, tokens[:, None], texts[:, None]))

@@ -107,11 +107,12 @@ class Writing:
             own = self.own_q.gather(-1, token[:, None])[:, 0].double()
             # A text that neither writes has no odds, and is not drawn.
             self._odds[self.rows] += own - self._log_p[at].to(own.device)
+        ends = self.q.law.ends(self.tokens[self.rows, : self.length], token)
         self.tokens[self.rows, self.length] = token
         self.log_q[self.rows, self.length] = self._log_q[at].to(self.log_q.device)
         self.length += 1
         self._last = token
-        self.open[self.rows] = ~self.q.law.is_stop(token) & (self.length < self.tokens.shape[1])
+        self.open[self.rows] = ~ends & (self.length < self.tokens.shape[1])
 
     def steps(self) -> tuple[Tensor, Tensor]:
         """What the last token of each text added to its log q and log p, ``(N,)`` each, zero where none was written."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from llmppl.network.text_tensors import unpad_rows
 from llmppl.network.transformer import Network, reading_of
 from llmppl.text import PAD
 
@@ -95,9 +96,8 @@ def _draw_block(
     active = torch.arange(len(contexts), device=device)  # rows of the stream -> rows of the result
     open_row = torch.ones(len(contexts), dtype=torch.bool, device=device)
     for step in range(law.max_tokens):
-        prefixes = None if law.grammar is None else values[active, :step].tolist()
-        if prefixes is not None:
-            prefixes = [[token for token in row if token != PAD] for row in prefixes]
+        begun = values[active, :step]
+        prefixes = unpad_rows(begun) if law.reads_prefix else None
         steps = torch.full((len(active),), step, device=device)
         log_probs = law.scaled_logits(stream.logits, steps, prefixes).log_softmax(-1)
         if bool(log_probs.isnan().any()):
@@ -117,7 +117,7 @@ def _draw_block(
         if own is not None:
             rows = torch.tensor(numbers, device=device)[active[alive]]
             own[rows, step] = untwisted.gather(-1, token[:, None])[alive, 0]
-        open_row[active] &= ~law.is_stop(token)
+        open_row[active] &= ~law.ends(begun, token)
         alive = open_row[active]
         if step + 1 == law.max_tokens or not bool(alive.any()):
             break

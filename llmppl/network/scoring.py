@@ -185,7 +185,7 @@ def _score_chunk(
     for entry in entries:
         # The next-token law depends on the node, and on whether the text may end here.
         step = min(entry.column, r.law.min_tokens)
-        shared = r.law.grammar is None and r.reader is None
+        shared = not r.law.reads_prefix and r.reader is None
         key = (entry.node, step) if shared else (entry.row, entry.column)
         by_law.setdefault(key, []).append(entry)
     groups = list(by_law.values())
@@ -209,7 +209,7 @@ def _normalised(network: Network, r: Request, states: Tensor, groups: list[list[
     """Log-probabilities of the entries of each group under the next-token law that they share."""
     firsts = [group[0] for group in groups]
     steps = torch.tensor([entry.column for entry in firsts], device=states.device)
-    prefixes = None if r.law.grammar is None else [r.texts[entry.row][: entry.column] for entry in firsts]
+    prefixes = [r.texts[entry.row][: entry.column] for entry in firsts] if r.law.reads_prefix else None
     scaled = r.law.scaled_logits(network.logits(states), steps, prefixes)  # (groups, V)
     row = torch.tensor([n for n, group in enumerate(groups) for _ in group], device=states.device)
     token = torch.tensor([entry.token for group in groups for entry in group], device=states.device)

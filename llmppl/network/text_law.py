@@ -9,21 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from llmppl.network.text_tensors import is_right_padded, lengths
+from llmppl.network.text_tensors import is_right_padded, lengths, pad_rows
 from llmppl.text import PAD
 from llmppl.text.grammar import BoundGrammar
+from llmppl.text.stop_automaton import END, StopAutomaton
 from llmppl.text.text_support import (
     LARGEST,
     check_lengths,
     check_temperature,
     check_tokens,
     enumerate_rows,
+    moves_of,
     support_size,
 )
 
@@ -35,10 +38,12 @@ class TextLaw:
     :param vocabulary: number of tokens ``V``.
     :param max_tokens: most tokens of a text, the stop token included; ``None`` is the unbounded stream.
     :param min_tokens: fewest tokens of a text, the stop token included.
-    :param stop: ids of the stop tokens, of shape ``(S,)``; empty: nothing ends the text early.
+    :param stop: ids of the stop tokens, of shape ``(S,)``, which end a text whatever stands before them.
     :param allowed: tokens that may occur at all, a boolean mask of shape ``(V,)``, or ``None``.
     :param temperature: divides the logits.
     :param grammar: what continuations a grammar permits, or ``None``.
+    :param automaton: which tokens end a text after what stands before, where stop strings are written by several
+        tokens; those of ``stop`` among them.
     """
 
     vocabulary: int
@@ -48,28 +53,87 @@ class TextLaw:
     allowed: Tensor | None = None
     temperature: float = 1.0
     grammar: BoundGrammar | None = None
+    automaton: StopAutomaton | None = None
 
     def __post_init__(self) -> None:
-        ends = bool(len(self.stop)) or self.grammar is not None
-        check_lengths(self.max_tokens, self.min_tokens, ends)
+        check_lengths(self.max_tokens, self.min_tokens, self.stops or self.grammar is not None)
         check_temperature(self.temperature, 0 < self.temperature < float("inf"))
-        if self.allowed is not None or (self.min_tokens > 1 and len(self.stop)):
-            free = self.free_tokens
-            check_tokens(free, self._allowed_tokens - free, bool(len(self.stop)), self.min_tokens)
+        if self.allowed is not None or (self.min_tokens > 1 and self.stops):
+            check_tokens(*self.alphabet(), self.stops, self.min_tokens)
+
+    @property
+    def stops(self) -> bool:
+        """Whether something ends a text early."""
+        return bool(len(self.stop)) or self.automaton is not None
+
+    @property
+    def reads_prefix(self) -> bool:
+        """Whether what may come next depends on the tokens before, and not on their number alone."""
+        return self.grammar is not None or (self.automaton is not None and self.min_tokens > 1)
+
+    def described_stop(self) -> str:
+        """What ends a text, for a ``repr``."""
+        if self.automaton is not None:
+            return f"stop={', '.join(map(repr, self.automaton.strings))}"
+        return f"{len(self.stop)} stop tokens"
 
     def stop_forbidden(self, step: Tensor) -> Tensor:
         """Whether a text may not end yet at token number ``step`` (from 0)."""
         return step < self.min_tokens - 1
 
-    def is_stop(self, tokens: Tensor) -> Tensor:
-        return torch.isin(tokens, self.stop)
+    def ended(self, texts: Tensor) -> Tensor:
+        """Which tokens of texts ``(..., T)`` stand at the end of the text or behind it; padding does not."""
+        if self.automaton is None:
+            return (torch.isin(texts, self.stop).cumsum(-1) > 0) & (texts != PAD)
+        states = self._states(texts)[..., 1:]
+        return (states == self.automaton.size) & (texts != PAD)
+
+    def ends(self, begun: Tensor, token: Tensor) -> Tensor:
+        """Whether tokens ``(P,)`` end the texts that have begun with ``(P, t)``."""
+        if self.automaton is None:
+            return torch.isin(token, self.stop)
+        return self._table()[self._states(begun)[..., -1], token] == self.automaton.size
+
+    def closing(self, begun: Tensor) -> Tensor:
+        """Which tokens end texts that have begun with ``(P, t)``: ``(P, V)``, or ``(1, V)`` where it is the same."""
+        if self.automaton is None:
+            found = torch.zeros(1, self.vocabulary, dtype=torch.bool, device=self.stop.device)
+            found[:, self.stop] = True
+            return found
+        return self._table()[self._states(begun)[..., -1]] == self.automaton.size
+
+    def closers(self, begun: Tensor) -> Tensor:
+        """A token for each text that has begun with ``(..., t)`` that ends it, ``PAD`` where none does."""
+        if self.automaton is None:
+            return self.stop[:1].expand(begun.shape[:-1])
+        known = torch.from_numpy(self.automaton.closers).to(begun)
+        return torch.nn.functional.pad(known, (0, 1), value=PAD)[self._states(begun)[..., -1]]
+
+    def _table(self) -> Tensor:
+        """The moves of the automaton, with a last state for texts that have ended."""
+        assert self.automaton is not None
+        known, device = _tables.setdefault(self.automaton, {}), self.stop.device
+        if device not in known:
+            moves, size = torch.from_numpy(self.automaton.moves.astype("int64")), self.automaton.size
+            moves = torch.nn.functional.pad(moves.masked_fill(moves == END, size), (0, 0, 0, 1), value=size)
+            known[device] = moves.to(device)
+        return known[device]
+
+    def _states(self, texts: Tensor) -> Tensor:
+        """The automaton's states before each token of ``(..., T)`` and after the last, ``(..., T + 1)``."""
+        table = self._table()
+        found = [torch.zeros(texts.shape[:-1], dtype=torch.long, device=texts.device)]
+        for token in texts.unbind(-1):
+            inside = (token >= 0) & (token < self.vocabulary)
+            found.append(torch.where(inside, table[found[-1], token.clamp(0, self.vocabulary - 1)], found[-1]))
+        return torch.stack(found, -1)
 
     def scaled_logits(self, logits: Tensor, step: Tensor, prefixes: Sequence[Sequence[int]] | None) -> Tensor:
         """The network's logits made those of this law: tempered, −inf where nothing may stand.
 
         :param logits: ``(P, V)`` from the network.
         :param step: ``(P,)``, how many tokens of the text stand before.
-        :param prefixes: ``P`` token lists, the text so far; only a grammar reads them.
+        :param prefixes: ``P`` token lists, the text so far; read where :attr:`reads_prefix`.
         """
         scaled = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.temperature != 1:
@@ -79,12 +143,11 @@ class TextLaw:
             scaled = scaled[:, : self.vocabulary]
         if self.allowed is not None:
             scaled = scaled.masked_fill(~self.allowed, -torch.inf)
-        if len(self.stop) and self.min_tokens > 1:
+        if self.stops and self.min_tokens > 1:
             early = self.stop_forbidden(step)
             if bool(early.any()):
-                closing = torch.zeros(self.vocabulary, dtype=torch.bool, device=logits.device)
-                closing[self.stop] = True
-                scaled = scaled.masked_fill(early[:, None] & closing, -torch.inf)
+                begun = pad_rows(prefixes or [], device=logits.device) if self.reads_prefix else step[:, None]
+                scaled = scaled.masked_fill(early[:, None] & self.closing(begun), -torch.inf)
         if self.grammar is not None:
             assert prefixes is not None
             permitted = torch.from_numpy(self.grammar.permitted(prefixes)).to(logits.device)
@@ -103,19 +166,20 @@ class TextLaw:
 
     def support_size(self) -> float:
         """Number of texts of the support (an upper bound under a grammar); infinite for the stream."""
-        free = self.free_tokens
-        return support_size(free, self._allowed_tokens - free, self.min_tokens, self.max_tokens)
+        return support_size(*self.alphabet(), self.min_tokens, self.max_tokens)
 
-    def kinds(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of the tokens that may stand before the end of a text, and of those that end one."""
-        tokens = torch.arange(self.vocabulary, device=self.stop.device)
+    def alphabet(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of the tokens that may occur, ``(A,)``, and the state after each token of the vocabulary, ``(S, V)``."""
+        tokens = np.arange(self.vocabulary)
         if self.allowed is not None:
-            tokens = tokens[self.allowed]
-        stops = self.is_stop(tokens)
-        return tokens[~stops].cpu().numpy(), tokens[stops].cpu().numpy()
+            tokens = tokens[self.allowed.cpu().numpy()]
+        return tokens, moves_of(self.vocabulary, self.stop.tolist(), self.automaton)
 
 
-class _Text(constraints.Constraint):
+_tables: WeakKeyDictionary[StopAutomaton, dict[torch.device, Tensor]] = WeakKeyDictionary()
+
+
+class Text(constraints.Constraint):
     """Texts of a :class:`TextLaw`: tokens, then padding; ended by a stop token or by length."""
 
     is_discrete = True
@@ -129,7 +193,7 @@ class _Text(constraints.Constraint):
         law = self.law
         if law.max_tokens is None:
             return f"Text(vocabulary={law.vocabulary})"
-        stops = f", {len(law.stop)} stop tokens" if len(law.stop) else ""
+        stops = f", {law.described_stop()}" if law.stops else ""
         return f"Text(vocabulary={law.vocabulary}, min_tokens={law.min_tokens}, max_tokens={law.max_tokens}{stops})"
 
     def check(self, value: Tensor) -> Tensor:
@@ -142,7 +206,7 @@ class _Text(constraints.Constraint):
         if law.max_tokens is None:
             return valid
         last = torch.arange(value.shape[-1], device=value.device) == length[..., None] - 1
-        stops = law.is_stop(value)
+        stops = law.ended(value)
         ended = (stops & last).any(-1)
         valid = valid & ~(stops & ~last).any(-1) & (length <= law.max_tokens)
         return valid & (length >= law.min_tokens) & (ended | (length == law.max_tokens))
@@ -153,9 +217,5 @@ def enumerate_texts(law: TextLaw, limit: int = LARGEST) -> Tensor:
 
     :raises ValueError: unbounded, or more than ``limit`` texts.
     """
-    if law.support_size() > limit:
-        free, closing = np.empty(law.free_tokens), np.empty(law._allowed_tokens - law.free_tokens)  # only counted
-    else:
-        free, closing = law.kinds()
-    texts = enumerate_rows(free, closing, law.min_tokens, law.max_tokens, law.grammar, limit)
+    texts = enumerate_rows(*law.alphabet(), law.min_tokens, law.max_tokens, law.grammar, limit)
     return torch.from_numpy(texts).to(law.stop.device)

@@ -163,8 +163,9 @@ class LM:
 
         :param max_tokens: most tokens, the stop token included. ``None``: the unbounded stream, whose ``log_prob`` is
             the probability that it begins with the value.
-        :param stop: ends the text and belongs to it: a string stands for every token whose text contains it,
-            several strings for those of any of them; or token ids. ``None``: exactly ``max_tokens`` tokens.
+        :param stop: ends the text and belongs to it: a string, or one of several, as soon as the text holds it, be it
+            written by one token (which may hold more) or by several; or token ids. ``None``: exactly ``max_tokens``
+            tokens.
         :param min_tokens: fewest tokens, the stop token included.
         :param temperature: divides the logits; part of the law. It may be a latent of the program.
         :param allowed: token ids, or a boolean mask over the vocabulary; part of the law.
@@ -185,14 +186,16 @@ class LM:
         grammar: Grammar | None = None,
     ) -> TextLaw:
         """What may come next in a text of :meth:`__call__`'s arguments, whatever stands before it."""
+        ids, automaton = self.spelling.stops(stop, () if grammar is None else (grammar.bind(self).end,))
         return TextLaw(
             vocabulary=self.vocabulary,
             max_tokens=max_tokens,
             min_tokens=min_tokens,
-            stop=self._stop_tokens(stop, grammar),
+            stop=self._mask(ids) if ids or automaton is not None else None,
             allowed=self._allowed_tokens(allowed),
             temperature=temperature,
             grammar=None if grammar is None else grammar.bind(self),
+            automaton=automaton,
         )
 
     def choice(self, *pieces: Piece, options: Sequence[str]) -> Choice:
@@ -298,12 +301,6 @@ class LM:
             return check_text(piece, name or f"piece {number}", self.vocabulary)
         value = pad_rows(self.spelling.piece(piece, number, "array", "jnp.array(ids)", name))
         return value[0] if isinstance(piece, str) else value  # type: ignore[return-value]
-
-    def _stop_tokens(self, stop: Any, grammar: Grammar | None) -> np.ndarray | None:
-        ids = self.spelling.stops(stop)
-        if grammar is not None:
-            ids = [*ids, grammar.bind(self).end]
-        return self._mask(ids) if ids else None
 
     def _allowed_tokens(self, allowed: Any) -> Array | np.ndarray | None:
         if allowed is None:

@@ -10,6 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from llmppl.distributions.autoregressive_text import AutoregressiveText
+from llmppl.network.text_law import TextLaw
 from llmppl.network.text_tensors import lengths
 from llmppl.programs.structure import is_latent, text_sites
 from llmppl.text import PAD
@@ -62,10 +63,10 @@ def ended_prefixes(trace: poutine.Trace, axes: tuple[int, ...], nesting: int, ob
     for name, law in terminable.items():
         assert law.max_tokens is not None
         value = latent[name]
-        texts, reached = prefixes(value, law.stop, law.min_tokens, law.max_tokens)
+        texts, reached = prefixes(value, law)
         for other, kept in latent.items():
             blocks[other].append(texts if other == name else kept.expand((len(texts), *kept.shape)))
-        free = lengths(value) - torch.isin(value, law.stop).any(-1).long()
+        free = lengths(value) - law.ended(value).any(-1).long()
         place = torch.arange(len(texts), device=value.device).reshape((-1,) + (1,) * (1 + len(axes)))
         # The sample as a whole is one state, the last.
         whole = _rows((texts == value).all(-1), axes, nesting, 1, torch.all)
@@ -92,26 +93,29 @@ def _rows(
     return reduce(shaped, inner) if inner else shaped
 
 
-def prefixes(value: Tensor, stop: Tensor, min_tokens: int, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Every prefix of texts, ended.
+def prefixes(value: Tensor, law: TextLaw) -> tuple[Tensor, Tensor]:
+    """Every prefix of texts, ended: with the text's own last token where that ends any text, otherwise with one that
+    ends the prefix, if there is one.
 
     :param value: ``batch_shape + (T,)`` with ``T = max_tokens``.
     :returns: texts ``(T + 1,) + batch_shape + (T,)``: entry ``j`` holds the first ``j`` tokens and a stop
         token, entry ``T`` a text cut at ``max_tokens``; and which of them are texts that the sample
         passed through, ``(T + 1,) + batch_shape``. Entries that are not repeat the sample itself.
     """
-    length = lengths(value)
+    length, max_tokens = lengths(value), law.max_tokens
+    assert max_tokens is not None
     last = value.gather(-1, (length - 1).clamp(min=0)[..., None])[..., 0]
-    stopped = torch.isin(last, stop)
-    closing = torch.where(stopped, last, stop[0])
+    stopped = law.ended(value).any(-1)
+    own = torch.isin(last, law.stop)
     free = length - stopped.long()  # tokens before the stop token
     place = torch.arange(max_tokens, device=value.device)
     texts, valid = [], []
     for j in range(max_tokens + 1):
         if j < max_tokens:
             kept = torch.where(place < j, value, PAD)
+            closing = torch.where(own, last, law.closers(kept))
             text = torch.where(place == j, closing[..., None], kept)
-            reached = (free >= j) & (j + 1 >= min_tokens)
+            reached = (free >= j) & (j + 1 >= law.min_tokens) & (closing != PAD)
         else:
             text, reached = value, ~stopped
         texts.append(torch.where(reached[..., None], text, value))

@@ -201,9 +201,7 @@ def _accumulate(lm: LM, rows: list[_Row], sums: _Sums) -> None:
             index = torch.tensor([at[node] for _, path in own for node in path], device=lm.device)
             token = torch.tensor([token for row, _ in own for token in row.tokens], device=lm.device)
             step = torch.tensor([t for row, _ in own for t in range(len(row.tokens))], device=lm.device)
-            prefixes = (
-                None if law.grammar is None else [row.tokens[:t] for row, _ in own for t in range(len(row.tokens))]
-            )
+            prefixes = [row.tokens[:t] for row, _ in own for t in range(len(row.tokens))] if law.reads_prefix else None
             log_probs = law.scaled_logits(lm.network.logits(states[index]), step, prefixes).log_softmax(-1)
             total = total + log_probs.gather(-1, token[:, None]).sum()
             latent = [(n, number) for n, number in enumerate(n for row, _ in own for n in _numbers(row))]

@@ -100,7 +100,7 @@ def _any_tokens(law: TextLaw) -> Tensor:
             "a latent text needs max_tokens: the unbounded stream cannot be sampled. "
             "Pass max_tokens to lm(...) at this site, and stop if the text may end earlier."
         )
-    row = shortest_row(*law.kinds(), law.min_tokens, law.max_tokens)
+    row = shortest_row(*law.alphabet(), law.min_tokens, law.max_tokens)
     return pad_rows([row], law.max_tokens, law.stop.device)[0]
 
 

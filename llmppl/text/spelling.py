@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from llmppl.text.stop_automaton import StopAutomaton, build
 from llmppl.text.tokenization import Codec
 
 
@@ -21,7 +22,7 @@ class Spelling:
 
     def __init__(self, codec: Codec, vocabulary: int) -> None:
         self.codec, self.vocabulary = codec, vocabulary
-        self._containing: dict[str, list[int]] = {}
+        self._automata: dict[tuple[tuple[str, ...], tuple[int, ...]], StopAutomaton] = {}
 
     def ids(self, text: str, first: bool = False, special: bool = False) -> list[int]:
         """Of a piece; ``first``: it begins a text.
@@ -106,40 +107,34 @@ class Spelling:
             )
         return [self.ids(text, first=number == 0) for text in texts]
 
-    def stops(self, stop: Any) -> list[int]:
-        """The tokens that end a text: those that contain a string, or one of several, or ids.
+    def stops(self, stop: Any, also: Sequence[int] = ()) -> tuple[list[int], StopAutomaton | None]:
+        """What ends a text: strings, written as one token or as several, or token ids.
 
+        :param also: further ids, such as a grammar's end.
+        :returns: the tokens that end a text whatever stands before them; and the automaton of stop strings that tokens
+            write together, ``None`` where there is no such. Made once for each ``stop`` and kept.
         :raises TypeError: neither strings nor ids.
-        :raises ValueError: a string that no token contains; ids outside the vocabulary; none at all.
+        :raises ValueError: a string that no tokens write; ids outside the vocabulary; none at all.
         """
         if stop is None:
-            return []
-        if isinstance(stop, str):
-            ids = self.containing(stop)
-            if not ids:
-                raise ValueError(
-                    f"stop={stop!r} matches no token of this tokenizer. Pass stop token ids, or a "
-                    "string that some token contains, e.g. stop='.'"
-                )
-            return ids
-        parts = [stop] if isinstance(stop, int) else list(stop)
+            return sorted({*also}), None
+        parts = [stop] if isinstance(stop, (int, str)) else list(stop)
         if not parts:
             raise ValueError("stop= is empty. Pass stop token ids or a string, or leave it out.")
-        if any(isinstance(part, str) for part in parts):
-            # The tokens of any of the strings, in the order of the vocabulary, none twice.
-            return sorted({token for part in parts for token in self.stops(part)})
+        strings = tuple(part for part in parts if isinstance(part, str))
         try:
-            ids = [int(part) for part in parts]
+            ids = [int(part) for part in parts if not isinstance(part, str)]
         except (TypeError, ValueError):
             raise TypeError(f"stop={stop!r} must be a string, a list of strings, or token ids.") from None
-        return self.known(ids, "stop")
-
-    def containing(self, text: str) -> list[int]:
-        """The tokens whose text contains a string."""
-        if text not in self._containing:
-            tokens = self.codec.token_texts[: self.vocabulary]
-            self._containing[text] = [n for n, token in enumerate(tokens) if text and text in token]
-        return self._containing[text]
+        ids = sorted({*self.known(ids, "stop"), *also})
+        if not strings:
+            return ids, None
+        key = strings, tuple(ids)
+        if key not in self._automata:
+            found = build(strings, self.codec.token_bytes[: self.vocabulary])
+            self._automata[key] = found.with_tokens(ids) if ids else found
+        automaton = self._automata[key]
+        return automaton.everywhere, automaton if automaton.size > 1 else None
 
     def known(self, ids: Iterable[int], name: str) -> list[int]:
         """Ids of the vocabulary.

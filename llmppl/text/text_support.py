@@ -1,7 +1,8 @@
 """Which texts there are under stop tokens, lengths, a vocabulary and a grammar: checks, size, enumeration.
 
 A text is tokens up to a stop token, which belongs to it, or ``max_tokens``. Of the vocabulary only counts and ids
-matter here: *free* tokens may stand anywhere before the end, *closing* ones end a text.
+matter here, and the state after each token: that of the automaton of stop strings, of which there is one where every
+stop is a token by itself.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from llmppl.text.padding import PAD
+from llmppl.text.stop_automaton import END, StopAutomaton
 
 LARGEST = 1_000_000
 """Most texts that are enumerated."""
@@ -61,38 +63,77 @@ def check_temperature(temperature: Any, valid: bool) -> None:
         )
 
 
-def check_tokens(free: int, closing: int, stops: bool, min_tokens: int) -> None:
+def moves_of(vocabulary: int, stop: Sequence[int], automaton: StopAutomaton | None) -> np.ndarray:
+    """The state after each token, ``(S, V)``, :data:`END` where it ends a text: one state without an automaton."""
+    if automaton is not None:
+        return automaton.moves
+    moves = np.zeros((1, vocabulary), dtype=np.int16)
+    moves[0, stop] = END
+    return moves
+
+
+def transitions(tokens: np.ndarray, moves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many tokens lead from state to state, ``(S, S)``, and how many end a text, ``(S,)``.
+
+    :param tokens: ids that may occur at all, ``(A,)``.
+    :param moves: ``(S, V)``.
+    """
+    size = len(moves)
+    after = moves[:, tokens]
+    counts = np.stack([np.bincount(row[row != END], minlength=size) for row in after]).astype(float)
+    return counts, (after == END).sum(1).astype(float)
+
+
+def check_tokens(tokens: np.ndarray, moves: np.ndarray, stops: bool, min_tokens: int) -> None:
     """Refuse a vocabulary of which no text can be made.
 
-    :param free, closing: how many tokens there are of either kind, ``allowed=`` counted.
-    :param stops: whether the law has stop tokens at all.
+    :param tokens: ids that ``allowed=`` permits, ``(A,)``.
+    :param moves: ``(S, V)``.
+    :param stops: whether the law has an end at all.
     :raises ValueError: naming the argument and the mend.
     """
-    if not free + closing:
+    if not len(tokens):
         raise ValueError("allowed= permits no token at all. Allow at least one.")
-    if stops and not closing:
+    counts, closing = transitions(tokens, moves)
+    state, reached = np.arange(len(moves)) == 0, np.arange(len(moves)) == 0
+    for step in range(max(len(moves), min_tokens) - 1):
+        state = state @ counts > 0
+        reached = reached | state
+        if step + 1 == min_tokens - 1 and stops and not state.any():
+            raise ValueError(
+                f"min_tokens={min_tokens} cannot be reached: every allowed token is a stop "
+                "token. Allow others, or lower min_tokens."
+            )
+    if stops and not closing[reached].any():
         raise ValueError(
             "allowed= excludes every stop token, so no text could end. "
             "Allow at least one stop token, or leave stop out."
         )
-    if min_tokens > 1 and stops and not free:
-        raise ValueError(
-            f"min_tokens={min_tokens} cannot be reached: every allowed token is a stop "
-            "token. Allow others, or lower min_tokens."
-        )
 
 
-def support_size(free: int, closing: int, min_tokens: int, max_tokens: int | None) -> float:
-    """Number of texts (an upper bound under a grammar); infinite for the stream."""
+def support_size(tokens: np.ndarray, moves: np.ndarray, min_tokens: int, max_tokens: int | None) -> float:
+    """Number of texts (an upper bound under a grammar); infinite for the stream.
+
+    :param tokens: ids that may occur at all, ``(A,)``.
+    :param moves: ``(S, V)``.
+    """
     if max_tokens is None:
         return math.inf
-    ended = sum(float(free) ** (n - 1) * closing for n in range(max(min_tokens, 1), max_tokens + 1))
-    return ended + float(free) ** max_tokens
+    counts, closing = transitions(tokens, moves)
+    begun, size = np.zeros(len(moves)), 0.0
+    begun[0] = 1.0
+    for n in range(1, max_tokens + 1):
+        if n >= max(min_tokens, 1):
+            size += float(begun @ closing)
+        begun = begun @ counts
+        if begun.sum() > 1e200:
+            return math.inf
+    return size + float(begun.sum())
 
 
 def enumerate_rows(
-    free: np.ndarray,
-    closing: np.ndarray,
+    tokens: np.ndarray,
+    moves: np.ndarray,
     min_tokens: int,
     max_tokens: int | None,
     grammar: Reaching | None,
@@ -100,39 +141,52 @@ def enumerate_rows(
 ) -> np.ndarray:
     """Every text of a small support, ``(n, max_tokens)``.
 
-    :param free, closing: ids, ``(F,)`` and ``(C,)``.
+    :param tokens: ids that may occur at all, ``(A,)``.
+    :param moves: ``(S, V)``.
     :raises ValueError: unbounded, or more than ``limit`` texts.
     """
-    size = support_size(len(free), len(closing), min_tokens, max_tokens)
+    size = support_size(tokens, moves, min_tokens, max_tokens)
     if max_tokens is None or size > limit:
         raise ValueError(
             f"the support holds {size:.3g} texts; at most {limit:,} can be enumerated. "
             "Lower max_tokens, restrict the vocabulary with allowed=, or use importance sampling."
         )
-    open_texts = np.empty((1, 0), dtype=np.int64)
+    begun, state = np.empty((1, 0), dtype=np.int64), np.zeros(1, dtype=np.int64)
     finished = []
     for n in range(1, max_tokens + 1):
+        longer = np.concatenate([np.repeat(begun, len(tokens), 0), np.tile(tokens, len(begun))[:, None]], -1)
+        state = moves[np.repeat(state, len(tokens)), longer[:, -1]]
         if n >= max(min_tokens, 1):
-            finished.append(_extend(open_texts, closing, max_tokens))
-        open_texts = _extend(open_texts, free, n)
-    texts = np.concatenate([*finished, open_texts])
+            ended = longer[state == END]
+            finished.append(np.pad(ended, [(0, 0), (0, max_tokens - n)], constant_values=PAD))
+        begun, state = longer[state != END], state[state != END]
+    texts = np.concatenate([*finished, begun])
     if grammar is None:
         return texts
     return texts[grammar.reachable([[int(token) for token in row if token != PAD] for row in texts])]
 
 
-def shortest_row(free: np.ndarray, closing: np.ndarray, min_tokens: int, max_tokens: int | None) -> list[int]:
-    """The tokens of one of the shortest texts."""
-    count = max(min_tokens, 1) if len(closing) else max_tokens or 1
-    before = [int(token) for token in free[:1]] or [int(token) for token in closing[:1]]
-    row = before * count
-    return [*row[:-1], int(closing[0])] if len(closing) else row
+def shortest_row(tokens: np.ndarray, moves: np.ndarray, min_tokens: int, max_tokens: int | None) -> list[int]:
+    """The tokens of one of the shortest texts.
 
-
-def _extend(texts: np.ndarray, tokens: np.ndarray, width: int) -> np.ndarray:
-    """Every text followed by every token, padded to ``width``."""
-    rows = np.concatenate([np.repeat(texts, len(tokens), 0), np.tile(tokens, len(texts))[:, None]], -1)
-    return np.pad(rows, [(0, 0), (0, width - rows.shape[-1])], constant_values=PAD)
+    :param tokens: ids that may occur at all, ``(A,)``.
+    :param moves: ``(S, V)``.
+    """
+    after = moves[:, tokens]
+    begun: dict[int, list[int]] = {0: []}  # a text that is in each state
+    for n in range(1, (max_tokens or 1) + 1):
+        if n >= max(min_tokens, 1):
+            for state, row in begun.items():
+                if (after[state] == END).any():
+                    return [*row, int(tokens[(after[state] == END).argmax()])]
+        longer: dict[int, list[int]] = {}
+        for state, row in begun.items():
+            found, first = np.unique(after[state], return_index=True)
+            for to, at in zip(found.tolist(), first.tolist(), strict=True):
+                if to != END:
+                    longer.setdefault(to, [*row, int(tokens[at])])
+        begun = longer
+    return next(iter(begun.values()))
 
 
 def why_outside(

@@ -7,6 +7,7 @@ decode. Texts here are pieces of a longer text, so both are switched off, on a c
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,25 @@ class Codec:
         return self._verbatim.decode_batch([[n] for n in range(self.vocabulary)], skip_special_tokens=False)
 
     @cached_property
+    def token_bytes(self) -> list[bytes]:
+        """What each token writes. A token of a byte-level vocabulary may hold a part of a character only."""
+        state = json.loads(self._verbatim.to_str())
+        kinds = {step["type"] for step in _steps(state["decoder"], "decoders")}
+        added = self._verbatim.get_added_tokens_decoder()
+        found = []
+        for n, text in enumerate(self.token_texts):
+            name = self._verbatim.id_to_token(n)
+            if name is None or n in added:
+                found.append(text.encode())
+            elif "ByteLevel" in kinds:
+                found.append(bytes(_BYTES[sign] for sign in name if sign in _BYTES))
+            elif "ByteFallback" in kinds and _BYTE_TOKEN.fullmatch(name):
+                found.append(bytes([int(name[3:5], 16)]))
+            else:
+                found.append(text.encode())
+        return found
+
+    @cached_property
     def grammar_tokenizer(self) -> Any:
         """The vocabulary as llguidance reads it; building it takes about a second."""
         from llguidance import LLTokenizer
@@ -102,22 +122,36 @@ class Codec:
         return LLTokenizer(backend.to_str(), eos_token=self._tokenizer.eos_token_id)
 
 
+def _signs_of_bytes() -> dict[str, int]:
+    """The sign that byte-level vocabularies write for each byte: its own where it is a visible character of Latin-1,
+    the characters from 256 on for the others, in order."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTES = _signs_of_bytes()
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer, a pre-tokenizer or a decoder."""
+    if part is None:
+        return []
+    return part[key] if part["type"] == "Sequence" else [part]
+
+
 def _verbatim(backend: Tokenizer) -> Tokenizer:
     state = json.loads(backend.to_str())
 
-    def steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-        if part is None:
-            return []
-        return part[key] if part["type"] == "Sequence" else [part]
-
-    normalizers = [s for s in steps(state["normalizer"], "normalizers") if s["type"] != "Prepend"]
+    normalizers = [s for s in _steps(state["normalizer"], "normalizers") if s["type"] != "Prepend"]
     state["normalizer"] = {"type": "Sequence", "normalizers": normalizers} if normalizers else None
-    for part in (*steps(state["pre_tokenizer"], "pretokenizers"), *steps(state["decoder"], "decoders")):
+    for part in (*_steps(state["pre_tokenizer"], "pretokenizers"), *_steps(state["decoder"], "decoders")):
         if part["type"] == "Metaspace":
             part["prepend_scheme"] = "never"
         if part["type"] == "ByteLevel" and "add_prefix_space" in part:
             part["add_prefix_space"] = False
-    decoders = [s for s in steps(state["decoder"], "decoders") if s["type"] != "Strip"]
+    decoders = [s for s in _steps(state["decoder"], "decoders") if s["type"] != "Strip"]
     if state["decoder"] is not None and state["decoder"]["type"] == "Sequence":
         state["decoder"]["decoders"] = decoders
     return Tokenizer.from_str(json.dumps(state))

@@ -158,8 +158,9 @@ class AutoregressiveText(Distribution):
                 lax.dynamic_update_slice_in_dim(cache.values, new.past.values, number, -3),
                 lax.dynamic_update_slice_in_dim(cache.seen, new.past.seen, number, -1),
             )
+            ended = ended | law.ends(text, token)
             text = lax.dynamic_update_slice_in_dim(text, token[..., None], number, -1)
-            return (cache, new.states[..., 0, :], text, ended | law.ends(token)), score
+            return (cache, new.states[..., 0, :], text, ended), score
 
         text, ended = jnp.full((*shape, length), PAD, jnp.int32), jnp.zeros(shape, bool)
         keys = random.split(key, length)
@@ -220,9 +221,9 @@ class AutoregressiveText(Distribution):
     def _token_scores(self, reader: Reader, states: Array, value: Array) -> Array:
         """Log-probability of each token of a text of the support, ``(..., T)``, nats."""
         law, steps = self.law, jnp.arange(value.shape[-1])
-        if law.grammar is None:
+        if not law.reads_prefix:
             return token_scores(reader.head, law.vocabulary, law.tempered(states), value, law.possible(steps))
-        # A grammar's masks are as large as the logits.
+        # Masks of a grammar, or of what would end the text too early, are as large as the logits.
         prefixes = jnp.where(steps < steps[:, None], value[..., None, :], PAD)
         log_probs = law.log_probs(reader.logits(states), steps, prefixes)
         return jnp.take_along_axis(log_probs, jnp.maximum(value, 0)[..., None], -1)[..., 0]
@@ -246,7 +247,7 @@ class AutoregressiveText(Distribution):
             reason = f"it has {len(tokens)} tokens, fewer than min_tokens={law.min_tokens}"
         elif law.allowed is not None and not np.asarray(law.allowed)[tokens].all():
             reason = "it holds tokens that allowed= excludes"
-        elif law.stop is not None and np.asarray(law.stop)[tokens[:-1]].any():
+        elif np.asarray(law.ended(jnp.array(tokens[:-1], dtype=jnp.int32))).any():
             reason = "a stop token stands before its end"
         else:
             reason = f"it neither ends with a stop token nor has max_tokens={law.max_tokens} tokens"
@@ -270,8 +271,9 @@ class AutoregressiveText(Distribution):
         parts = [f"batch_shape={self.batch_shape}"]
         parts += ["unbounded stream"] if law.max_tokens is None else [f"max_tokens={law.max_tokens}"]
         parts += [f"min_tokens={law.min_tokens}"] if law.min_tokens else []
-        for mask, name in ((law.stop, "stop"), (law.allowed, "allowed")):
-            parts += [f"{int(np.asarray(mask).sum())} {name} tokens"] if mask is not None and is_known(mask) else []
+        parts += [law.described_stop()] if law.stop is not None and is_known(law.stop) else []
+        known = law.allowed is not None and is_known(law.allowed)
+        parts += [f"{int(np.asarray(law.allowed).sum())} allowed tokens"] if known else []
         fixed = isinstance(law.temperature, (int, float))
         parts += [] if fixed and law.temperature == 1 else [f"temperature={law.temperature if fixed else 'an array'}"]
         parts += [f"{law.grammar!r}"] if law.grammar is not None else []

@@ -130,11 +130,13 @@ def targets_of(name: str, law: Any, targets: str | None, guided: bool) -> str:
 
     :raises ValueError: flows of a text that cannot end at every prefix.
     """
-    if law.stop is not None:
+    alone = law.automaton is not None and not law.automaton.everywhere
+    if law.stop is not None and not alone:
         return targets or ("flows" if guided else "prefixes")
     if targets == "flows":
+        what = f"ends with {law.described_stop()} alone" if alone else "has no stop token"
         raise ValueError(
-            f"targets='flows': latent site {name!r} has no stop token, so it cannot end at every prefix. Use "
+            f"targets='flows': latent site {name!r} {what}, so it cannot end at every prefix. Use "
             "targets='prefixes', or pass stop= there."
         )
     return "prefixes"
@@ -223,7 +225,7 @@ class _Population:
             text = _Text(
                 lax.dynamic_update_slice_in_dim(text.tokens, token[..., None], number, -1),
                 lax.dynamic_update_slice_in_dim(text.log_q, score[..., None], number, -1),
-                text.ended | text.stream.law.ends(token),
+                text.ended | text.stream.law.ends(text.tokens, token),
                 writer.read(text.stream, token, number),
                 None if prior is None or text.prior is None else prior.read(text.prior, token, number),
             )
