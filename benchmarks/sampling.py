@@ -5,19 +5,28 @@
 A shared prompt, texts of a fixed number of tokens. ``generate`` returns the logits of each step, of
 which the log-probabilities are taken; ours records them. Prints tokens per CPU second, medians of one
 run, one thread, float32, and ours with a bfloat16 copy as the sampler.
+
+    python benchmarks/sampling.py --long
+
+Behind long prompts, which are kept once: CPU seconds of a draw beside those of reading the prompt alone, and of a draw
+where every row has a copy of the prompt's keys and values.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
+from unittest import mock
 
 import torch
 from measure import cpu_seconds, machine, table
 
 from llmppl import LM
 from llmppl.distributions import AutoregressiveText
+from llmppl.network import drawing
 
 SHAPES = [(60, 16, 20), (60, 1, 20), (10, 16, 20), (200, 16, 20)]  # prompt, particles, tokens
+LONG = [(400, 8, 16), (1600, 8, 16), (3000, 8, 16)]
 
 
 @torch.no_grad()
@@ -48,14 +57,50 @@ def ours(lm: LM, prompt: torch.Tensor, particles: int, tokens: int, dtype: torch
     return text.sample_with_log_prob((particles,))[1]
 
 
+@torch.no_grad()
+def long_prompts(lm: LM, repeats: int) -> None:
+    """Draws behind one long prompt: kept once, or copied for each row."""
+    rows, steps = [], 0.0
+    for length, particles, tokens in [(100, 8, 16), *LONG]:
+        prompt = torch.randint(1000, 40000, (length,), generator=torch.Generator().manual_seed(0))
+        given = (lm, prompt, particles, tokens, None)
+
+        def copied(given: tuple[Any, ...] = given) -> None:
+            with mock.patch.object(drawing, "pays", return_value=False):
+                ours(*given)
+
+        def read(prompt: torch.Tensor = prompt) -> None:
+            lm.transformer(prompt[None], logits_to_keep=1)
+
+        contenders = {"reading": read, "shared": lambda g=given: ours(*g), "copied": copied}
+        seconds = cpu_seconds(contenders, repeats)
+        if not rows:
+            steps = seconds["shared"] - seconds["reading"]
+        ratio = seconds["shared"] / (seconds["reading"] + steps)
+        rows.append((f"{length}/{particles}/{tokens}", *seconds.values(), ratio))
+        print(rows[-1], flush=True)
+    header = (
+        "prompt/particles/tokens",
+        "reading alone, s",
+        "kept once, s",
+        "copied, s",
+        "over reading and steps at 100",
+    )
+    print("\n" + table(header, rows))
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--repeats", type=int, default=5)
     arguments.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes")
+    arguments.add_argument("--long", action="store_true", help="long shared prompts")
     options = arguments.parse_args()
     torch.set_num_threads(1)
     lm = LM.from_pretrained("smollm2-135m")
     print(machine(), flush=True)
+    if options.long:
+        long_prompts(lm, options.repeats)
+        return
     rows = []
     for length, particles, tokens in SHAPES[: options.shapes]:
         prompt = torch.randint(1000, 40000, (length,), generator=torch.Generator().manual_seed(0))

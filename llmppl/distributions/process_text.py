@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from llmppl.distributions.conditioned_text import ConditionedText
-from llmppl.network.text_law import TextLaw, Text, enumerate_texts
+from llmppl.network.text_law import Text, TextLaw, enumerate_texts
 from llmppl.network.text_tensors import lengths, widen
 from llmppl.text.text_support import why_outside
 

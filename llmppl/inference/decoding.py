@@ -217,7 +217,7 @@ def _write(fn: AutoregressiveText, contexts: Tensor, rule: _Rule) -> Tensor:
     texts = torch.full((len(contexts), law.max_tokens), PAD, dtype=torch.long, device=contexts.device)
     rows = torch.arange(len(contexts), device=contexts.device)
     with fn.lm.using(fn.adapter):
-        stream = Stream(fn.lm.transformer, unpad_rows(contexts))
+        stream = Stream(fn.lm.transformer, unpad_rows(contexts), law.max_tokens)
         for step in range(law.max_tokens):
             token = rule(fn.next_log_probs(stream.logits, texts[rows, :step], rows))
             kept = (~law.ends(texts[rows, :step], token)).nonzero()[:, 0]
@@ -308,7 +308,7 @@ def _beams(fn: AutoregressiveText, contexts: Tensor, score: Tensor) -> tuple[Ten
     numbers = torch.arange(beams * count).reshape(beams, count).T  # of the beams in the flattened batch
     is_open = score.isfinite()
     with fn.lm.using(fn.adapter):
-        stream = Stream(fn.lm.transformer, unpad_rows(contexts[is_open.to(contexts.device)]))
+        stream = Stream(fn.lm.transformer, unpad_rows(contexts[is_open.to(contexts.device)]), law.max_tokens)
         for step in range(law.max_tokens):
             place = torch.full((count, beams), -1)
             place[is_open] = torch.arange(int(is_open.sum()))

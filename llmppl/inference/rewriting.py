@@ -86,7 +86,8 @@ def _rewrite(
 
     rows = log_q.isfinite().nonzero()[:, 0]
     if len(rows):
-        stream = Stream(fn.lm.transformer, unpad_rows(torch.cat([context, texts.masked_fill(~before, PAD)], -1)[rows]))
+        begun = torch.cat([context, texts.masked_fill(~before, PAD)], -1)[rows]
+        stream = Stream(fn.lm.transformer, unpad_rows(begun), min(block, width))
     place = start[rows]
     while len(rows):
         begun = new[rows].masked_fill(places >= place[:, None], PAD)

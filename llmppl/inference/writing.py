@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llmppl.distributions.autoregressive_text import AutoregressiveText
-from llmppl.network.drawing import Stream, choose, rows_at_once
+from llmppl.network.drawing import Stream, choose, rows_at_once, shared_rows_at_once
 from llmppl.network.text_tensors import unpad_rows
 from llmppl.text import PAD
 
@@ -54,13 +54,13 @@ class Writing:
         """The texts that are open, in the order of the streams' rows."""
         self.length = 0
         with q.lm.drawing(q.adapter, q.sampling_dtype) as transformer:
-            _check_memory(transformer, count, max(map(len, contexts)) + width)
-            self._stream = Stream(transformer, contexts)
+            _check_memory(transformer, contexts, width)
+            self._stream = Stream(transformer, contexts, width)
         self._prior_stream: Stream | None = None
         same = p.adapter == q.adapter and q.sampling_dtype is None and torch.equal(_flat(p), _flat(q))
         if reads_prior and not same:
             with p.lm.using(p.adapter):
-                self._prior_stream = Stream(p.lm.transformer, unpad_rows(_flat(p)))
+                self._prior_stream = Stream(p.lm.transformer, unpad_rows(_flat(p)), width)
         self.reads_prior = reads_prior
         self._look_ahead()
 
@@ -180,12 +180,16 @@ def _flat(fn: AutoregressiveText) -> Tensor:
     return fn.context.expand(fn.batch_shape + fn.context.shape[-1:]).reshape(-1, fn.context.shape[-1])
 
 
-def _check_memory(transformer: torch.nn.Module, count: int, tokens: int) -> None:
+def _check_memory(transformer: torch.nn.Module, contexts: list[list[int]], width: int) -> None:
     """Refuse more texts than the cache may hold.
 
     :raises ValueError: with the number that fits.
     """
+    count, longest = len(contexts), max(map(len, contexts))
+    tokens = longest + width
     most = CACHES * rows_at_once(transformer, tokens)
+    if all(context == contexts[0] for context in contexts):
+        most = max(most, CACHES * shared_rows_at_once(transformer, longest, width))
     if count > most:
         raise ValueError(
             f"{count} texts of up to {tokens} tokens at once do not fit the cache, which holds {most}. Lower "

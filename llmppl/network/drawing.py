@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from llmppl.network.shared_prompts import SharedPrompts, pays
 from llmppl.network.text_tensors import unpad_rows
 from llmppl.network.transformer import Network, reading_of
 from llmppl.text import PAD
@@ -53,9 +54,8 @@ def draw(
     """
     order = sorted(range(len(contexts)), key=lambda n: list(contexts[n]))
     parts = []
-    block = rows_at_once(transformer, max(map(len, contexts), default=0) + (law.max_tokens or 0))
-    for start in range(0, len(order), block):
-        rows = order[start : start + block]
+    for block in blocks(transformer, [contexts[n] for n in order], law.max_tokens or 0):
+        rows = order[block]
         heat = None if temperature is None else temperature[rows]
         parts.append(_draw_block(transformer, law, [contexts[n] for n in rows], heat, twist, rows, own))
     back = torch.tensor(order).argsort().to(parts[0][0].device)
@@ -64,17 +64,48 @@ def draw(
     return tokens[back], log_probs[back]
 
 
+def blocks(transformer: torch.nn.Module, contexts: Sequence[Sequence[int]], tokens: int) -> Iterator[slice]:
+    """Rows that are written together: as many as :data:`CACHE_BYTES` hold.
+
+    :param contexts: of each row, equal ones side by side.
+    :param tokens: that each row may get.
+    """
+    start, longest = 0, max(map(len, contexts), default=0)
+    while start < len(contexts):
+        stop = min(start + rows_at_once(transformer, longest + tokens), len(contexts))
+        alike = start
+        while alike < len(contexts) and list(contexts[alike]) == list(contexts[start]):
+            alike += 1
+        if alike > stop:  # one prompt, kept once
+            prompt = tuple(contexts[start])
+            count = min(alike - start, shared_rows_at_once(transformer, len(prompt), tokens))
+            if start + count > stop and pays([prompt] * count, tokens):
+                stop = start + count
+        yield slice(start, stop)
+        start = stop
+
+
+def shared_rows_at_once(transformer: torch.nn.Module, prompt: int, tokens: int) -> int:
+    """How many rows behind one prompt :data:`CACHE_BYTES` hold where the prompt is kept once; one at least."""
+    key, logits = _bytes(transformer)
+    return max((CACHE_BYTES - key * prompt) // (key * tokens + logits), 1)
+
+
 def rows_at_once(transformer: torch.nn.Module, tokens: int) -> int:
     """How many rows of so many tokens :data:`CACHE_BYTES` hold."""
+    key, logits = _bytes(transformer)
+    return max(CACHE_BYTES // (key * tokens + logits), 1)
+
+
+def _bytes(transformer: torch.nn.Module) -> tuple[int, int]:
+    """Of the keys and values of a token, and of some copies of a row's logits."""
     config: Any = transformer.config
     config = config.get_text_config()
     own = getattr(config, "num_attention_heads", None) or 1
     heads = getattr(config, "num_key_value_heads", None) or own
     width = getattr(config, "head_dim", None) or config.hidden_size // own
     size = next(transformer.parameters()).element_size()
-    # Keys and values of every layer, and some copies of the logits.
-    row = 2 * config.num_hidden_layers * heads * width * size * tokens + 3 * 4 * config.vocab_size
-    return max(CACHE_BYTES // int(row), 1)
+    return int(2 * config.num_hidden_layers * heads * width * size), 3 * 4 * config.vocab_size
 
 
 def _draw_block(
@@ -92,7 +123,7 @@ def _draw_block(
     values = torch.full((len(contexts), law.max_tokens), PAD, dtype=torch.long, device=device)
     recorded = torch.zeros(values.shape, dtype=dtype, device=device)
 
-    stream = Stream(transformer, contexts)
+    stream = Stream(transformer, contexts, law.max_tokens)
     active = torch.arange(len(contexts), device=device)  # rows of the stream -> rows of the result
     open_row = torch.ones(len(contexts), dtype=torch.bool, device=device)
     for step in range(law.max_tokens):
@@ -133,22 +164,31 @@ def _draw_block(
 class Stream:
     """Rows of tokens that a transformer reads one after another, with their keys and values.
 
-    Each distinct context is read once. Rows can be dropped and doubled on the way.
+    Each distinct context is read once, and kept once where that is less work. Rows can be dropped and doubled on the
+    way.
 
     :param contexts: ``N`` token lists, none empty.
+    :param tokens: that a row may get.
     """
 
     logits: Tensor
     """Of the next token of each row, ``(N, V)``."""
 
-    def __init__(self, transformer: torch.nn.Module, contexts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, transformer: torch.nn.Module, contexts: Sequence[Sequence[int]], tokens: int) -> None:
         self.transformer = transformer
+        self._shared: SharedPrompts | None = None
         self._rows: list[list[int]] | None = None
         """The tokens so far of a network that is read row by row, whose cache may not be one of keys and values."""
         if not reading_of(transformer).packs:
             self._rows = [list(context) for context in contexts]
             self.tokens_read = 0
             self._read_rows()
+            return
+        rows = [tuple(context) for context in contexts]
+        if pays(rows, tokens):
+            self._shared = SharedPrompts(transformer, rows)
+            self.logits = self._shared.logits
+            self.tokens_read = sum(map(len, dict.fromkeys(rows)))
             return
         device = next(transformer.parameters()).device
         distinct = list(dict.fromkeys(tuple(context) for context in contexts))
@@ -170,6 +210,10 @@ class Stream:
             self._rows = [self._rows[n] for n in rows.tolist()]
             self.logits = self.logits[rows]
             return
+        if self._shared is not None:
+            self._shared.select(rows)
+            self.logits = self._shared.logits
+            return
         self._cache.batch_select_indices(rows)
         self.logits, self._seen = self.logits[rows], self._seen[rows]
 
@@ -179,9 +223,13 @@ class Stream:
             self._rows = [[*row, token] for row, token in zip(self._rows, tokens.tolist(), strict=True)]
             self._read_rows()
             return
+        self.tokens_read += len(tokens)
+        if self._shared is not None:
+            self._shared.advance(tokens)
+            self.logits = self._shared.logits
+            return
         self._seen = torch.cat([self._seen, self._seen.new_ones(len(self._seen), 1)], -1)
         self._read(tokens[:, None], self._seen.sum(-1, keepdim=True) - 1)
-        self.tokens_read += len(tokens)
 
     @torch.no_grad()
     def _read_rows(self) -> None:
