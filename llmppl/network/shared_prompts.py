@@ -125,6 +125,8 @@ class SharedPrompts:
         index = (~kept).long().argsort(dim=-1, stable=True)[:, :most]
         self._keys_at = self._keys_at.gather(-1, index)
         self._visible = self._visible.gather(-1, index[self.group])
+        each = torch.arange(prompts, device=self.device)[:, None]
         for layer in self._cache.layers:
-            wide = index[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[-1])
-            layer.keys, layer.values = layer.keys.gather(-2, wide), layer.values.gather(-2, wide)
+            layer.keys, layer.values = (
+                x.transpose(1, 2)[each, index].transpose(1, 2) for x in (layer.keys, layer.values)
+            )
