@@ -91,5 +91,5 @@ def test_a_prompt_that_is_kept_once_takes_its_memory_once(monkeypatch: pytest.Mo
 
 def test_stream_of_the_drawing_takes_the_cheaper_way() -> None:
     model = AutoModelForCausalLM.from_config(CONFIGURATIONS["llama"]).eval()
-    assert Stream(model, [[1, 2, 3] * 20] * 6, 8)._shared is not None
-    assert Stream(model, [[1, 2, 3] * 20], 8)._shared is None
+    assert Stream(model, [[1, 2, 3] * 20] * 6, 8)._held is not None
+    assert Stream(model, [[1, 2, 3] * 20], 8)._held is None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from llmppl.network.forked_rows import ForkedRows
 from llmppl.network.shared_prompts import SharedPrompts, pays
 from llmppl.network.text_tensors import unpad_rows
 from llmppl.network.transformer import Network, reading_of
@@ -176,18 +177,18 @@ class Stream:
 
     def __init__(self, transformer: torch.nn.Module, contexts: Sequence[Sequence[int]], tokens: int) -> None:
         self.transformer = transformer
-        self._shared: SharedPrompts | None = None
+        self._held: SharedPrompts | ForkedRows | None = None
         self._rows: list[list[int]] | None = None
-        """The tokens so far of a network that is read row by row, whose cache may not be one of keys and values."""
-        if not reading_of(transformer).packs:
+        """The tokens so far of a network that is read row by row, whose cache cannot be forked."""
+        rows, reading = [tuple(context) for context in contexts], reading_of(transformer)
+        if not reading.packs and not reading.forks:
             self._rows = [list(context) for context in contexts]
             self.tokens_read = 0
             self._read_rows()
             return
-        rows = [tuple(context) for context in contexts]
-        if pays(rows, tokens):
-            self._shared = SharedPrompts(transformer, rows)
-            self.logits = self._shared.logits
+        if not reading.packs or pays(rows, tokens):
+            self._held = SharedPrompts(transformer, rows) if reading.packs else ForkedRows(transformer, rows)
+            self.logits = self._held.logits
             self.tokens_read = sum(map(len, dict.fromkeys(rows)))
             return
         device = next(transformer.parameters()).device
@@ -210,9 +211,9 @@ class Stream:
             self._rows = [self._rows[n] for n in rows.tolist()]
             self.logits = self.logits[rows]
             return
-        if self._shared is not None:
-            self._shared.select(rows)
-            self.logits = self._shared.logits
+        if self._held is not None:
+            self._held.select(rows)
+            self.logits = self._held.logits
             return
         self._cache.batch_select_indices(rows)
         self.logits, self._seen = self.logits[rows], self._seen[rows]
@@ -224,9 +225,9 @@ class Stream:
             self._read_rows()
             return
         self.tokens_read += len(tokens)
-        if self._shared is not None:
-            self._shared.advance(tokens)
-            self.logits = self._shared.logits
+        if self._held is not None:
+            self._held.advance(tokens)
+            self.logits = self._held.logits
             return
         self._seen = torch.cat([self._seen, self._seen.new_ones(len(self._seen), 1)], -1)
         self._read(tokens[:, None], self._seen.sum(-1, keepdim=True) - 1)

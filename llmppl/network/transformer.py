@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from llmppl.network.forked_rows import forks
 from llmppl.network.windows import FULL, Windows
 
 KeysAndValues = list[tuple[Tensor, Tensor]]
@@ -131,11 +132,13 @@ class Reading:
     :param packs: tokens of several rows in one, under a 4-D mask with position ids; otherwise row by row.
     :param splits: the logits are those of the vocabulary's layer at the last hidden state.
     :param reason: why it does not pack.
+    :param forks: one that does not pack: its own cache can be forked and its rows reordered.
     """
 
     packs: bool
     splits: bool
     reason: Exception | None = None
+    forks: bool = False
 
 
 _readings: WeakKeyDictionary[nn.Module, Reading] = WeakKeyDictionary()
@@ -186,7 +189,7 @@ def _probe(network: Network) -> Reading:
     except Exception as error:  # whatever a cache or a mask raises, this network is not to be packed
         agrees, reason = False, error
     if not agrees:
-        return Reading(False, False, reason)
+        return Reading(False, False, reason, forks(transformer, tolerance))
     head = transformer.get_output_embeddings()
     if not isinstance(head, nn.Module):
         return Reading(True, False)
