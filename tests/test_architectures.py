@@ -101,8 +101,8 @@ def test_scores_and_draws_are_those_of_plain_passes(name: str) -> None:
     """Prompts of unequal lengths, prefixes of one text among the texts, rows drawn several times; 2e-5 nats."""
     lm = make(name)
     assert f", {'packed' if name in PACKED else 'row by row'}" in repr(lm)
-    # All but those two have caches that transformers can reorder.
-    assert reading_of(lm.transformer).forks == (name in BY_ROWS and name not in ("RecurrentGemma", "Rwkv"))
+    # Two keep no cache that can be reordered, and steps of Bamba with a cache differ from its plain passes by 4e-3 nats.
+    assert reading_of(lm.transformer).forks == (name in BY_ROWS and name not in ("Bamba", "RecurrentGemma", "Rwkv"))
     contexts = [torch.randint(1, 12, (size,)) for size in (14, 9)]
     texts = torch.randint(1, 12, (3, 5))
     texts[1, :3] = texts[0, :3]
