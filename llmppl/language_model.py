@@ -23,6 +23,7 @@ from llmppl.network.low_precision import Sampler
 from llmppl.network.pickling import packed, unpacked
 from llmppl.network.row_map import map_rows
 from llmppl.network.scoring import Request, score
+from llmppl.network.servable import check_config, check_servable
 from llmppl.network.text_law import TextLaw
 from llmppl.network.text_tensors import Piece, check_text, join, pad_rows
 from llmppl.network.transformer import Network, forget_reading
@@ -48,6 +49,7 @@ class LM:
 
     :param model: a ``transformers`` causal language model.
     :param tokenizer: its tokenizer.
+    :raises ValueError: a model that is compiled, quantised, or spread over devices.
 
     Example::
 
@@ -59,6 +61,7 @@ class LM:
     """The framework whose ``sample`` and ``factor`` a ready program takes."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        check_servable(model)
         model = model.eval().requires_grad_(False)
         self._become(model, tokenizer, Adapters(model))
 
@@ -76,8 +79,9 @@ class LM:
         :param dtype: of the weights. Half precision shifts log-probabilities; importance weights want float32.
         :raises ModuleNotFoundError: the packaged model is not installed; names the command.
         :raises FileNotFoundError: no such folder.
+        :raises ValueError: a quantised checkpoint.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         from llmppl.files.packaged_model import PACKAGED, packaged_folder, quiet_loading
 
@@ -90,6 +94,7 @@ class LM:
                 f"name such as 'organisation/model', or the packaged {sorted(PACKAGED)[0]!r}."
             )
         with quiet_loading():
+            check_config(AutoConfig.from_pretrained(name, trust_remote_code=False))
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         return cls(model.to(device), tokenizer)

@@ -101,7 +101,7 @@ def test_scores_and_draws_are_those_of_plain_passes(name: str) -> None:
     """Prompts of unequal lengths, prefixes of one text among the texts, rows drawn several times; 2e-5 nats."""
     lm = make(name)
     assert f", {'packed' if name in PACKED else 'row by row'}" in repr(lm)
-    # Two keep no cache that can be reordered, and steps of Bamba with a cache differ from its plain passes by 4e-3 nats.
+    # Two keep no cache that can be reordered, and Bamba's steps with a cache differ from its plain passes by 4e-3 nats.
     assert reading_of(lm.transformer).forks == (name in BY_ROWS and name not in ("Bamba", "RecurrentGemma", "Rwkv"))
     contexts = [torch.randint(1, 12, (size,)) for size in (14, 9)]
     texts = torch.randint(1, 12, (3, 5))

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -304,3 +309,37 @@ def test_the_sleep_phase_refuses_factors(story: Story) -> None:
 def test_guides_take_a_language_model(lm: LM) -> None:
     with pytest.raises(TypeError, match="must be an llmppl.LM"):
         PromptGuide(lambda: None, "smollm2")
+
+
+def test_models_that_cannot_be_vouched_for_are_named(lm: LM, tmp_path: Path) -> None:
+    def made(**changes: Any) -> LM:
+        model = copy.deepcopy(lm.transformer)
+        for name, value in changes.items():
+            setattr(model, name, value)
+        return LM(model, lm.tokenizer)
+
+    # What torch.compile(model) and model.compile() leave.
+    with pytest.raises(ValueError, match="compiled by torch.compile"):
+        made(_orig_mod=lm.transformer)
+    with pytest.raises(ValueError, match="compiled by torch.compile"):
+        made(_compiled_call_impl=lambda *args: None)
+    with pytest.raises(ValueError, match="spread over 0, cpu by device_map="):
+        made(hf_device_map={"model.embed_tokens": 0, "lm_head": "cpu"})
+    with pytest.raises(ValueError, match="spread over disk"):
+        made(hf_device_map={"": "disk"})
+    assert made(hf_device_map={"": "cpu"}).vocabulary == lm.vocabulary
+    config = copy.deepcopy(lm.transformer.config)
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(ValueError, match=r"quantised \(gptq\)"):
+        made(config=config)
+    lm.transformer.save_pretrained(tmp_path)
+    lm.tokenizer.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"quantised \(compressed-tensors\)"):
+        LM.from_pretrained(tmp_path)
+    from llmppl.numpyro.network.architecture import Architecture
+
+    with pytest.raises(ValueError, match="the checkpoint is quantised"):
+        Architecture.of(settings)

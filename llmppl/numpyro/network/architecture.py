@@ -64,6 +64,11 @@ class Architecture:
 
         :raises ValueError: an architecture, a position encoding or an attention that is not built here; names it.
         """
+        if config.get("quantization_config") is not None:
+            raise ValueError(
+                "the checkpoint is quantised, and the native JAX decoder reads plain weights. Load the checkpoint that "
+                "it was made from."
+            )
         family = config.get("model_type", "")
         if family not in FAMILIES:
             raise ValueError(
