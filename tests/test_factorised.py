@@ -15,7 +15,8 @@ from llmppl.network.text_law import enumerate_texts
 from llmppl.network.text_tensors import lengths
 from llmppl.text import PAD
 
-FREE = {name: law for name, law in LAWS.items() if "grammar" not in law}
+# Fewest tokens before a stop string of several tokens tie tokens together, as a grammar does.
+FREE = {name: law for name, law in LAWS.items() if "grammar" not in law and name != "stops of several kinds"}
 BATCHES: dict[str, tuple[int, ...]] = {"one": (), "rows": (3,), "rows that share logits": (4, 1, 3)}
 
 

@@ -60,6 +60,7 @@ def test_few_rows_or_prompts_of_their_own_are_not_put_together() -> None:
     long, short = tuple(range(400)), tuple(range(10))
     assert pays([long] * 8, 16)
     assert not pays([long], 16)
+    assert not pays([long[:60]] * 4, 16)
     assert not pays([long[n:] for n in range(8)], 16)
     assert not pays([short] * 128, 20), "all rows would be asked about the keys of all"
 
@@ -91,5 +92,5 @@ def test_a_prompt_that_is_kept_once_takes_its_memory_once(monkeypatch: pytest.Mo
 
 def test_stream_of_the_drawing_takes_the_cheaper_way() -> None:
     model = AutoModelForCausalLM.from_config(CONFIGURATIONS["llama"]).eval()
-    assert Stream(model, [[1, 2, 3] * 20] * 6, 8)._held is not None
+    assert Stream(model, [[1, 2, 3] * 20] * 12, 8)._held is not None
     assert Stream(model, [[1, 2, 3] * 20], 8)._held is None

@@ -15,6 +15,9 @@ from llmppl.network.windows import Windows
 COPYING = 6
 """What copying a key and its value costs, in attended pairs of tokens: measured with SmolLM2 on one core."""
 
+FEWEST = 500
+"""Tokens of all rows' prompts below which there is nothing to gain."""
+
 SPARSE = 0.6
 """Where fewer of a prompt's further keys are still seen, the others are dropped."""
 
@@ -29,6 +32,8 @@ def pays(contexts: Sequence[tuple[int, ...]], tokens: int) -> bool:
     distinct = dict.fromkeys(contexts)
     most = max(contexts.count(context) for context in distinct) if len(distinct) < len(contexts) else 1
     rows, prompts, longest = len(contexts), len(distinct), max(map(len, distinct))
+    if rows * longest < FEWEST:
+        return False
     alone = longest + tokens / 2
     together = longest + most * tokens / 2
     return prompts * (COPYING + most) * together < 0.9 * rows * (COPYING + 1) * alone
