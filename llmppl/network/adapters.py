@@ -107,11 +107,18 @@ class Adapters:
 
         transformer: Any = self.transformer
         head = transformer.get_output_embeddings()
-        found = set()
+        linear, others = [], set()
         for key, module in self.transformer.named_modules():
             layer: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
-            if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head and "lora_" not in key:
-                found.add(key.removesuffix(".base_layer").rsplit(".", 1)[-1])
+            key = key.removesuffix(".base_layer")
+            if "lora_" in key:
+                continue
+            if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head:
+                linear.append(key)
+            else:
+                others.add(key.rsplit(".", 1)[-1])
+        # A name that stands for something else, too, as the number in a sequence of layers, is given in full.
+        found = {ending if (ending := key.rsplit(".", 1)[-1]) not in others else key for key in linear}
         # The kernels of these architectures read that layer's weight themselves, past any adapter, and PEFT refuses it.
         if transformer.config.model_type in MAMBA:
             found -= {"out_proj"}
