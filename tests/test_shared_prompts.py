@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig
 
+from llmppl.inference.writing import _check_memory
 from llmppl.network import drawing
 from llmppl.network.drawing import Stream, blocks
 from llmppl.network.shared_prompts import SharedPrompts, pays
@@ -88,6 +89,21 @@ def test_a_prompt_that_is_kept_once_takes_its_memory_once(monkeypatch: pytest.Mo
     parts = list(blocks(model, [prompt] * 12 + [[1]] * 4, 20))
     assert parts[0] == slice(0, 12)
     assert [part.stop - part.start for part in parts[1:]] == [3, 1]
+    assert list(blocks(model, [[1]] * 2 + [prompt] * 12, 20)) == [slice(0, 3), slice(3, 14)]
+
+
+def test_more_rows_than_the_cache_holds_are_refused_by_how_their_prompt_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Room for three rows with copies of the long prompt: sixteen share it; rows of a short one have copies."""
+    model = AutoModelForCausalLM.from_config(CONFIGURATIONS["llama"])
+    key, logits = drawing._bytes(model)
+    monkeypatch.setattr(drawing, "CACHE_BYTES", 3 * (key * 320 + logits))
+    _check_memory(model, [list(range(300))] * 16, 20)
+    short = drawing.rows_at_once(model, 24)
+    assert drawing.shared_rows_at_once(model, 4, 20) > short
+    with pytest.raises(ValueError, match=f"which holds {4 * short}"):
+        _check_memory(model, [[1, 2, 3, 4]] * (4 * short + 1), 20)
 
 
 def test_stream_of_the_drawing_takes_the_cheaper_way() -> None:

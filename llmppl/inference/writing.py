@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from llmppl.distributions.autoregressive_text import AutoregressiveText
 from llmppl.network.drawing import Stream, choose, rows_at_once, shared_rows_at_once
+from llmppl.network.shared_prompts import pays
 from llmppl.network.text_tensors import unpad_rows
 from llmppl.text import PAD
 
@@ -188,7 +189,8 @@ def _check_memory(transformer: torch.nn.Module, contexts: list[list[int]], width
     count, longest = len(contexts), max(map(len, contexts))
     tokens = longest + width
     most = CACHES * rows_at_once(transformer, tokens)
-    if all(context == contexts[0] for context in contexts):
+    rows = [tuple(context) for context in contexts]
+    if len(set(rows)) == 1 and pays(rows, width):  # as the stream of the drawing decides
         most = max(most, CACHES * shared_rows_at_once(transformer, longest, width))
     if count > most:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,15 +72,17 @@ def blocks(transformer: torch.nn.Module, contexts: Sequence[Sequence[int]], toke
     :param contexts: of each row, equal ones side by side.
     :param tokens: that each row may get.
     """
-    start, longest = 0, max(map(len, contexts), default=0)
+    size = rows_at_once(transformer, max(map(len, contexts), default=0) + tokens)
+    ends: list[int] = []  # of each row, where another prompt begins
+    for _, rows in groupby(map(tuple, contexts)):
+        count = len(list(rows))
+        ends += [len(ends) + count] * count
+    start = 0
     while start < len(contexts):
-        stop = min(start + rows_at_once(transformer, longest + tokens), len(contexts))
-        alike = start
-        while alike < len(contexts) and list(contexts[alike]) == list(contexts[start]):
-            alike += 1
-        if alike > stop:  # one prompt, kept once
+        stop = min(start + size, len(contexts))
+        if ends[start] > stop:  # one prompt, kept once
             prompt = tuple(contexts[start])
-            count = min(alike - start, shared_rows_at_once(transformer, len(prompt), tokens))
+            count = min(ends[start] - start, shared_rows_at_once(transformer, len(prompt), tokens))
             if start + count > stop and pays([prompt] * count, tokens):
                 stop = start + count
         yield slice(start, stop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,9 +30,8 @@ def pays(contexts: Sequence[tuple[int, ...]], tokens: int) -> bool:
     :param contexts: of each row.
     :param tokens: that each row may get.
     """
-    distinct = dict.fromkeys(contexts)
-    most = max(contexts.count(context) for context in distinct) if len(distinct) < len(contexts) else 1
-    rows, prompts, longest = len(contexts), len(distinct), max(map(len, distinct))
+    counts = Counter(contexts)
+    rows, prompts, most, longest = len(contexts), len(counts), max(counts.values()), max(map(len, counts))
     if rows * longest < FEWEST:
         return False
     alone = longest + tokens / 2
