@@ -123,10 +123,8 @@ class TwistedText(AutoregressiveText):
     def rows(self, index: Tensor | slice) -> TwistedText:
         lm: Any = self.lm
         words = self.words.expand(self.batch_shape + self.words.shape[-1:])[index]
-        chosen = TwistedText(
-            lm, self.context[index], self.law, words, self.twist, self.adapter, self._validate_args
-        )  # fmt: skip
-        return self._at_site(chosen)
+        context, adapter = self.context[index], self.adapter
+        return self._at_site(TwistedText(lm, context, self.law, words, self.twist, adapter, self._validate_args))
 
     def expand(self, batch_shape: Any, _instance: object = None) -> TwistedText:
         shape, lm = torch.Size(batch_shape), self.lm
