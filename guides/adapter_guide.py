@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from llmppl.distributions.conditioned_text import ConditionedText
+from llmppl.distributions.parameter_store import register_module
 from llmppl.guides.saved_guide import SavedGuide
-from llmppl.guides.text_guide import program_name, register_module
+from llmppl.guides.text_guide import program_name
 
 
 class AdapterGuide(SavedGuide):

@@ -18,11 +18,12 @@ from llmppl.programs.structure import Program
 class PromptGuide(TextGuide):
     """The language model itself, told the observations: zero-shot, nothing to train.
 
-    The baseline that every report shows. Parameters as in :class:`TextGuide`.
+    The baseline that every report shows. Of a model that learns, ``PromptGuide(program, lm.adapt(...))`` goes on with
+    what it has learned. Parameters as in :class:`TextGuide`.
     """
 
     def distribution(self, name: str, prior: ConditionedText, context: Tensor) -> ConditionedText:
-        return prior.with_context(context, None)
+        return prior.with_context(context, self.lm.adapter)
 
     def __repr__(self) -> str:
         prompts = f", prompt for {sorted(self.prompt)}" if self.prompt else ""

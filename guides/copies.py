@@ -74,11 +74,18 @@ def reduced(guide: Copied) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     way = _way(guide.model, lm)
     tensors = None if way is None else {name: lm.adapters.state(name) for name in names}
     state = packed(_state(guide), shared)
-    return _restored, (type(guide), guide.model, way, lm if way is None else _identity(lm), tensors, state)
+    known = lm if way is None else _identity(lm)
+    return _restored, (type(guide), guide.model, way, known, lm.adapter, tensors, state)
 
 
 def _restored(
-    kind: Any, model: Program, way: tuple[str, str] | None, lm: Any, tensors: Mapping[str, Any] | None, state: bytes
+    kind: Any,
+    model: Program,
+    way: tuple[str, str] | None,
+    lm: Any,
+    lm_adapter: str | None,
+    tensors: Mapping[str, Any] | None,
+    state: bytes,
 ) -> Any:
     if way is not None:
         found = _follow(model, way)
@@ -87,7 +94,7 @@ def _restored(
                 f"this guide belongs to the language model of {lm}, and {way[1]!r} of its program is now {found!r}. "
                 "Load the model that the guide was trained on."
             )
-        lm = found
+        lm = found if lm_adapter == found.adapter else found.base
     names = {name: lm.adapters.restore(name, its) for name, its in (tensors or {}).items()}
     shared: dict[Any, Any] = dict(zip(SHARED, (*_parts(lm), model), strict=True))
     guide = kind.__new__(kind)
@@ -117,7 +124,7 @@ def _way(program: Program, lm: LM) -> tuple[str, str] | None:
         found = ((("global", n), v) for n, v in inspect.getclosurevars(program).globals.items())
     else:
         found = ((("attribute", n), v) for n, v in getattr(program, "__dict__", {}).items())
-    return next((way for way, value in found if value is lm), None)
+    return next((way for way, value in found if isinstance(value, LM) and value.base is lm.base), None)
 
 
 def _follow(program: Any, way: tuple[str, str]) -> Any:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmppl.distributions.parameter_store import register_module
 from llmppl.guides.autoregressive import AutoregressiveGuide
-from llmppl.guides.text_guide import Prompt, register_module
+from llmppl.guides.text_guide import Prompt
 from llmppl.language_model import LM
 from llmppl.network.text_tensors import pad_rows, unpad_rows
 from llmppl.programs.structure import Program, structure, text_sites

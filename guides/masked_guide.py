@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from llmppl.distributions.conditioned_text import ConditionedText
+from llmppl.distributions.parameter_store import register_module
 from llmppl.distributions.process_text import ProcessText
 from llmppl.guides.saved_guide import SavedGuide
-from llmppl.guides.text_guide import Prompt, program_name, register_module
+from llmppl.guides.text_guide import Prompt, program_name
 from llmppl.language_model import LM
 from llmppl.masked_lm import MaskedLM
 from llmppl.programs.structure import Program

@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from llmppl.distributions.conditioned_text import ConditionedText
 from llmppl.distributions.factorised_text import FactorisedText
+from llmppl.distributions.parameter_store import register_module
 from llmppl.distributions.process_text import ProcessText
 from llmppl.guides.direct import DirectGuide
-from llmppl.guides.text_guide import Prompt, TextGuide, register_module
+from llmppl.guides.text_guide import Prompt, TextGuide
 from llmppl.language_model import LM
 from llmppl.masked_lm import MaskedLM
 from llmppl.network.unmasking import check_count

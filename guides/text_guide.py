@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -150,17 +149,6 @@ class TextGuide(nn.Module):
         with proposer:
             self.model(*args, **kwargs)
         return {**given, **proposer.proposed}
-
-
-def register_module(name: str, module: nn.Module) -> None:
-    """``pyro.module``, but a parameter that another guide of this name left in the store gives way:
-    Pyro would put the old tensor in place of the new one, and the adapter would never train."""
-    store = pyro.get_param_store()
-    for key, parameter in module.named_parameters():
-        full_name = f"{name}$$${key}"
-        if full_name in store and store[full_name] is not parameter:
-            del store[full_name]
-    pyro.module(name, module)
 
 
 def program_name(program: Program) -> str:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from llmppl.distributions.autoregressive_text import AutoregressiveText
 from llmppl.distributions.conditioned_text import ConditionedText
+from llmppl.distributions.parameter_store import register_module
 from llmppl.distributions.twisted_text import TwistedText, WordTwist
 from llmppl.guides.saved_guide import SavedGuide
-from llmppl.guides.text_guide import Prompt, _Proposer, _rows_of, program_name, register_module
+from llmppl.guides.text_guide import Prompt, _Proposer, _rows_of, program_name
 from llmppl.language_model import LM
 from llmppl.programs.structure import Program, Site
 
@@ -105,4 +106,6 @@ class _ToldTheWord(_Proposer):
             )
         words = _rows_of(*self.observed[self.guide.word], msg)
         context = self._context(name, prior, msg) if name in self.guide.prompt else prior.context
-        return TwistedText(self.guide.lm, context, prior.law, words, self.guide.twist, None, prior._validate_args)
+        return TwistedText(
+            self.guide.lm.base, context, prior.law, words, self.guide.twist, prior.adapter, prior._validate_args
+        )

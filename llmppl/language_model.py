@@ -15,6 +15,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from llmppl.distributions.adaptable import Adaptable
 from llmppl.distributions.autoregressive_text import AutoregressiveText
 from llmppl.distributions.choice import Choice
 from llmppl.distributions.content_word import ContentWord
@@ -41,11 +42,12 @@ if TYPE_CHECKING:
     from llmppl.text.grammar import Grammar
 
 
-class LM:
+class LM(Adaptable):
     """A causal language model whose calls return distributions over text.
 
     The weights are frozen and the model is put in evaluation mode; adapters are added by guides and
-    are on only while a guide samples or scores. Several guides share the one transformer.
+    are on only while a guide samples or scores. Several guides share the one transformer. A model that
+    learns is :meth:`adapt`'s.
 
     :param model: a ``transformers`` causal language model.
     :param tokenizer: its tokenizer.
@@ -103,12 +105,16 @@ class LM:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LM:
         """Another language model with a transformer of its own, adapters included."""
+        if self.adapter is not None:
+            return self._copied(memo)
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin._become(*(copy.deepcopy(part, memo) for part in (self.transformer, self.tokenizer, self.adapters)))
         return twin
 
     def __reduce__(self) -> Any:
+        if self.adapter is not None:
+            return _readapted, (self.base, self.adapter, self._made)
         return _unpickled, (type(self), packed((self.transformer, self.tokenizer, self.adapters)))
 
     def _become(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapters: Adapters) -> None:
@@ -191,7 +197,8 @@ class LM:
         :raises TypeError, ValueError: naming the argument and the mend.
         """
         law = self.law(max_tokens, stop, min_tokens, temperature, allowed, grammar)
-        return AutoregressiveText(self, self.context(*pieces), law)
+        self.register()
+        return AutoregressiveText(self.base, self.context(*pieces), law, self.adapter)
 
     def law(
         self,
@@ -222,7 +229,8 @@ class LM:
         :raises ValueError: fewer than two options, equal ones, or one the prefix of another.
         """
         rows = self.spelling.options(options)
-        return Choice(self, self.context(*pieces), pad_rows(rows, device=self.device))
+        self.register()
+        return Choice(self.base, self.context(*pieces), pad_rows(rows, device=self.device), self.adapter)
 
     @cached_property
     def word_tokens(self) -> WordTokens:
@@ -408,12 +416,17 @@ class LM:
     def __repr__(self) -> str:
         weights = sum(p.numel() for n, p in self.transformer.named_parameters() if "lora_" not in n)
         adapters = f", adapters={self.adapters.names}" if self.adapters.names else ""
+        own = f"adapter={self.adapter!r}, rank={self._made[0]}, " if self.adapter is not None else ""
         return (
-            f"LM({type(self.transformer).__name__} {Path(self.name).name!r}, "
+            f"LM({own}{type(self.transformer).__name__} {Path(self.name).name!r}, "
             f"{weights / 1e6:.1f} M parameters, vocabulary={self.vocabulary}, "
             f"dtype={str(self.dtype).removeprefix('torch.')}, device={self.device}, "
             f"{'packed' if self.network.packs else 'row by row'}{adapters})"
         )
+
+
+def _readapted(lm: LM, adapter: str, made: tuple[int, float]) -> LM:
+    return lm._under(adapter, made)
 
 
 def _unpickled(kind: type[LM], content: bytes) -> LM:

@@ -164,7 +164,7 @@ class Adapters:
         return name is not None and name == self._dropping
 
     def _switch(self, name: str | None) -> None:
-        trainable = [p for group in self._parameters.values() for p in group.values() if p.requires_grad]
+        trains = [(p, p.requires_grad) for group in self._parameters.values() for p in group.values()]
         for layer in self._layers:
             own = name is not None and name in layer.lora_A
             layer.enable_adapters(own)
@@ -172,9 +172,10 @@ class Adapters:
                 layer.set_adapter(name)
         if self._virtual is not None:
             self._virtual.embeddings = None if name is None else self._parameters[name].get("virtual_tokens")
-        # peft freezes what it switches off; a graph built while it was on needs it trainable still.
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        # peft freezes what it switches off, and a graph built while it was on needs it trainable still; it lets learn
+        # what it switches on, which may be frozen.
+        for parameter, before in trains:
+            parameter.requires_grad_(before)
         self._active = name
 
     def reset(self, name: str) -> None:

@@ -1,5 +1,5 @@
 """Ready generative programs for NumPyro: those of :mod:`llmppl.models`, made by a :class:`llmppl.numpyro.LM`."""
 
-from llmppl.models import continuation, ending_first, infilling, keyword
+from llmppl.models import arithmetic, calculate, continuation, ending_first, infilling, keyword, rationale
 
-__all__ = ["continuation", "ending_first", "infilling", "keyword"]
+__all__ = ["arithmetic", "calculate", "continuation", "ending_first", "infilling", "keyword", "rationale"]

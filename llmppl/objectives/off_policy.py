@@ -107,20 +107,19 @@ class OffPolicyObjective(ParticleObjective):
         return Call(model, guide, args, kwargs, handler, on_policy, observations, known)
 
     def remember(
-        self, call: Call, trace: poutine.Trace, log_p: Tensor, log_weights: Tensor, states: Tensor | None = None
+        self, call: Call, trace: poutine.Trace, log_p: Tensor, log_weights: Tensor, states: Tensor | None
     ) -> None:
         """Put the particles of a call, ``(K,) + batch_shape``, into the buffer.
 
-        :param states: log p of the particles' states, ``(J, K) + batch_shape``; by default of themselves alone.
+        :param states: log p of the particles' states, ``(J, K) + batch_shape``, to be had again from the buffer;
+            ``None`` of a program that is being learned, which is another the next time.
         """
         buffer = self.behaviour.buffer
         if buffer is None or not call.observations:
             return
         latents = {name: site for name, site in trace.nodes.items() if is_latent(site)}
         split = has_data_plate(trace)
-        states = log_p[None] if states is None else states
-        # What is being learned, too, is another program the next time.
-        frozen = torch.is_grad_enabled() and not states.requires_grad
+        states = states if torch.is_grad_enabled() else None
         for row, observation in enumerate(call.observations):
             # Without a data plate all plates of the program belong to one observation.
             joint, weight = (
@@ -131,7 +130,7 @@ class OffPolicyObjective(ParticleObjective):
                 for name, site in latents.items():
                     value = site["value"][k]
                     values[name] = value.select(value.dim() - 1 - site["fn"].event_dim, row) if split else value
-                own = (states[:, k, ..., row] if split else states[:, k]) if frozen else None
+                own = None if states is None else states[:, k, ..., row] if split else states[:, k]
                 if joint[k] > -math.inf:
                     buffer.put(observation, values, float(joint[k]), float(weight[k]), own)
 
@@ -150,7 +149,8 @@ class OffPolicyObjective(ParticleObjective):
             allow_zero=self.floor is not None,
             known=lambda rows, split: None if (own := call.known_log_p(1, rows, split)) is None else own[0],
         )
-        self.remember(call, particles.guide_trace, particles.log_p, particles.log_weights)
+        states = None if particles.log_p.requires_grad else particles.log_p[None]
+        self.remember(call, particles.guide_trace, particles.log_p, particles.log_weights, states)
         particles.log_p = self._floored(particles.log_p)
         return call, particles
 

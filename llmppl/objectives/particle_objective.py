@@ -10,6 +10,7 @@ from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor
 
+from llmppl.programs.observations import has_other_observations
 from llmppl.programs.particles import Particles, check_finite, run_particles
 from llmppl.programs.structure import Program
 
@@ -20,6 +21,9 @@ class ParticleObjective(ELBO):
     It is used as any ELBO of Pyro: ``SVI(model, guide, optim, loss=objective)``, or
     ``objective(model, guide)`` with a torch optimizer. Losses are summed over the rows of plates that
     contain every site; each row is an observation ``x`` of its own.
+
+    A program with parameters (:meth:`llmppl.LM.adapt`, or ``pyro.param``) learns at the same time, by
+    :func:`program_loss`. Its gradient is no part of the guide's.
 
     :param num_particles: ``K``, latent samples for each ``x``.
     """
@@ -34,8 +38,9 @@ class ParticleObjective(ELBO):
             )
         super().__init__(num_particles=num_particles, vectorize_particles=True)
         self.diagnostics: dict[str, float] = {}
-        """``elbo`` (nats for one x) and ``ess`` (effective sample size) of the last step's on-policy particles; of hard
-        conditions also how many joints were ``floored`` and how many observations ``skipped``."""
+        """``elbo`` and ``log_evidence`` (nats for one x) and ``ess`` (effective sample size) of the last step's
+        on-policy particles; of hard conditions also how many joints were ``floored`` and how many observations
+        ``skipped``."""
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a scalar tensor whose gradient trains the guide."""
@@ -83,15 +88,42 @@ class ParticleObjective(ELBO):
         return particles
 
 
+def program_loss(model: Program, log_p: Tensor, log_weights: Tensor) -> Tensor:
+    r"""What the program learns by, the M-step of EM (wake-θ) [1]: a term of value zero whose gradient is
+
+    .. math:: -\sum_k \bar w_k \nabla_\theta \log p_\theta(x, z_k), \qquad \bar w_k \propto p_\theta(x, z_k)/q(z_k|x)
+
+    for each observation. It is the gradient of :math:`-\log \frac1K\sum_k w_k`, hence an estimate of that of
+    :math:`-\log p_\theta(x)` with a bias of order 1/K, without any where the guide is the posterior.
+
+    Simulated observations are the program's own, and teach it nothing.
+
+    :param log_p: of particles that the guide has drawn as it is, ``(K,) + batch_shape``, with a gradient where the
+        program learns.
+    :param log_weights: log p − log q of them.
+
+    References
+
+    [1] Bornschein, Bengio (2015), `Reweighted wake-sleep`, sec. 2.2; Le et al. (2019), `Revisiting reweighted
+    wake-sleep`, eq. 4.
+    """
+    if not log_p.requires_grad or not len(log_p) or has_other_observations(model):
+        return log_p.new_zeros(())
+    weights = normalised_weights(log_weights.detach())
+    surrogate = -(weights * torch.where(weights > 0, log_p, 0.0)).sum()
+    return surrogate - surrogate.detach()
+
+
 def diagnostics(log_weights: Tensor) -> dict[str, float]:
-    """ELBO and effective sample size of ``(K, ...)`` log-weights, averaged over the rows; of a row without any weight
-    the latter is zero."""
+    """ELBO, log of the mean weight, and effective sample size of ``(K, ...)`` log-weights, averaged over the rows; of a
+    row without any weight the latter is zero."""
     if not len(log_weights):
-        return {"elbo": math.nan, "ess": math.nan}
+        return {"elbo": math.nan, "log_evidence": math.nan, "ess": math.nan}
     normalised = normalised_weights(log_weights)
     squares = normalised.square().sum(0)
     return {
         "elbo": log_weights.mean().item(),
+        "log_evidence": (log_weights.logsumexp(0) - math.log(len(log_weights))).mean().item(),
         "ess": torch.where(squares > 0, 1 / squares, squares).mean().item(),
     }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmppl.objectives.behaviour import Behaviour
 from llmppl.objectives.off_policy import Call, OffPolicyObjective
-from llmppl.objectives.particle_objective import diagnostics
+from llmppl.objectives.particle_objective import diagnostics, program_loss
 from llmppl.objectives.prefix_states import States, ended_prefixes
 from llmppl.programs.observations import Given, original
 from llmppl.programs.particles import (
@@ -20,11 +20,12 @@ from llmppl.programs.particles import (
     drops,
     log_q_drawn,
     propose,
+    run_model,
     run_particles,
     sum_sites,
 )
 from llmppl.programs.plates import has_data_plate, in_particles
-from llmppl.programs.structure import Program
+from llmppl.programs.structure import Program, learns, structure
 
 
 class SubTrajectoryBalance(OffPolicyObjective):
@@ -88,7 +89,9 @@ class SubTrajectoryBalance(OffPolicyObjective):
             )
         drawn = log_q_drawn(trace, axes, nesting, self.num_particles) if drops(trace) else None
         states = ended_prefixes(trace, axes, nesting, type(self).__name__)
-        log_p = self._log_p(call, trace, states, axes, nesting)  # (J, K) + batch_shape
+        learning = learns(structure(call.model, args, kwargs))
+        with torch.no_grad():
+            log_p = self._log_p(call, trace, states, axes, nesting, not learning)  # (J, K) + batch_shape
         log_q = self._score(call.guide, call, states, axes, nesting)
         sampled_p, sampled_q = states.of_samples(log_p), states.of_samples(log_q)
         if self._checked is not original(model):
@@ -97,14 +100,15 @@ class SubTrajectoryBalance(OffPolicyObjective):
         chosen = call.on_policy.to(log_p.device)
         sampled = (sampled_p - (sampled_q if drawn is None else drawn)).detach()
         self.diagnostics = diagnostics(sampled[chosen])
-        self.remember(call, trace, sampled_p, sampled, log_p)
+        self.remember(call, trace, sampled_p, sampled, None if learning else log_p)
+        learned = self._learned(call, trace, sampled, axes, nesting) if learning else 0.0
         log_p = self._floored(log_p)
         log_weights = log_p / self.target_temperature - log_q
         weight = self.pair_weights(states)  # (J, J, K) + batch_shape
         squares = (log_weights[:, None] - log_weights[None]).square()
         # A particle whose text can end at one place only has nothing to compare.
         total = weight.sum((0, 1)).clamp(min=torch.finfo(weight.dtype).tiny)
-        return ((weight * squares).sum((0, 1)) / total).mean(0).sum()
+        return ((weight * squares).sum((0, 1)) / total).mean(0).sum() + learned
 
     def pair_weights(self, states: States) -> Tensor:
         """ω up to a factor for each pair of states, ``(J, J, K) + batch_shape``; zero where one is none."""
@@ -115,14 +119,26 @@ class SubTrajectoryBalance(OffPolicyObjective):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "decay": self.decay}
 
-    def _log_p(self, call: Call, trace: poutine.Trace, states: States, axes: tuple[int, ...], nesting: int) -> Tensor:
-        """The program's joint at every state; of replayed particles it may be known."""
+    def _learned(
+        self, call: Call, trace: poutine.Trace, log_weights: Tensor, axes: tuple[int, ...], nesting: int
+    ) -> Tensor:
+        """What the program learns by: at the samples alone, whose prefixes only the guide is judged by."""
+        scored = run_model(call.model, trace, call.args, call.kwargs, self.num_particles, nesting)
+        compute_log_prob(scored)
+        log_p = sum_sites(scored, axes, nesting, self.num_particles)
+        chosen = call.on_policy.to(log_p.device)
+        return program_loss(call.model, log_p[chosen], log_weights[chosen])
+
+    def _log_p(
+        self, call: Call, trace: poutine.Trace, states: States, axes: tuple[int, ...], nesting: int, frozen: bool
+    ) -> Tensor:
+        """The program's joint at every state; of replayed particles it may be known, unless the program learns and is
+        another by now."""
         known = call.known_log_p(len(states.place), common_shape(trace, axes), has_data_plate(trace))
-        if known is not None:
+        if known is not None and frozen:
             first = known.shape[1]
             rest = self._score(call.model, call, states, axes, nesting, first)
-            if not rest.requires_grad:  # a program that is being learned is another by now
-                return torch.cat([known.to(rest), rest], 1)
+            return torch.cat([known.to(rest), rest], 1)
         return self._score(call.model, call, states, axes, nesting)
 
     def _score(

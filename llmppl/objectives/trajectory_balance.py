@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llmppl.objectives.behaviour import Behaviour
 from llmppl.objectives.off_policy import OffPolicyObjective
+from llmppl.objectives.particle_objective import program_loss
 from llmppl.programs.structure import Program
 
 
@@ -58,9 +59,11 @@ class TrajectoryBalance(OffPolicyObjective):
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         call, particles = self._off_policy_particles(model, guide, args, kwargs)
-        excess = particles.log_q - particles.log_p / self.target_temperature  # (K,) + batch_shape
+        chosen = call.on_policy.to(particles.log_p.device)
+        learned = program_loss(call.model, particles.log_p[chosen], particles.log_weights[chosen])
+        excess = particles.log_q - particles.log_p.detach() / self.target_temperature  # (K,) + batch_shape
         if self.log_partition == "vargrad":
-            return excess.var(0).sum()
+            return excess.var(0).sum() + learned
         if not hasattr(guide, "log_partition"):
             raise TypeError(
                 f"log_partition='learned' needs a guide with log_partition(*args), and {type(guide).__name__} has "
@@ -73,7 +76,7 @@ class TrajectoryBalance(OffPolicyObjective):
                 f"guide.log_partition(*args) has shape {tuple(log_z.shape)}, but the program has observations of "
                 f"shape {tuple(rows)}: rows that share a latent are one observation. Use log_partition='vargrad'."
             )
-        return (log_z + excess).square().mean(0).sum()
+        return (log_z + excess).square().mean(0).sum() + learned
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "log_partition": self.log_partition}

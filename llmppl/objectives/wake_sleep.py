@@ -11,16 +11,16 @@ from pyro import poutine
 from torch import Tensor
 
 from llmppl.network.text_tensors import pad_rows
-from llmppl.objectives.particle_objective import ParticleObjective, diagnostics, normalised_weights
-from llmppl.programs.observations import Given, Observed
+from llmppl.objectives.particle_objective import ParticleObjective, diagnostics, normalised_weights, program_loss
+from llmppl.programs.observations import Given, Observed, has_other_observations
 from llmppl.programs.particles import check_finite, common_axes, compute_log_prob, sum_sites
 from llmppl.programs.plates import PARTICLES, in_particles
 from llmppl.programs.simulation import Simulated
-from llmppl.programs.structure import Program, is_latent, plate_nesting, structure
+from llmppl.programs.structure import Program, is_latent, learns, plate_nesting, structure
 
 
 class WakeSleep(ParticleObjective):
-    r"""Reweighted wake-sleep for the guide [1], the baseline of every comparison.
+    r"""Reweighted wake-sleep [1], the baseline of every comparison.
 
     .. math:: \mathcal L = -\text{insomnia}\sum_k \bar w_k \log q(z_k|x)
               - (1-\text{insomnia})\,\frac1K\sum_k\log q(z'_k|x'_k),
@@ -28,9 +28,10 @@ class WakeSleep(ParticleObjective):
 
     The first term (wake-φ) estimates the gradient of :math:`\mathrm{KL}(p(z|x)\|q)` with a bias of
     order 1/K; the second (sleep, or neural posterior estimation) is unbiased for simulated ``x'``. An
-    observed stream is simulated to the observed number of tokens. Parameters of the model get no
-    gradient. Where a hard condition makes a joint zero, wake-φ gives it weight zero; an observation of which no
-    particle is possible teaches nothing in that step, and is counted as ``skipped``.
+    observed stream is simulated to the observed number of tokens. Parameters of the program are trained by
+    wake-θ on the wake phase's particles, which are drawn for it where ``insomnia=0``, too. Where a hard
+    condition makes a joint zero, wake-φ gives it weight zero; an observation of which no particle is
+    possible teaches nothing in that step, and is counted as ``skipped``.
 
     :param num_particles: ``K``, for either phase.
     :param insomnia: share of the wake-φ term, from 0 (sleep only) to 1 (wake-φ only).
@@ -57,18 +58,26 @@ class WakeSleep(ParticleObjective):
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor | float = 0.0
         self.diagnostics = diagnostics(torch.empty(0))  # the wake phase has others
-        if self.insomnia > 0:
-            loss = loss + self.insomnia * self._wake(model, guide, args, kwargs)
+        if self.insomnia > 0 or self._teaches(model, args, kwargs):
+            loss = loss + self._wake(model, guide, args, kwargs)
         if self.insomnia < 1:
             loss = loss + (1 - self.insomnia) * self._sleep(model, guide, args, kwargs)
         assert isinstance(loss, Tensor)
         return loss
 
+    def _teaches(self, model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a program learns from its own observations."""
+        simulated = hasattr(model, "simulated_pair") or has_other_observations(model)
+        return torch.is_grad_enabled() and not simulated and learns(structure(model, args, kwargs))
+
     def _wake(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         particles = self._particles(model, guide, args, kwargs, allow_zero=True)
         log_weights = particles.log_weights.detach()
         self.diagnostics["skipped"] = int((log_weights == -torch.inf).all(0).sum())
-        return -(normalised_weights(log_weights) * particles.log_q).sum()
+        learned = program_loss(model, particles.log_p, log_weights)
+        if self.insomnia == 0:
+            return learned
+        return learned - self.insomnia * (normalised_weights(log_weights) * particles.log_q).sum()
 
     def _sleep(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         pairs = simulated_pairs(model, guide, args, kwargs, self.num_particles, self.exhaust)

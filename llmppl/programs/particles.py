@@ -92,14 +92,14 @@ def run_particles(
     rows = common_shape(guide_trace, axes)
     before = None if known is None else known(rows, has_data_plate(guide_trace))
     first = 0 if before is None else len(before)
-    model_trace = _model_trace(model, guide_trace, args, kwargs, num_particles, nesting, first)
+    model_trace = run_model(model, guide_trace, args, kwargs, num_particles, nesting, first)
     # Before the pass with gradients: what was recorded while drawing is there still.
     drawn = log_q_drawn(guide_trace, axes, nesting, num_particles) if drops(guide_trace) else None
     compute_log_prob(guide_trace, score_parts)
     compute_log_prob(model_trace)
     log_p = sum_sites(model_trace, axes, nesting, num_particles - first)
     if before is not None and log_p.requires_grad:
-        model_trace = _model_trace(model, guide_trace, args, kwargs, num_particles, nesting)
+        model_trace = run_model(model, guide_trace, args, kwargs, num_particles, nesting)
         compute_log_prob(model_trace)
         log_p = sum_sites(model_trace, axes, nesting, num_particles)
     elif before is not None:
@@ -115,7 +115,7 @@ def run_particles(
     )
 
 
-def _model_trace(
+def run_model(
     model: Program,
     guide_trace: poutine.Trace,
     args: tuple[Any, ...],

@@ -78,6 +78,15 @@ def plate_nesting(trace: poutine.Trace) -> int:
     return -min(dims, default=0)
 
 
+def learns(trace: poutine.Trace) -> bool:
+    """Whether the program of a trace has parameters that are being learned: those of ``lm.adapt``, or Pyro's."""
+    values = [site["value"] for site in trace.nodes.values() if site["type"] == "param"]
+    return any(
+        value.unconstrained().requires_grad if hasattr(value, "unconstrained") else value.requires_grad
+        for value in values
+    )
+
+
 def signature(program: Program) -> inspect.Signature:
     """The parameters of a program, be it a function or a module."""
     return inspect.signature(program.forward if isinstance(program, torch.nn.Module) else program)

@@ -44,6 +44,9 @@ class Evaluation:
     The random numbers are the same at each evaluation and none of the training's: a run with and
     without evaluations trains the same.
 
+    Where the program learns, log Z is another at each evaluation: each gap is then taken with the evaluation's
+    own log Ẑ, and ``patience`` waits for a larger mean log Ẑ, which is what EM raises.
+
     With ``pairs`` the held-out gain is measured as well (:class:`~llmppl.training.gain.Gain`), and ``patience`` rests
     on it: it works where a hard condition makes ELBO and gap infinite, and differs from one evaluation to the next by
     what the guide has learned, not by luck. ``data`` may then be left out.
@@ -109,6 +112,7 @@ class HeldOut:
     """An evaluation as a run goes on: the best log Ẑ so far, the best step and its parameters.
 
     :param results: to which evaluations are appended.
+    :param learning: whether the program is another at each evaluation.
     """
 
     def __init__(
@@ -119,7 +123,9 @@ class HeldOut:
         parameters: Mapping[str, Tensor],
         vectorize_data: bool,
         results: list[Evaluated],
+        learning: bool = False,
     ) -> None:
+        self.learning = learning
         self.evaluation, self.model, self.guide = evaluation, model, guide
         self.parameters, self.vectorize_data, self.results = parameters, vectorize_data, results
         self.log_evidence: np.ndarray | None = None
@@ -187,6 +193,8 @@ class HeldOut:
         better = (
             all(not item.gain >= result.gain for item in self.results)
             if gain is not None
+            else all(not item.log_evidence >= result.log_evidence for item in self.results)
+            if self.learning
             # With one log Z for all, the gaps are ordered as the ELBOs are.
             else all(not item.elbo >= result.elbo for item in self.results)
         )
@@ -195,7 +203,7 @@ class HeldOut:
             self.best_parameters = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.results.append(result)
         if len(self.evaluation.data):
-            self._compare()
+            self._compare(self.results[-1:] if self.learning else self.results)
         return result
 
     def _of_gain(self, step: int, seconds: float) -> Evaluated:
@@ -269,7 +277,7 @@ class HeldOut:
             yield collate(data[start : start + size])
 
     def _improve(self, log_evidence: np.ndarray, error: np.ndarray) -> None:
-        if self.log_evidence is None or self.log_evidence_error is None:
+        if self.log_evidence is None or self.log_evidence_error is None or self.learning:
             self.log_evidence, self.log_evidence_error = log_evidence.copy(), error.copy()
         if self.log_evidence.shape != log_evidence.shape:
             raise ValueError(
@@ -280,13 +288,13 @@ class HeldOut:
             better = log_evidence > self.log_evidence
             self.log_evidence[better], self.log_evidence_error[better] = log_evidence[better], error[better]
 
-    def _compare(self) -> None:
-        """The gaps of all evaluations against one log Z."""
+    def _compare(self, results: list[Evaluated]) -> None:
+        """The gaps of evaluations against one log Z."""
         assert self.log_evidence is not None
         assert self.log_evidence_error is not None
         mean = float(self.log_evidence.mean())
         squares = float(np.square(self.log_evidence_error).sum()) / len(self.log_evidence) ** 2
-        for item in self.results:
+        for item in results:
             item.gap = mean - item.elbo
             item.gap_error = math.sqrt(item.elbo_error**2 + squares)
 

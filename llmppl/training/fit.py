@@ -1,4 +1,4 @@
-"""fit(): the training loop for guides."""
+"""fit(): the training loop for guides, and for programs that learn."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from llmppl.training.collation import collate
 from llmppl.training.evaluation import Evaluation, HeldOut
 from llmppl.training.history import COLUMNS, HARD, History
 from llmppl.training.minibatches import Minibatches, Rows, checked
-from llmppl.training.optimization import SCHEDULES, make_optimizer, make_scheduler, trained_parameters
+from llmppl.training.optimization import SCHEDULES, make_optimizer, make_scheduler, of_program, trained_parameters
 from llmppl.training.regularisation import Regularisation, Regularised
 from llmppl.training.resumable import Resumable
 from llmppl.training.run_identity import run_identity
@@ -47,6 +47,7 @@ def fit(
     vectorize_data: bool = False,
     learning_rate: float = 3e-4,
     log_partition_learning_rate: float = 1e-1,
+    model_learning_rate: float | None = None,
     warmup_steps: int = 10,
     weight_decay: float = 0.01,
     clip_norm: float = 1.0,
@@ -62,7 +63,7 @@ def fit(
     resume: bool = False,
     regularisation: Regularisation | None = None,
 ) -> History:
-    """Train a guide on minibatches of data with AdamW.
+    """Train a guide, and the program where it has parameters, on minibatches of data with AdamW.
 
     With a ``folder`` the run can be resumed: called again with ``resume=True`` and otherwise as before it
     goes on from its newest whole checkpoint, bit for bit as if it had not stopped. Killed at any moment it
@@ -79,10 +80,13 @@ def fit(
         programs that treat rows alike.
     :param learning_rate: after ``warmup_steps`` steps of linear warm-up.
     :param log_partition_learning_rate: for a guide's learned log-partition.
+    :param model_learning_rate: for the program's own parameters (:meth:`llmppl.LM.adapt`, ``pyro.param``); by default
+        ``learning_rate``. They take the M-step of EM while the guide takes the E-step, and both start at once: let the
+        guide learn first by ``lm.requires_grad_(False)`` in a run before. Without such parameters it does nothing.
     :param weight_decay: of AdamW: each step multiplies the guide's weights (not those of a learned
         log-partition) by one minus this times the learning rate, which pulls an adapter back to the prompt
         guide. It regularises, as what ``regularisation`` holds does.
-    :param clip_norm: the global gradient norm is clipped at this.
+    :param clip_norm: the global gradient norm is clipped at this, the guide's and the program's each on its own.
     :param seed: of every random number of the run; by default Pyro's current state is used.
     :param callback: called as ``callback(step, history)`` after each step.
     :param accumulate: minibatches a step, one after another in memory; the gradients of all are averaged.
@@ -101,7 +105,8 @@ def fit(
     :returns: the history, of the resumed run from its first step.
     :raises TypeError, ValueError: malformed data or numbers; a loss that is not finite; a folder with
         checkpoints without ``resume``, of another run, or with damaged ones only; a regularisation that the
-        program, the guide or the objective cannot have.
+        program, the guide or the objective cannot have; simulated data, or references and pairs of an evaluation, for
+        a program that learns and is soon another.
     """
     stream = data if isinstance(data, SimulatedStream) else None
     readings = steps * batch_size * accumulate / len(data) if isinstance(data, SimulatedSet) else math.nan
@@ -137,14 +142,20 @@ def fit(
     first = collate(batches.upcoming()) if vectorize_data else batches.upcoming()[0]
     with randomness_kept():
         parameters = trained_parameters(program, proposal, guide, first)
+        learned = of_program(parameters, program, guide, first)
         regularised = Regularised(regularisation, program, proposal, guide, objective, first)
-    optimizer = make_optimizer(parameters, guide, learning_rate, log_partition_learning_rate, weight_decay)
+    if learned:
+        _check_learned(data, evaluation, regularised.options)
+    model_rate = learning_rate if model_learning_rate is None else model_learning_rate
+    optimizer = make_optimizer(
+        parameters, guide, learned, learning_rate, log_partition_learning_rate, model_rate, weight_decay
+    )
     scheduler = make_scheduler(optimizer, schedule, warmup_steps, steps)
-    history = History(readings=readings)
+    history = History(readings=readings, learned=tuple(learned))
     held_out = (
         None
         if evaluation is None
-        else HeldOut(evaluation, model, guide, parameters, vectorize_data, history.evaluations)
+        else HeldOut(evaluation, model, guide, parameters, vectorize_data, history.evaluations, bool(learned))
     )
     parts: dict[str, Any] = {"batches": batches, "optimizer": optimizer, "scheduler": scheduler, "history": history}
     parts |= {} if held_out is None else {"held_out": held_out}
@@ -161,6 +172,7 @@ def fit(
         steps="any" if schedule == "constant" else steps,
         learning_rate=learning_rate,
         log_partition_learning_rate=log_partition_learning_rate,
+        **({"model_learning_rate": model_rate} if learned else {}),
         warmup_steps=warmup_steps,
         weight_decay=weight_decay,
         clip_norm=clip_norm,
@@ -197,7 +209,8 @@ def fit(
             for parameter in parameters.values():
                 if parameter.grad is not None:
                     parameter.grad /= accumulate * batches.batch_size
-            norm = nn.utils.clip_grad_norm_(parameters.values(), clip_norm)
+            norm = nn.utils.clip_grad_norm_([p for n, p in parameters.items() if n not in learned], clip_norm)
+            nn.utils.clip_grad_norm_([parameters[name] for name in learned], clip_norm)
             rate = optimizer.param_groups[0]["lr"]
             optimizer.step()
             scheduler.step()
@@ -205,6 +218,7 @@ def fit(
             history.append(
                 loss=loss,
                 elbo=_mean(reports, "elbo"),
+                log_evidence=_mean(reports, "log_evidence"),
                 ess=_mean(reports, "ess"),
                 gradient_norm=float(norm),
                 learning_rate=rate,
@@ -217,6 +231,8 @@ def fit(
             if step % checkpoint_every == 0 or step == steps or stopped:
                 run.save(step)
             shown = {"loss": f"{history.loss[-1]:.2f}"}
+            if learned and not math.isnan(history.log_evidence[-1]):
+                shown |= {"log p": f"{history.log_evidence[-1]:.2f}"}
             if not math.isnan(history.elbo[-1]):  # simulated pairs have none
                 shown |= {"ELBO": f"{history.elbo[-1]:.2f}", "ESS": f"{history.ess[-1]:.1f}"}
             if history.evaluations:
@@ -296,6 +312,25 @@ def _tempering(objective: Any, temperature: Callable[[int], float] | float) -> I
         yield temper
     finally:
         objective.target_temperature = 1.0
+
+
+def _check_learned(data: Any, evaluation: Evaluation | None, regularisation: Regularisation) -> None:
+    """Refuse what belongs to a program as it is, where it is to become another."""
+    mend = "Freeze the program, lm.requires_grad_(False), or"
+    if any(isinstance(row, SimulatedPair) for row in data[:1]):
+        raise ValueError(
+            f"data= are simulated pairs, the program's own texts, and teach it nothing. {mend} pass observed data."
+        )
+    for name in ("references", "pairs"):
+        if evaluation is not None and getattr(evaluation, name) is not None:
+            raise ValueError(
+                f"Evaluation({name}=) belongs to the program as it is, and this one learns. {mend} leave it out."
+            )
+    if regularisation.simulated or regularisation.input_noise:
+        raise ValueError(
+            "Regularisation(simulated=, input_noise=) puts other observations in place of the data, and this program "
+            f"learns from them. {mend} leave them out; Behaviour(sleep=) simulates for the guide alone."
+        )
 
 
 def _check_numbers(**numbers: int) -> None:

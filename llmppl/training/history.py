@@ -10,7 +10,7 @@ import numpy as np
 
 from llmppl.display.plots import plot_history
 
-COLUMNS = ("loss", "elbo", "ess", "gradient_norm", "learning_rate", "floored", "skipped", "seconds")
+COLUMNS = ("loss", "elbo", "log_evidence", "ess", "gradient_norm", "learning_rate", "floored", "skipped", "seconds")
 
 HARD = ("floored", "skipped")
 """Counts that objectives without hard conditions do not report."""
@@ -55,6 +55,8 @@ class History:
 
     :param loss: of the objective, for one observation.
     :param elbo: nats, mean over the step's observations; NaN where the objective reports none.
+    :param log_evidence: nats, log of the mean weight of the step's on-policy particles, mean over observations; in
+        expectation below log p(x). It is what a program that learns by EM raises.
     :param ess: effective sample size of the step's on-policy particles, mean over observations.
     :param gradient_norm: before clipping.
     :param seconds: since the start, without the pauses between a stop and its resumption.
@@ -62,6 +64,7 @@ class History:
     :param floored: joints of the step that counted as the balance objective's ``floor``.
     :param skipped: observations of the step of which no particle of wake-φ was possible.
     :param evaluations: on held-out data, where ``fit`` was given an :class:`~llmppl.Evaluation`.
+    :param learned: names of the program's own parameters, where it has any that learn.
     :param readings: how often each pair of a simulated set is read in all; NaN of other data.
     :param parted: the step from which on the held-out gain was worse than its best while the loss went on falling.
     :param restored: the step whose parameters were put back where training stopped early.
@@ -69,6 +72,7 @@ class History:
 
     loss: list[float] = field(default_factory=list)
     elbo: list[float] = field(default_factory=list)
+    log_evidence: list[float] = field(default_factory=list)
     ess: list[float] = field(default_factory=list)
     gradient_norm: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -76,6 +80,7 @@ class History:
     floored: list[float] = field(default_factory=list)
     skipped: list[float] = field(default_factory=list)
     evaluations: list[Evaluated] = field(default_factory=list)
+    learned: tuple[str, ...] = ()
     readings: float = math.nan
     parted: int | None = None
     restored: int | None = None
@@ -83,7 +88,8 @@ class History:
     def append(self, **values: float) -> None:
         """Add a step's numbers."""
         for name in COLUMNS:
-            getattr(self, name).append(float(values[name] if name not in HARD else values.get(name, 0)))
+            default = 0.0 if name in HARD else math.nan
+            getattr(self, name).append(float(values.get(name, default)))
 
     def state_dict(self) -> dict[str, Any]:
         columns = {name: list(getattr(self, name)) for name in COLUMNS}
@@ -108,6 +114,9 @@ class History:
         if known.any():
             elbo, ess = (np.asarray(column[-last:])[known].mean() for column in (self.elbo, self.ess))
             text += f", ELBO {elbo:.2f} nats, ESS {ess:.1f}"
+            if self.learned:
+                evidence = np.asarray(self.log_evidence[-last:])[known].mean()
+                text += f", log p̂ {evidence:.2f}; the program learned, too"
         if sum(self.floored):
             text += f"; {np.mean(self.floored):.3g} joints a step counted as the floor"
         if sum(self.skipped):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,17 +39,49 @@ def trained_parameters(model: Program, guide: Program, module: Program, args: tu
         raise ValueError(
             "nothing to train: neither model nor guide has parameters. PromptGuide has none; use AutoregressiveGuide."
         )
-    return {name: parameter for parameter, name in found.items()}
+    priors: list[str] = []
+    return {_steady(name, priors): parameter for parameter, name in found.items()}
+
+
+def _steady(name: str, priors: list[str]) -> str:
+    """A name in the store with the made-up name of an adapted prior as its number among those met: the same in every
+    process, so that a checkpoint finds its parameters again."""
+    match = re.match(r"prior_\d+(?=\$\$\$)", name)
+    if match is None:
+        return name
+    if match[0] not in priors:
+        priors.append(match[0])
+    return f"prior {priors.index(match[0]) + 1}{name[match.end() :]}"
+
+
+def of_program(parameters: Mapping[str, Tensor], model: Program, module: Program, args: tuple[Any, ...]) -> list[str]:
+    """Which of the trained parameters are the program's and not the guide's, by name."""
+    sites = structure(model, args, {}).nodes.values()
+    met = {site["value"].unconstrained() for site in sites if site["type"] == "param"}
+    if isinstance(module, nn.Module):
+        met -= set(module.parameters())
+    return [name for name, parameter in parameters.items() if parameter in met]
 
 
 def make_optimizer(
-    parameters: Mapping[str, Tensor], guide: Program, learning_rate: float, head_rate: float, weight_decay: float
+    parameters: Mapping[str, Tensor],
+    guide: Program,
+    program: Sequence[str],
+    learning_rate: float,
+    head_rate: float,
+    program_rate: float,
+    weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """AdamW, with a learning rate of its own for the head of a learned log-partition."""
+    """AdamW, with learning rates of their own for the program's parameters and the head of a learned log-partition.
+
+    :param program: names of the program's.
+    """
     head = set(guide.head.parameters()) if hasattr(guide, "head") else set()
+    learned = {parameters[name] for name in program}
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters.values() if p not in head], "lr": learning_rate},
+        {"params": [p for p in parameters.values() if p not in head | learned], "lr": learning_rate},
         {"params": [p for p in parameters.values() if p in head], "lr": head_rate, "weight_decay": 0.0},
+        {"params": [p for p in parameters.values() if p in learned], "lr": program_rate},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, weight_decay=weight_decay)
 
