@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmppl.language_model import LM
+from llmppl.programs.plates import outside_plates
 from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Site, is_observation
 from llmppl.text.prompts import arguments_of
@@ -53,7 +54,7 @@ class ObservedValues:
         bound = self.signature.bind(*self.args, **self.kwargs)
         bound.apply_defaults()
         bound.arguments[name] = value
-        with randomness_kept(0):
+        with randomness_kept(0), outside_plates():
             sites = self.dry(bound.args, bound.kwargs)
         return {site: node["value"] for site, node in sites.items() if is_observation(node)}
 

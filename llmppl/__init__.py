@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from llmppl.inference.enumeration import exact_posterior
     from llmppl.inference.importance import importance
     from llmppl.inference.mcmc import mcmc
+    from llmppl.inference.predictive import predict
     from llmppl.inference.smc import smc
     from llmppl.language_model import LM
     from llmppl.masked_lm import MaskedLM
@@ -54,6 +55,7 @@ _PUBLIC = {
     "importance": "llmppl.inference.importance",
     "inference_gap": "llmppl.posterior.inference_gap",
     "mcmc": "llmppl.inference.mcmc",
+    "predict": "llmppl.inference.predictive",
     "simulate": "llmppl.training.simulated_stream",
     "smc": "llmppl.inference.smc",
 }
@@ -82,6 +84,7 @@ __all__ = [
     "importance",
     "inference_gap",
     "mcmc",
+    "predict",
     "simulate",
     "smc",
 ]

@@ -18,6 +18,7 @@ def arithmetic(
     steps: int | Callable[[str], int] | None = None,
     tool: Callable[[str], str] = calculate,
     max_tokens: int = 10,
+    result_tokens: int = 20,
 ) -> Callable[[Any, Any], Any]:
     r"""The program in which a text hands its expressions to a calculator:
 
@@ -35,6 +36,7 @@ def arithmetic(
         operators. The questions of a list have equally many.
     :param tool: from an expression, as written, to its result; of what it cannot read it returns a string, too.
     :param max_tokens: most tokens of an expression.
+    :param result_tokens: most tokens of a result.
     """
     shown = "".join(_example(*example, tool) for example in examples)
 
@@ -43,7 +45,9 @@ def arithmetic(
         for step in range(1, _steps(question, steps) + 1):
             law = lm(*pieces, max_tokens=max_tokens, stop="=")
             expression = lm.primitives.sample(f"expression_{step}", law)
-            result = kept(lm, f"result_{step}", lm.map(lambda text: f" {tool(text)},", expression))
+            result = kept(
+                lm, f"result_{step}", lm.map(lambda text: f" {tool(text)},", expression, max_tokens=result_tokens)
+            )
             pieces += [expression, result]
         pieces.append(" the answer is")
         if answer is None:

@@ -8,7 +8,8 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from llmppl.programs.structure import Program, Site, is_latent, signature
+from llmppl.network.text_tensors import widen
+from llmppl.programs.structure import Program, Site, is_latent, is_text, signature
 
 
 def observing(model: Program, guide: Program, observations: dict[str, Tensor]) -> tuple[Program, Program]:
@@ -88,5 +89,7 @@ class Given(Messenger):
     def _pyro_sample(self, msg: Site) -> None:
         if msg["name"] in self.values and is_latent(msg):
             value, fn = self.values[msg["name"]], msg["fn"]
+            if is_text(msg) and value.shape[-1] < fn.event_shape[0]:
+                value = widen(value, fn.event_shape[0])
             msg["value"] = value.expand(torch.broadcast_shapes(value.shape, fn.batch_shape + fn.event_shape))
             msg["done"] = True

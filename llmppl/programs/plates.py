@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
 from pyro import poutine
+from pyro.poutine.runtime import _DIM_ALLOCATOR
 
 from llmppl.programs.structure import Program, signature
 
@@ -42,6 +45,17 @@ def in_data_plate(program: Program) -> Program:
     # Prompts find arguments by the program's own names.
     rows.__signature__ = signature(program)  # type: ignore[attr-defined]
     return rows
+
+
+@contextmanager
+def outside_plates() -> Iterator[None]:
+    """For a run of a program within a run of it, as prompts are told of: its plates are those of a run of its own, and
+    may have the names of those in progress. What the handlers in progress would see is ``poutine.block``'s to say."""
+    open_plates, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
+    try:
+        yield
+    finally:
+        _DIM_ALLOCATOR._stack = open_plates
 
 
 def has_data_plate(trace: poutine.Trace) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -96,8 +97,12 @@ def checked_prompts(prompt: Mapping[str, Callable[..., Any]] | None) -> dict[str
     return dict(prompt or {})
 
 
+_NUMBERED = re.compile(r"(.*\D)\d+")
+
+
 def check_text_sites(texts: list[str], sites: Iterable[str], prompts: Iterable[str], sample: str) -> None:
-    """Refuse a program without a latent text, and prompts of sites that it has not.
+    """Refuse a program without a latent text, and prompts of sites that it has not. Of numbered sites, as a loop has
+    them, prompts may name more than there are.
 
     :param texts: the latent text sites.
     :param sites: all sites.
@@ -109,7 +114,11 @@ def check_text_sites(texts: list[str], sites: Iterable[str], prompts: Iterable[s
             f"the model has no latent text site; its sites are {list(sites)}. A text guide needs a "
             f"{sample}(name, lm(...)) without obs=."
         )
-    unknown = set(prompts) - set(texts)
+    # A loop of the program may have fewer turns for some arguments, and hence fewer of its numbered sites.
+    loops = {match[1] for name in texts if (match := _NUMBERED.fullmatch(name))}
+    unknown = {
+        name for name in set(prompts) - set(texts) if not ((own := _NUMBERED.fullmatch(name)) and own[1] in loops)
+    }
     if unknown:
         raise ValueError(f"prompt= names {sorted(unknown)}, but the model's latent text sites are {texts}.")
 
