@@ -33,27 +33,27 @@ def arithmetic(
     :param lm: a :class:`llmppl.LM`, or a :class:`llmppl.numpyro.LM`: the program is then one of NumPyro's.
     :param examples: worked ones that stand before the question: question, expressions without equals sign, answer.
     :param steps: expressions of a question, or a function that says so of its text; by default the question's number of
-        operators. The questions of a list have equally many.
+        operators. The questions of a list have equally many. In a compiled NumPyro program the question is no string
+        any more: say the number.
     :param tool: from an expression, as written, to its result; of what it cannot read it returns a string, too.
     :param max_tokens: most tokens of an expression.
-    :param result_tokens: most tokens of a result.
+    :param result_tokens: most tokens of a result, and of the answer.
     """
     shown = "".join(_example(*example, tool) for example in examples)
+
+    def written(function: Callable[[str], str], text: Any) -> Any:
+        return lm.map(function, text, max_tokens=result_tokens, returns=str)
 
     def solve(question: Any, answer: Any = None) -> Any:
         pieces = [shown + "Question: ", question, " = ?\nAnswer:"]
         for step in range(1, _steps(question, steps) + 1):
             law = lm(*pieces, max_tokens=max_tokens, stop="=")
             expression = lm.primitives.sample(f"expression_{step}", law)
-            result = kept(
-                lm, f"result_{step}", lm.map(lambda text: f" {tool(text)},", expression, max_tokens=result_tokens)
-            )
-            pieces += [expression, result]
+            pieces += [expression, kept(lm, f"result_{step}", written(lambda text: f" {tool(text)},", expression))]
         pieces.append(" the answer is")
         if answer is None:
             return lm.primitives.sample("answer", lm(*pieces, max_tokens=max_tokens, stop="."))
-        observed = lm.map(lambda text: f" {text.strip()}.", answer)
-        return lm.primitives.sample("answer", lm(*pieces), obs=observed)
+        return lm.primitives.sample("answer", lm(*pieces), obs=written(lambda text: f" {text.strip()}.", answer))
 
     return solve
 

@@ -38,13 +38,14 @@ def rationale(
     :param examples: worked ones that stand before the text: text, rationale, label.
     """
     named = _checked(options)
+    width = lm.encode(list(options)).shape[-1]
     shown = instruction + "".join(f"{t}{before}{z}{between}{named(y)}.\n\n" for t, z, y in examples)
 
     def classify(text: Any, label: Any = None) -> Any:
+        observed = _observed(lm, label, named, width)
         written = [shown, text, before]
         reason = lm.primitives.sample("rationale", lm(*written, max_tokens=max_tokens, stop=stop))
-        choice = lm.choice(*written, reason, between, options=options)
-        lm.primitives.sample("label", choice, obs=_observed(lm, label, named))
+        lm.primitives.sample("label", lm.choice(*written, reason, between, options=options), obs=observed)
         return reason
 
     return classify
@@ -64,11 +65,11 @@ def _checked(options: Sequence[str]) -> Callable[[str], str]:
     return named
 
 
-def _observed(lm: Maker, label: Any, named: Callable[[str], str]) -> Any:
+def _observed(lm: Maker, label: Any, named: Callable[[str], str], width: int) -> Any:
     if label is None:
         return None
     if isinstance(label, str):
         return lm.encode(named(label))
     if isinstance(label, (list, tuple)):
         return lm.encode([named(one) for one in label])
-    return lm.map(named, label)  # token ids already
+    return lm.map(named, label, max_tokens=width, returns=str)  # token ids already, as in a compiled program

@@ -87,6 +87,10 @@ CHARACTERS = "0123456789+-=? ,.:\nQuestionAwrhl"
 
 @pytest.fixture
 def counting() -> LM:
+    return counting_lm()
+
+
+def counting_lm() -> LM:
     """A language model of random weights over single characters, digits among them."""
     characters = list(dict.fromkeys(CHARACTERS))
     alphabet = {("Ġ" if c == " " else "Ċ" if c == "\n" else c): n for n, c in enumerate(characters)}
