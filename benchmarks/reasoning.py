@@ -2,7 +2,7 @@
 
     python benchmarks/reasoning.py ../shared/data/gfn/subj --out reasoning.jsonl
 
-Learns from 10, 20 and 50 labelled sentences and tests on a random 300 of the test set, the same for all. A line of
+Learns from 10, 20 and 50 labelled sentences and tests on a random 200 of the test set, the same for all. A line of
 ``--out`` is written for each method, number of labels and seed, and what is there already is not run again. About two
 hours on one core.
 
@@ -67,9 +67,9 @@ def main() -> None:
     parser.add_argument("--labels", type=int, nargs="+", default=[10, 20, 50])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--rows", type=int, default=300)
+    parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--rationales", type=int, default=4, help="that a prediction is averaged over")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--explain", type=int, default=0, help="print so many posterior rationales of two test rows")
     options = parser.parse_args()
     if not options.folder.is_dir():
@@ -173,7 +173,7 @@ class Bench:
             batch_size=5,
             vectorize_data=True,
             learning_rate=3e-4,
-            model_learning_rate=1e-4 if isinstance(objective, Trace_ELBO) else 5e-4,
+            model_learning_rate=1e-4 if isinstance(objective, Trace_ELBO) else 1e-3,
             seed=self.seed,
             progress=False,
         )

@@ -2,9 +2,24 @@
 
 from llmppl.models.arithmetic import arithmetic
 from llmppl.models.calculator import calculate
+from llmppl.models.completion import completion
 from llmppl.models.continuation import continuation
+from llmppl.models.formula import evaluate, formula
 from llmppl.models.infilling import ending_first, infilling
+from llmppl.models.interpreter import run
 from llmppl.models.keyword import keyword
 from llmppl.models.rationale import rationale
 
-__all__ = ["arithmetic", "calculate", "continuation", "ending_first", "infilling", "keyword", "rationale"]
+__all__ = [
+    "arithmetic",
+    "calculate",
+    "completion",
+    "continuation",
+    "ending_first",
+    "evaluate",
+    "formula",
+    "infilling",
+    "keyword",
+    "rationale",
+    "run",
+]

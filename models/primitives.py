@@ -11,6 +11,9 @@ class Maker(Protocol):
     primitives: Any
     """``pyro`` or ``numpyro``: the ``sample``, ``factor`` and ``deterministic`` of its programs."""
 
+    spelling: Any
+    """The tokens; ``spelling.end`` is what a text under a grammar ends with."""
+
     def __call__(self, *pieces: Any, **law: Any) -> Any: ...
     def content_word(self, text: Any, shortest: int = 3) -> Any: ...
     def encode(self, text: Any) -> Any: ...

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 import pytest
+from conftest import character_lm
+from test_reasoning import CHARACTERS
 
 from llmppl import exact_posterior as torch_exact_posterior
 from llmppl import models as torch_models
@@ -54,9 +56,7 @@ def _torch(folder: Path) -> Any:
 
 @pytest.fixture
 def counting_folder(tmp_path: Path) -> Path:
-    from test_reasoning import counting_lm
-
-    lm = counting_lm()
+    lm = character_lm(CHARACTERS)
     lm.transformer.save_pretrained(tmp_path)
     lm.tokenizer.save_pretrained(tmp_path)
     return tmp_path

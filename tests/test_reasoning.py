@@ -9,8 +9,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from conftest import character_lm
 
 from llmppl import LM, decode, exact_posterior, fit, importance, predict
 from llmppl.guides import AutoregressiveGuide, PromptGuide
@@ -87,32 +86,7 @@ CHARACTERS = "0123456789+-=? ,.:\nQuestionAwrhl"
 
 @pytest.fixture
 def counting() -> LM:
-    return counting_lm()
-
-
-def counting_lm() -> LM:
-    """A language model of random weights over single characters, digits among them."""
-    characters = list(dict.fromkeys(CHARACTERS))
-    alphabet = {("Ġ" if c == " " else "Ċ" if c == "\n" else c): n for n, c in enumerate(characters)}
-    backend = Tokenizer(models.BPE(alphabet, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    config = LlamaConfig(
-        vocab_size=len(characters),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config).double()
-    return LM(model, PreTrainedTokenizerFast(tokenizer_object=backend))
+    return character_lm(CHARACTERS)
 
 
 def test_arithmetic_sums_over_its_expressions(counting: LM) -> None:

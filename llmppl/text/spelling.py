@@ -24,6 +24,11 @@ class Spelling:
         self.codec, self.vocabulary = codec, vocabulary
         self._automata: dict[tuple[tuple[str, ...], tuple[int, ...]], StopAutomaton] = {}
 
+    @property
+    def end(self) -> str:
+        """How the end token is written, with which texts under a grammar end; empty where there is none."""
+        return self.codec.end
+
     def ids(self, text: str, first: bool = False, special: bool = False) -> list[int]:
         """Of a piece; ``first``: it begins a text.
 

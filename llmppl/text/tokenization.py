@@ -88,6 +88,12 @@ class Codec:
         return self._verbatim.decode(ids, skip_special_tokens=False)
 
     @cached_property
+    def end(self) -> str:
+        """How the end token is written; empty where there is none."""
+        token = self._tokenizer.eos_token_id
+        return "" if token is None else self.decode([int(token)])
+
+    @cached_property
     def token_texts(self) -> list[str]:
         """The text of each token on its own."""
         return self._verbatim.decode_batch([[n] for n in range(self.vocabulary)], skip_special_tokens=False)

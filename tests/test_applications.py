@@ -1,0 +1,180 @@
+"""Programs whose text is a formula or a piece of code."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from conftest import character_lm
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+
+from llmppl import LM, Grammar, exact_posterior, fit, importance
+from llmppl.guides import AutoregressiveGuide, PromptGuide
+from llmppl.models import completion, evaluate, formula, run
+from llmppl.models.formula import points_told
+from llmppl.objectives import TrajectoryBalance
+
+# --- code ----------------------------------------------------------------------------------------
+
+CODE = "def f(x):\n return+*1234567890o'"
+
+
+def test_completion_is_prior_suffix_and_tests() -> None:
+    """Every body of two characters, by hand: what passes all tests, one, or none."""
+    lm = character_lm(CODE)
+    program = completion(lm, ["f(1)", "f(2)"], max_tokens=2, stop="\n", mistake=0.01)
+    prefix, suffix, outputs = "def f(x):\n return 1", "*x", ["11", "22"]
+    posterior = exact_posterior(program)(prefix, suffix, outputs)
+    law = lm(prefix, max_tokens=2, stop="\n")
+    texts = law.enumerate_support()
+    likelihood = lm(prefix, texts).log_prob(lm.encode(suffix))
+    passed = np.array(
+        [
+            [run(prefix + t + suffix, c) == o for c, o in zip(["f(1)", "f(2)"], outputs, strict=True)]
+            for t in lm.decode(texts)
+        ]
+    )
+    assert {tuple(row) for row in passed} >= {(True, True), (False, False)}
+    tests = torch.as_tensor(np.where(passed, math.log(0.99), math.log(0.01)).sum(1))
+    log_joint = law.log_prob(texts) + likelihood + tests
+    assert posterior.log_evidence == pytest.approx(float(log_joint.logsumexp(0)), abs=1e-5)
+    assert "11" in posterior.decode("output_1")
+    best = posterior.top("body", 1)[0][0]
+    assert run(prefix + best + suffix, "f(2)") == "22"
+
+
+def test_completions_on_the_real_model(smollm2: LM) -> None:
+    program = completion(smollm2, ["double(2)", "double(5)"], max_tokens=12)
+    pyro.set_rng_seed(0)
+    guide = PromptGuide(program, smollm2, prompt={"body": lambda prefix: [prefix]})
+    posterior = importance(program, guide, 24)("def double(x):\n    return", "", ["4", "10"])
+    best, weight = posterior.top("body", 1)[0]
+    assert run("def double(x):\n    return" + best, "double(7)") == "14"
+    assert weight > 0.9
+
+
+@pytest.mark.parametrize(
+    ("calls", "keywords", "outputs", "message"),
+    [
+        ([], {}, [], "must be a list of expressions"),
+        ("f(1)", {}, ["1"], "must be a list of expressions"),
+        (["f(1)"], {"mistake": 0.0}, ["1"], "between 0 and 1/2"),
+        (["f(1)"], {}, ["1", "2"], "2 outputs of 1 calls"),
+    ],
+)
+def test_completions_that_make_no_sense(calls: Any, keywords: Any, outputs: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        completion(character_lm(CODE), calls, **keywords)("def f(x):\n return 1", "", outputs)
+
+
+# --- formulas ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("2 * x + 1", 7.0), (" x / 2 - -1", 2.5), ("sin(x) + cos(x)", math.sin(3) + math.cos(3)), ("x", 3.0)],
+)
+def test_formulas_are_evaluated(text: str, value: float) -> None:
+    assert evaluate(text, 3.0) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "y",
+        "x.real",
+        "1 / 0",
+        "log(0 - x)",
+        "exp(exp(exp(x)))",
+        "sin(x, x)",
+        "x ** 9",
+        "[x]",
+        "f(x)",
+        "1e999",
+        "x if x else 1",
+    ]
+    + ["(" * 300, "-" * 5000 + "x", "__import__('os')", "sin", "sin()", "sin(*[x])", "x = 1", "nan"],
+)
+def test_what_has_no_value_is_far_from_all_data(text: str) -> None:
+    assert evaluate(text, 3.0) == 1e6
+
+
+FORMS = Grammar.regex(r"[x12]([+*][x12])?")
+
+
+def test_formulas_are_explained_exactly() -> None:
+    """Given the noise, the posterior over 21 formulas is enumerated, and that over both is bounded by it."""
+    lm = character_lm("The data follow the formula y =x12+*.", ".")
+    program = formula(lm, grammar=FORMS, max_tokens=4)
+    x = torch.linspace(-1, 2, 5)
+    y = x + 1 + 0.1 * torch.tensor([1.0, -1.0, 0.5, 0.0, -0.5])
+    given = poutine.condition(program, data={"noise": torch.tensor(0.2)})
+    posterior = exact_posterior(given)(x, y)
+    texts = sorted(set(posterior.decode("formula")))
+    log_likelihood = {
+        t: float(
+            torch.distributions.Normal(torch.tensor([evaluate(t.removesuffix("."), float(v)) for v in x]), 0.2)
+            .log_prob(y)
+            .sum()
+        )
+        for t in texts
+    }
+    prior = exact_posterior(
+        lambda: pyro.sample("f", lm("The data follow the formula y =", grammar=FORMS, max_tokens=4))
+    )()
+    by_text = dict(zip(prior.decode("f"), np.log(prior.weights), strict=True))
+    noise = float(torch.distributions.LogNormal(math.log(0.3), 0.5).log_prob(torch.tensor(0.2)))
+    expected = np.logaddexp.reduce([by_text[t] + log_likelihood[t] for t in texts]) + noise
+    assert posterior.log_evidence == pytest.approx(expected, abs=1e-4)
+    assert {posterior.top("formula", 2)[n][0].rstrip(".") for n in (0, 1)} == {"x+1", "1+x"}
+
+
+def test_formula_and_noise_are_proposed_together() -> None:
+    """A text guide with an AutoGuide for the noise, trained; its log Ẑ is that of a sum over formulas and a grid of
+    noises."""
+    lm = character_lm("The data follow the formula y =x12+*.:;f()-0 D\n", ".")
+    program = formula(lm, grammar=FORMS, max_tokens=4)
+    x = torch.linspace(-1, 2, 5)
+    y = 2 * x + 0.2 * torch.tensor([1.0, -1.0, 0.5, 0.0, -0.5])
+    others = AutoNormal(poutine.block(program, hide=["formula"]), init_scale=0.3)
+    guide = AutoregressiveGuide(program, lm, others=others, rank=4, seed=0)
+    pyro.set_rng_seed(0)
+    fit(program, guide, [(x, y)], TrajectoryBalance(16), 80, learning_rate=2e-2, seed=0, progress=False)
+    posterior = importance(program, guide, 500)(x, y)
+    prior = exact_posterior(
+        lambda: pyro.sample("f", lm("The data follow the formula y =", grammar=FORMS, max_tokens=4))
+    )()
+    grid = torch.linspace(0.02, 4.0, 400)[:, None]
+    of_noise = torch.distributions.LogNormal(math.log(0.3), 0.5).log_prob(grid[:, 0])
+    terms = []
+    for text, weight in zip(prior.decode("f"), prior.weights, strict=True):
+        mean = torch.tensor([evaluate(text.removesuffix("."), float(v)) for v in x])
+        by_noise = of_noise + torch.distributions.Normal(mean, grid).log_prob(y).sum(-1)
+        terms.append(math.log(weight) + float(by_noise.logsumexp(0)))
+    exact = np.logaddexp.reduce(terms) + math.log(float(grid[1] - grid[0]))
+    assert abs(posterior.log_evidence - exact) < 4 * posterior.log_evidence_error + 0.02
+    assert posterior.ess > 50
+
+
+def test_formulas_on_the_real_model_are_told_the_points(smollm2: LM) -> None:
+    program = formula(smollm2, max_tokens=8)
+    x = torch.tensor([0.0, 1.0, 2.0])
+    others = AutoNormal(poutine.block(program, hide=["formula"]))
+    guide = PromptGuide(program, smollm2, prompt={"formula": points_told(smollm2)}, others=others)
+    pyro.set_rng_seed(0)
+    posterior = importance(program, guide, 4)(x, torch.tensor([1.0, 2.0, 5.0]))
+    assert np.isfinite(posterior.log_joint).all()
+    context = poutine.trace(guide).get_trace(x, torch.tensor([1.0, 2.0, 5.0])).nodes["formula"]["fn"].context
+    told = smollm2.decode(context.reshape(-1))
+    assert told.startswith("Data: f(0.0) = 1.0; f(1.0) = 2.0; f(2.0) = 5.0;")
+
+
+def test_noise_is_positive() -> None:
+    with pytest.raises(ValueError, match="noise must be positive"):
+        formula(character_lm("xy"), noise=0.0)
