@@ -178,3 +178,15 @@ def test_formulas_on_the_real_model_are_told_the_points(smollm2: LM) -> None:
 def test_noise_is_positive() -> None:
     with pytest.raises(ValueError, match="noise must be positive"):
         formula(character_lm("xy"), noise=0.0)
+
+
+def test_a_small_grammar_is_enumerated_over_the_whole_vocabulary(smollm2: LM) -> None:
+    """By what the grammar permits, not by all of 49,152 tokens at each place."""
+    law = smollm2("y =", grammar=Grammar.regex(r" (x|2)( [+*] (x|2))?"), max_tokens=8)
+    texts = law.enumerate_support()
+    strings = {text.removesuffix(smollm2.spelling.end) for text in smollm2.decode(texts)}
+    assert strings == {" x", " 2", *(f" {a} {o} {b}" for a in "x2" for o in "+*" for b in "x2")}
+    assert len(texts) > len(strings)  # some are spelled in several ways
+    assert float(law.log_prob(texts).exp().sum()) == pytest.approx(1.0, abs=1e-5)
+    with pytest.raises(ValueError, match="more than 1,000,000 texts"):
+        smollm2("y =", grammar=Grammar.regex(r"[a-z ]*"), max_tokens=9).enumerate_support()

@@ -143,10 +143,6 @@ class BoundGrammar:
             )
         return mask
 
-    def reachable(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
-        """Which texts the masked law can produce, ``(n,)``."""
-        return np.array([all(self._mask(tuple(row[:t]))[token] for t, token in enumerate(row)) for row in texts], bool)
-
     def __reduce__(self) -> Any:
         return Grammar.bind, (self.grammar, self.lm)
 

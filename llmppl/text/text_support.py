@@ -19,11 +19,14 @@ from llmppl.text.stop_automaton import END, StopAutomaton
 LARGEST = 1_000_000
 """Most texts that are enumerated."""
 
+GRAMMAR_ROWS = 128
+"""Prefixes whose permitted tokens are looked at together."""
 
-class Reaching(Protocol):
-    """A grammar: which texts it permits."""
 
-    def reachable(self, texts: Sequence[Sequence[int]]) -> np.ndarray: ...
+class Permitting(Protocol):
+    """A grammar: which tokens may follow each prefix, ``(P, V)``."""
+
+    def permitted(self, prefixes: Sequence[Sequence[int]]) -> np.ndarray: ...
 
 
 def check_lengths(max_tokens: Any, min_tokens: Any, ends: bool, hint: str = "") -> None:
@@ -136,7 +139,7 @@ def enumerate_rows(
     moves: np.ndarray,
     min_tokens: int,
     max_tokens: int | None,
-    grammar: Reaching | None,
+    grammar: Permitting | None,
     limit: int = LARGEST,
 ) -> np.ndarray:
     """Every text of a small support, ``(n, max_tokens)``.
@@ -145,25 +148,48 @@ def enumerate_rows(
     :param moves: ``(S, V)``.
     :raises ValueError: unbounded, or more than ``limit`` texts.
     """
-    size = support_size(tokens, moves, min_tokens, max_tokens)
-    if max_tokens is None or size > limit:
-        raise ValueError(
-            f"the support holds {size:.3g} texts; at most {limit:,} can be enumerated. "
-            "Lower max_tokens, restrict the vocabulary with allowed=, or use importance sampling."
-        )
+    size = math.inf if max_tokens is None else support_size(tokens, moves, min_tokens, max_tokens)
+    if max_tokens is None or (size > limit and grammar is None):
+        raise _too_many(f"{size:.3g}", limit)
     begun, state = np.empty((1, 0), dtype=np.int64), np.zeros(1, dtype=np.int64)
-    finished = []
+    finished: list[np.ndarray] = []
     for n in range(1, max_tokens + 1):
-        longer = np.concatenate([np.repeat(begun, len(tokens), 0), np.tile(tokens, len(begun))[:, None]], -1)
-        state = moves[np.repeat(state, len(tokens)), longer[:, -1]]
+        row, token = _continuations(begun, tokens, grammar, limit)
+        longer = np.concatenate([begun[row], token[:, None]], -1)
+        state = moves[state[row], token]
         if n >= max(min_tokens, 1):
             ended = longer[state == END]
             finished.append(np.pad(ended, [(0, 0), (0, max_tokens - n)], constant_values=PAD))
         begun, state = longer[state != END], state[state != END]
-    texts = np.concatenate([*finished, begun])
+        if sum(map(len, finished)) + len(begun) > limit:
+            raise _too_many(f"more than {limit:,}", limit)
+    return np.concatenate([*finished, begun])
+
+
+def _continuations(
+    begun: np.ndarray, tokens: np.ndarray, grammar: Permitting | None, limit: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows go on with which tokens, row by row: two arrays of one length."""
     if grammar is None:
-        return texts
-    return texts[grammar.reachable([[int(token) for token in row if token != PAD] for row in texts])]
+        return np.repeat(np.arange(len(begun)), len(tokens)), np.tile(tokens, len(begun))
+    rows, found, count = [], [], 0
+    for start in range(0, len(begun), GRAMMAR_ROWS):
+        part = begun[start : start + GRAMMAR_ROWS].tolist()
+        row, at = np.nonzero(grammar.permitted(part)[:, tokens])
+        rows.append(row + start)
+        found.append(tokens[at])
+        count += len(row)
+        if count > limit:
+            raise _too_many(f"more than {limit:,}", limit)
+    empty = np.empty(0, dtype=np.int64)
+    return np.concatenate([empty, *rows]), np.concatenate([empty, *found])
+
+
+def _too_many(size: str, limit: int) -> ValueError:
+    return ValueError(
+        f"the support holds {size} texts; at most {limit:,} can be enumerated. "
+        "Lower max_tokens, restrict the vocabulary with allowed=, or use importance sampling."
+    )
 
 
 def shortest_row(tokens: np.ndarray, moves: np.ndarray, min_tokens: int, max_tokens: int | None) -> list[int]:

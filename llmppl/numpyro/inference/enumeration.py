@@ -255,7 +255,8 @@ def _entries(site: Site, where: Layout) -> dict[int, int]:
 
 def _size(name: str, site: Site, where: Layout) -> int:
     fn = site["fn"]
-    if isinstance(fn, AutoregressiveText) and fn.law.support_size() > LARGEST:
+    # A grammar's texts are few or too many, which enumerating them shows.
+    if isinstance(fn, AutoregressiveText) and fn.law.grammar is None and fn.law.support_size() > LARGEST:
         count = fn.law.support_size()
         if math.isinf(count):
             _own_support(name, site)  # says why
