@@ -8,6 +8,7 @@ from llmppl.models.formula import evaluate, formula
 from llmppl.models.infilling import ending_first, infilling
 from llmppl.models.interpreter import run
 from llmppl.models.keyword import keyword
+from llmppl.models.plan import plan, shortest_plans, walk
 from llmppl.models.rationale import rationale
 
 __all__ = [
@@ -20,6 +21,9 @@ __all__ = [
     "formula",
     "infilling",
     "keyword",
+    "plan",
     "rationale",
     "run",
+    "shortest_plans",
+    "walk",
 ]

@@ -23,5 +23,14 @@ class Maker(Protocol):
 
 def kept(lm: Maker, name: str, value: Any) -> Any:
     """A text that the program has computed, as a deterministic site."""
-    events = {"event_dim": 1} if lm.primitives.__name__ == "pyro" else {}
+    return _kept(lm, name, value, 1)
+
+
+def kept_number(lm: Maker, name: str, value: Any) -> Any:
+    """Numbers that the program has computed, one a row, as a deterministic site."""
+    return _kept(lm, name, value, 0)
+
+
+def _kept(lm: Maker, name: str, value: Any, event_dim: int) -> Any:
+    events = {"event_dim": event_dim} if lm.primitives.__name__ == "pyro" else {}
     return lm.primitives.deterministic(name, value, **events)

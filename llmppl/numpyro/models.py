@@ -1,5 +1,35 @@
 """Ready generative programs for NumPyro: those of :mod:`llmppl.models`, made by a :class:`llmppl.numpyro.LM`."""
 
-from llmppl.models import arithmetic, calculate, continuation, ending_first, infilling, keyword, rationale
+from llmppl.models import (
+    arithmetic,
+    calculate,
+    completion,
+    continuation,
+    ending_first,
+    evaluate,
+    formula,
+    infilling,
+    keyword,
+    plan,
+    rationale,
+    run,
+    shortest_plans,
+    walk,
+)
 
-__all__ = ["arithmetic", "calculate", "continuation", "ending_first", "infilling", "keyword", "rationale"]
+__all__ = [
+    "arithmetic",
+    "calculate",
+    "completion",
+    "continuation",
+    "ending_first",
+    "evaluate",
+    "formula",
+    "infilling",
+    "keyword",
+    "plan",
+    "rationale",
+    "run",
+    "shortest_plans",
+    "walk",
+]
