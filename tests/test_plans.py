@@ -111,7 +111,7 @@ def test_numpyro_has_the_same_evidence(tmp_path: Path) -> None:
     from llmppl.numpyro import exact_posterior as twin_posterior
     from llmppl.numpyro.models import plan as twin_plan
 
-    lm = character_lm(LETTERS, ".")
+    lm = character_lm(LETTERS + "S\n", ".")  # of the maze, too, which is a text there
     lm.transformer.float().save_pretrained(tmp_path)
     lm.tokenizer.save_pretrained(tmp_path)
     form = {"size": (2, 2), "max_moves": 1, "max_tokens": 7, "prompt": "m:"}
