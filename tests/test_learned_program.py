@@ -14,6 +14,7 @@ import pyro
 import pytest
 import torch
 from conftest import kl
+from peft.tuners.tuners_utils import BaseTunerLayer
 from pyro.infer import ELBO, SVI, RenyiELBO, ReweightedWakeSleep, Trace_ELBO
 from torch import Tensor
 from torch.distributions import constraints
@@ -24,6 +25,7 @@ from llmppl.objectives import LeaveOneOutELBO, SubTrajectoryBalance, TrajectoryB
 from llmppl.objectives.particle_objective import ParticleObjective
 from llmppl.programs.observation_keys import rows_of
 from llmppl.programs.observations import observing
+from llmppl.programs.relaxation import sensitivity
 from llmppl.programs.structure import Program, structure
 from llmppl.testing import tiny_lm
 from llmppl.training.history import History
@@ -400,3 +402,20 @@ def test_a_prompt_guide_of_the_learned_model_proposes_by_it() -> None:
     assert not torch.allclose(base.log_prob(texts), told, atol=0.1)
     assert "rank=2" in repr(theta)
     assert "rank" not in repr(lm)
+
+
+def test_sensitivities_are_those_of_the_learned_program() -> None:
+    """As of a model whose weights have the adapter merged into them."""
+    lm, theta, program = learned()
+    merged = copy.deepcopy(lm)
+    with torch.no_grad():
+        for layer in merged.transformer.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.get_base_layer().weight.add_(layer.get_delta_weight(theta.adapter))
+    texts = {"middle": torch.tensor([[1, 0], [2, 3]])}
+    own = sensitivity(lm, program, DATA[0], {}, texts)["middle"]
+    expected = sensitivity(merged, program_of(merged), DATA[0], {}, texts)["middle"]
+    base = sensitivity(lm, program_of(lm), DATA[0], {}, texts)["middle"]
+    for part in ("own", "others"):
+        torch.testing.assert_close(getattr(own, part), getattr(expected, part), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(getattr(own, part), getattr(base, part), atol=0.01)

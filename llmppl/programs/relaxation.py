@@ -67,8 +67,10 @@ def sensitivity(
     with torch.no_grad(), poutine.block(), Given({**(given or {}), **sums.tracked}):
         trace = poutine.trace(program).get_trace(*args, **kwargs)
     rows = [row for name, site in trace.nodes.items() if _counts(site, lm) for row in _rows(site, name in texts, sums)]
-    for group in _groups(rows, MAX_NODES.get(lm.device.type, MAX_NODES["cpu"])):
-        _accumulate(lm, group, sums)
+    size = MAX_NODES.get(lm.device.type, MAX_NODES["cpu"])
+    for adapter in dict.fromkeys(row.adapter for row in rows):
+        for group in _groups([row for row in rows if row.adapter == adapter], size):
+            _accumulate(lm, group, sums)
     return sums.averages(lm)
 
 
@@ -127,6 +129,7 @@ class _Row:
     :param numbers: of the text's tokens, where it is latent.
     """
 
+    adapter: str | None
     law: TextLaw
     keys: tuple[int, ...]
     before: int
@@ -137,7 +140,7 @@ class _Row:
 def _counts(site: Site, lm: LM) -> bool:
     if site["type"] != "sample" or not isinstance(site["fn"], AutoregressiveText):
         return False
-    return site["fn"].lm is lm and (site["is_observed"] or is_latent(site))
+    return site["fn"].lm is lm.base and (site["is_observed"] or is_latent(site))
 
 
 def _rows(site: Site, latent: bool, sums: _Sums) -> Iterator[_Row]:
@@ -157,7 +160,7 @@ def _rows(site: Site, latent: bool, sums: _Sums) -> Iterator[_Row]:
         keys = tuple(token + size * (number + 1) for token, number in (*read, *written[:-1]))
         if not count or (not latent and max(keys) < size):
             continue  # nothing here is latent
-        row = _Row(fn.law, keys, len(read), tuple(tokens[:count]), tuple(numbers[:count]) if latent else ())
+        row = _Row(fn.adapter, fn.law, keys, len(read), tuple(tokens[:count]), tuple(numbers[:count]) if latent else ())
         if latent and row in seen:
             continue  # a latent text that a plate repeats has one probability
         seen.add(row)
@@ -184,14 +187,15 @@ def _groups(rows: list[_Row], size: int) -> Iterator[list[_Row]]:
 
 
 def _accumulate(lm: LM, rows: list[_Row], sums: _Sums) -> None:
-    """One pass over the distinct prefixes of the rows, and one back to the embeddings of latent tokens."""
+    """One pass over the distinct prefixes of the rows, which have one adapter, and one back to the embeddings of
+    latent tokens."""
     size = _embeddings(lm).weight.shape[0]
     trie = Trie.of([row.keys for row in rows])
     tokens, numbers = zip(*((key % size, key // size - 1) for key in trie.tokens), strict=True)
     paths = [path[row.before - 1 :] for row, path in zip(rows, trie.paths, strict=True)]
     keep = sorted({node for path in paths for node in path})
     at = {node: n for n, node in enumerate(keep)}
-    with lm.using(None), torch.enable_grad(), _embedded(lm) as leaves:
+    with lm.using(rows[0].adapter), torch.enable_grad(), _embedded(lm) as leaves:
         visible = torch.from_numpy(trie.visible(0, len(trie)))
         states, _ = lm.network.states(list(tokens), trie.depths, visible, keep)
         total = states.new_zeros((), dtype=lm.network.dtype)
