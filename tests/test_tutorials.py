@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 import nbformat
 import pytest
-from nbclient import NotebookClient
+from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
@@ -17,23 +20,39 @@ REAL_MODEL = "real-model"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-# The kernel's sockets live in another process; their clean-up is not ours.
 @pytest.mark.filterwarnings("ignore")
 def test_the_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: a kernel of its own would import everything anew."""
     monkeypatch.setenv("LLMPPL_SMOKE", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(
-        notebook,
-        timeout=300,
-        skip_cells_with_tag=REAL_MODEL,
-        resources={"metadata": {"path": str(path.parent)}},
-    )
-    client.execute()
-    run = [
-        cell for cell in notebook.cells if cell.cell_type == "code" and REAL_MODEL not in cell.metadata.get("tags", ())
-    ]
-    assert all(cell.get("execution_count") for cell in run)
+    monkeypatch.chdir(path.parent)
+    matplotlib.use("agg")
+    names: dict[str, Any] = {"__name__": "__notebook__", "display": shown}
+    run = 0
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code" and REAL_MODEL not in cell.metadata.get("tags", ()):
+            execute(cell.source, f"{path.name}, cell {run}", names)
+            run += 1
+    plt.close("all")
+    assert run > 3
+
+
+def execute(source: str, place: str, names: dict[str, Any]) -> None:
+    """A cell, whose last expression is shown."""
+    body = ast.parse(source).body
+    last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
+    exec(compile(ast.Module(body, []), place, "exec"), names)
+    if isinstance(last, ast.Expr) and not source.rstrip().endswith(";"):
+        shown(eval(compile(ast.Expression(last.value), place, "eval"), names))
+    elif isinstance(last, ast.Expr):
+        eval(compile(ast.Expression(last.value), place, "eval"), names)
+
+
+def shown(*values: Any) -> None:
+    """What a notebook asks of a value."""
+    for value in values:
+        repr(value)
+        if hasattr(value, "_repr_html_"):
+            value._repr_html_()
 
 
 def test_the_notebooks_are_committed_with_their_output() -> None:
