@@ -37,6 +37,9 @@ class AutoregressiveGuide(AdapterGuide):
     and off while the prior does. Untrained it equals :class:`PromptGuide`. The law of a text (stop
     tokens, lengths, temperature, vocabulary, grammar) is the prior's, so both have one support.
 
+    Of a model that learns, ``AutoregressiveGuide(program, lm.adapt(...))``, it starts with what that has learned: its
+    adapter is a copy of the model's, whose rank, scale and layers count in place of those given here.
+
     :param rank: rank of the adapter's matrices (Hu et al. 2022, LoRA).
     :param alpha: their scale; ``2 * rank`` by default.
     :param target_modules: name endings of the layers to adapt; all linear layers but the head by default.
@@ -67,7 +70,11 @@ class AutoregressiveGuide(AdapterGuide):
         self.rank = rank
         self.alpha = float(2 * rank if alpha is None else alpha)
         self.sampling_dtype = sampling_dtype
-        self._adapt(adapter, seed, lambda name: lm.adapters.add(name, rank, self.alpha, target_modules))
+        if lm.adapter is not None:
+            self.rank, self.alpha, target_modules = lm.adapters.made(lm.adapter)
+        self._adapt(adapter, seed, lambda name: lm.adapters.add(name, self.rank, self.alpha, target_modules))
+        if lm.adapter is not None:
+            AutoregressiveGuide.reset_parameters(self)
 
     def distribution(self, name: str, prior: ConditionedText, context: Tensor) -> ConditionedText:
         fn = super().distribution(name, prior, context)
@@ -79,6 +86,8 @@ class AutoregressiveGuide(AdapterGuide):
         """Start anew, as the prompt guide, with other random numbers from torch's generator. Parameters of
         ``others`` stay."""
         self.lm.adapters.reset(self.adapter)
+        if self.lm.adapter is not None:
+            self.lm.adapters.load(self.adapter, dict(self.lm.adapters.parameters(self.lm.adapter)))
 
     def settings(self) -> dict[str, object]:
         return {**super().settings(), "rank": self.rank, "alpha": self.alpha}

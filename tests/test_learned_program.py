@@ -419,3 +419,24 @@ def test_sensitivities_are_those_of_the_learned_program() -> None:
     for part in ("own", "others"):
         torch.testing.assert_close(getattr(own, part), getattr(expected, part), rtol=1e-4, atol=1e-5)
         assert not torch.allclose(getattr(own, part), getattr(base, part), atol=0.01)
+
+
+def test_a_guide_of_the_learned_model_starts_as_that_and_goes_its_own_way() -> None:
+    _, theta, program = learned()
+    texts = texts_of(theta)
+    guide = GFlowNetGuide(program, theta, rank=16, seed=3)
+    assert guide.rank == 2  # its adapter is a copy
+
+    def log_q(guide: Any) -> Tensor:
+        with torch.no_grad():
+            return structure(guide, DATA[0], {}).nodes["middle"]["fn"].log_prob(texts)
+
+    assert torch.equal(log_q(guide), log_q(PromptGuide(program, theta)))
+    weights = [p.clone() for p in theta.parameters()]
+    theta.requires_grad_(False)
+    fit(program, guide, DATA, TrajectoryBalance(6), 2, learning_rate=1e-2, progress=False)
+    assert not torch.allclose(log_q(guide), log_q(PromptGuide(program, theta)), atol=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(weights, theta.parameters(), strict=True))
+    guide.reset_parameters()
+    assert torch.equal(log_q(guide), log_q(PromptGuide(program, theta)))
+    assert torch.equal(log_q(copy.deepcopy(guide)), log_q(guide))

@@ -95,6 +95,10 @@ class Adapters:
         """A name that no adapter has yet, here or on another model of this process: Pyro's store is one for all."""
         return next(name for n in _numbers if (name := f"{stem}_{n}") not in self._parameters)
 
+    def made(self, name: str) -> tuple[int, float, list[str] | None]:
+        """Rank, scale and layers that :meth:`add` was called with."""
+        return self._made[name]
+
     def _check_new(self, name: str) -> None:
         if name in self._parameters:
             raise ValueError(f"adapter={name!r} exists on this model already. Choose another name.")
