@@ -34,7 +34,7 @@ def test_the_stories_are_five_sentences_and_the_held_out_ones_are_not_trained_on
 def test_the_keyword_demo_trains_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2: LM) -> None:
     monkeypatch.setattr(keyword_demo, "UNSEEN", 4)
     path = str(tmp_path / "guide.safetensors")
-    arguments = ["demo", "--pairs", "6", "--steps", "8", "--samples", "4", "--held-out", "1", "--save", path]
+    arguments = ["demo", "--pairs", "6", "--steps", "8", "--samples", "2", "--held-out", "1", "--save", path]
     result = CliRunner().invoke(app, [*arguments, "--threads", "1"])
     assert result.exit_code == 0, result.output
     for text in (
@@ -51,7 +51,7 @@ def test_the_keyword_demo_trains_and_reports(tmp_path: Path, monkeypatch: pytest
     result = CliRunner().invoke(
         app,
         ["write", "Tom could not find the key. So he could not open the", "--keyword", "Door", "--guide", path,
-         "--samples", "8",
+         "--samples", "4",
          "--threads", "1"],
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -83,7 +83,7 @@ def test_the_demo_trains_and_reports(
             "--steps",
             "1",
             "--samples",
-            "4",
+            "2",
             "--held-out",
             "1",
             "--save",

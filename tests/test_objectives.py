@@ -227,7 +227,7 @@ def test_a_trained_guide_reaches_the_exact_posterior_both_ways(case: str, record
         {"params": guide.head.parameters(), "lr": 0.3},
     ]
     elbo, optimizer = objective(program, guide), torch.optim.Adam(rates)
-    steps = 260
+    steps = 190
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, steps)
     for _ in range(steps):
         optimizer.zero_grad()

@@ -13,6 +13,8 @@ import nbformat
 import pytest
 from matplotlib import pyplot as plt
 
+from llmppl import LM
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
 # Cells that show on a real model what cells before them show on a tiny one: other tests use that model in this way.
@@ -21,8 +23,9 @@ REAL_MODEL = "real-model"
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore")
-def test_the_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process: a kernel of its own would import everything anew."""
+def test_the_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch, smollm2: LM) -> None:
+    """In this process, and with the model that is loaded already: a kernel of its own would import everything anew."""
+    monkeypatch.setattr(LM, "from_pretrained", lambda name: smollm2)
     monkeypatch.setenv("LLMPPL_SMOKE", "1")
     monkeypatch.chdir(path.parent)
     matplotlib.use("agg")
