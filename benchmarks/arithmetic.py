@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from measure import machine, table
+from measure import keep, machine, nothing, records, table
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch import Tensor
@@ -86,9 +86,7 @@ def main() -> None:
             }
             record["seconds"] = time.process_time() - start
             done.append(record)
-            with options.out.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            print(record, flush=True)
+            keep(options.out, record)
     print(summary(done))
 
 
@@ -107,10 +105,6 @@ def read(folder: Path, count: int) -> tuple[list[Example], dict[int, list[tuple[
         own = dict.fromkeys((question(r), str(r["num_sol"])) for r in rows)
         test[size] = [row for row in own if row[0] not in seen][:count]
     return train, test
-
-
-def records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def correct_way(question: str) -> list[str]:
@@ -308,10 +302,6 @@ class Bench:
             for k in range(self.draws)
         ]
         return answers, traces, torch.as_tensor(log_p).expand(self.draws, len(questions))
-
-
-def nothing(*args: Any) -> None:
-    """The guide of a program without latents."""
 
 
 def prompt_of(step: int, told: bool) -> Callable[..., list[Any]]:

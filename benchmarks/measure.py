@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,3 +48,19 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     widths = [max(len(row[n]) for row in cells) for n in range(len(header))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """What runs have written to a file, a line of JSON each; none where it does not exist."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def keep(path: Path, record: dict[str, Any]) -> None:
+    """Write one more, so that a run that is cut off goes on behind it."""
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    print(record, flush=True)
+
+
+def nothing(*args: Any) -> None:
+    """The guide of a program without latents."""

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from measure import machine, table
+from measure import keep, machine, nothing, records, table
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 
@@ -98,9 +98,7 @@ def main() -> None:
                 record |= scores(answer([text for text, _ in test]), answer(EMPTY), [label for _, label in test])
                 record["seconds"] = time.process_time() - start
                 done.append(record)
-                with options.out.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
-                print(record, flush=True)
+                keep(options.out, record)
                 if options.explain and bench.learned is not None:
                     bench.explain(test[:2], options.explain)
     print(summary(done))
@@ -109,10 +107,6 @@ def main() -> None:
 def read(path: Path) -> list[Row]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [(row["text"], OPTIONS[row["label"]].strip()) for row in rows]
-
-
-def records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 Answer = Callable[[list[str]], np.ndarray]
@@ -224,10 +218,6 @@ def labelled(lm: LM, shots: list[tuple[str, str, str]]) -> Callable[..., Any]:
         return pyro.sample("label", lm.choice(shown, text, BEFORE, options=OPTIONS), obs=observed)
 
     return program
-
-
-def nothing(*args: Any) -> None:
-    """The guide of a program without latents."""
 
 
 def scores(subjective: np.ndarray, empty: np.ndarray, labels: list[str]) -> dict[str, float]:

@@ -114,7 +114,7 @@ class LM(Adaptable):
 
     def __reduce__(self) -> Any:
         if self.adapter is not None:
-            return _readapted, (self.base, self.adapter, self._made)
+            return _readapted, (self.base, self.adapter)
         return _unpickled, (type(self), packed((self.transformer, self.tokenizer, self.adapters)))
 
     def _become(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapters: Adapters) -> None:
@@ -416,7 +416,11 @@ class LM(Adaptable):
     def __repr__(self) -> str:
         weights = sum(p.numel() for n, p in self.transformer.named_parameters() if "lora_" not in n)
         adapters = f", adapters={self.adapters.names}" if self.adapters.names else ""
-        own = f"adapter={self.adapter!r}, rank={self._made[0]}, " if self.adapter is not None else ""
+        own = (
+            f"adapter={self.adapter!r}, rank={self.adapters.made(self.adapter)[0]}, "
+            if self.adapter is not None
+            else ""
+        )
         return (
             f"LM({own}{type(self.transformer).__name__} {Path(self.name).name!r}, "
             f"{weights / 1e6:.1f} M parameters, vocabulary={self.vocabulary}, "
@@ -425,8 +429,8 @@ class LM(Adaptable):
         )
 
 
-def _readapted(lm: LM, adapter: str, made: tuple[int, float]) -> LM:
-    return lm._under(adapter, made)
+def _readapted(lm: LM, adapter: str) -> LM:
+    return lm._under(adapter)
 
 
 def _unpickled(kind: type[LM], content: bytes) -> LM:

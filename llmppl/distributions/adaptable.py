@@ -27,7 +27,6 @@ class Adaptable:
     weights: nn.ParameterDict | None = None
     """The adapter's parameters."""
     _unadapted: Any = None
-    _made: tuple[int, float]
 
     @property
     def base(self) -> Self:
@@ -71,13 +70,13 @@ class Adaptable:
             if seed is not None:
                 torch.manual_seed(seed)
             self.adapters.add(name, rank, scale, target_modules)
-        return self._under(name, (rank, scale))
+        return self._under(name)
 
-    def _under(self, adapter: str, made: tuple[int, float]) -> Self:
+    def _under(self, adapter: str) -> Self:
         """This model under one of its adapters."""
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin._unadapted, twin.adapter, twin._made = self, adapter, made
+        twin._unadapted, twin.adapter = self, adapter
         twin.weights = nn.ParameterDict(
             {key.replace(".", "/"): p for key, p in self.adapters.parameters(adapter).items()}
         )
@@ -86,7 +85,7 @@ class Adaptable:
     def _copied(self, memo: dict[int, Any]) -> Self:
         """An adapted model's deep copy: that of the model itself, under the same adapter."""
         assert self.adapter is not None
-        twin = copy.deepcopy(self.base, memo)._under(self.adapter, self._made)
+        twin = copy.deepcopy(self.base, memo)._under(self.adapter)
         memo[id(self)] = twin
         return twin
 
@@ -132,7 +131,8 @@ class Adaptable:
         return self.adapters.parameters(self.adapter)
 
     def _settings(self) -> dict[str, object]:
-        rank, alpha = self._made
+        assert self.adapter is not None
+        rank, alpha, _ = self.adapters.made(self.adapter)
         return {"guide": "LM.adapt", "rank": rank, "alpha": alpha}
 
     def _fingerprint(self) -> dict[str, Any]:
