@@ -120,32 +120,10 @@ def character_lm(characters: str, end: str | None = None) -> LM:
     :param end: the end token, which grammars need.
     """
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from llmppl import LM
+    from llmppl.testing import character_model
 
-    names = {" ": "Ġ", "\n": "Ċ"}
-    alphabet = {names.get(c, c): n for n, c in enumerate(dict.fromkeys(characters))}
-    backend = Tokenizer(models.BPE(alphabet, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    config = LlamaConfig(
-        vocab_size=len(alphabet),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config).double()
-    return LM(model, PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end))
+    return character_model(characters, end, seed=0, dtype=torch.float64, spread=0.2, length=128)
 
 
 @pytest.fixture(scope="session")
