@@ -80,11 +80,7 @@ def plate_nesting(trace: poutine.Trace) -> int:
 
 def learns(trace: poutine.Trace) -> bool:
     """Whether the program of a trace has parameters that are being learned: those of ``lm.adapt``, or Pyro's."""
-    values = [site["value"] for site in trace.nodes.values() if site["type"] == "param"]
-    return any(
-        value.unconstrained().requires_grad if hasattr(value, "unconstrained") else value.requires_grad
-        for value in values
-    )
+    return any(site["value"].unconstrained().requires_grad for site in trace.nodes.values() if site["type"] == "param")
 
 
 def signature(program: Program) -> inspect.Signature:
