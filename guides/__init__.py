@@ -6,6 +6,7 @@ from llmppl.guides.gflownet import GFlowNetGuide
 from llmppl.guides.refinement import RefinementGuide
 from llmppl.guides.semi_amortized import InstanceGuide, SemiAmortizedGuide
 from llmppl.guides.soft_prompt import SoftPromptGuide
+from llmppl.guides.steered_guide import SteeredGuide
 from llmppl.guides.text_guide import TextGuide
 from llmppl.guides.word_guide import WordGuide
 
@@ -18,6 +19,7 @@ __all__ = [
     "RefinementGuide",
     "SemiAmortizedGuide",
     "SoftPromptGuide",
+    "SteeredGuide",
     "TextGuide",
     "WordGuide",
 ]

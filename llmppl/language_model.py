@@ -31,7 +31,7 @@ from llmppl.network.transformer import Network, forget_reading
 from llmppl.text import PAD
 from llmppl.text.chat import chat_pieces
 from llmppl.text.row_function import Kind
-from llmppl.text.spelling import Spelling, empty_context
+from llmppl.text.spelling import Spelling, empty_context, log_probabilities
 from llmppl.text.tokenization import Codec
 from llmppl.text.word_automaton import WordTokens
 from llmppl.text.words import SHORTEST
@@ -222,15 +222,22 @@ class LM(Adaptable):
             automaton=automaton,
         )
 
-    def choice(self, *pieces: Piece, options: Sequence[str]) -> Choice:
+    def choice(self, *pieces: Piece, options: Sequence[str], probs: Sequence[float] | None = None) -> Choice:
         """The finite distribution over ``options``, each weighted by the probability that the
         continuation of the joined pieces begins with it, normalised over the options.
 
-        :raises ValueError: fewer than two options, equal ones, or one the prefix of another.
+        :param probs: of the options, in place of the model's, which prefers short ones and frequent words: a prior
+            that is yours. A guide's proposal is weighted by the model in any case.
+        :raises ValueError: fewer than two options, equal ones, or one the prefix of another; ``probs`` that are not
+            positive, or not one for each option.
         """
         rows = self.spelling.options(options)
+        texts, context = pad_rows(rows, device=self.device), self.context(*pieces)
+        if probs is not None:
+            given = torch.tensor(log_probabilities(probs, options), device=self.device)
+            return Choice(self.base, context, texts, given=given)
         self.register()
-        return Choice(self.base, self.context(*pieces), pad_rows(rows, device=self.device), self.adapter)
+        return Choice(self.base, context, texts, self.adapter)
 
     @cached_property
     def word_tokens(self) -> WordTokens:

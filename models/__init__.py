@@ -4,18 +4,21 @@ from llmppl.models.arithmetic import arithmetic
 from llmppl.models.calculator import calculate
 from llmppl.models.completion import completion
 from llmppl.models.continuation import continuation
+from llmppl.models.dialogue import dialogue
 from llmppl.models.formula import evaluate, formula
 from llmppl.models.infilling import ending_first, infilling
 from llmppl.models.interpreter import run
 from llmppl.models.keyword import keyword
 from llmppl.models.plan import plan, shortest_plans, walk
 from llmppl.models.rationale import rationale
+from llmppl.models.record import record
 
 __all__ = [
     "arithmetic",
     "calculate",
     "completion",
     "continuation",
+    "dialogue",
     "ending_first",
     "evaluate",
     "formula",
@@ -23,6 +26,7 @@ __all__ = [
     "keyword",
     "plan",
     "rationale",
+    "record",
     "run",
     "shortest_plans",
     "walk",

@@ -50,7 +50,7 @@ def formula(
     prompt: str = "The data follow the formula y =",
     grammar: Grammar | None = None,
     noise: float = 0.3,
-    max_tokens: int = 12,
+    max_tokens: int = 16,
 ) -> Callable[[Any, Any], Any]:
     r"""The program in which a formula and its noise explain data:
 

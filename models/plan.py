@@ -80,7 +80,7 @@ def plan(
     :param lm: a :class:`llmppl.LM`, or a :class:`llmppl.numpyro.LM`: the program is then one of NumPyro's.
     :param size: rows and columns of the mazes.
     :param max_moves: of a plan.
-    :param max_tokens: of a plan; by default one for each move, and the end.
+    :param max_tokens: of a plan; by default two for each move, and the end.
     :param nearness: nats that each step between end and goal costs.
     :param prompt: stands before the plan.
     :raises ValueError: ``max_moves`` below 1, ``nearness`` not positive.
@@ -89,7 +89,7 @@ def plan(
         raise ValueError(f"max_moves={max_moves} must be at least 1, and nearness={nearness} positive.")
     law = {
         "grammar": Grammar.regex(rf"( (up|down|left|right)){{1,{max_moves}}}"),
-        "max_tokens": max_tokens or max_moves + 1,
+        "max_tokens": max_tokens or 2 * max_moves + 1,
     }
     cells = [str(cell) for cell in range(size[0] * size[1])]
     sample, distributions = lm.primitives.sample, lm.primitives.distributions

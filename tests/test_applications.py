@@ -11,13 +11,14 @@ import pytest
 import torch
 from conftest import character_lm
 from pyro import poutine
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 
 from llmppl import LM, Grammar, exact_posterior, fit, importance
 from llmppl.guides import AutoregressiveGuide, PromptGuide
+from llmppl.inference.simulated_pairs import score_given
 from llmppl.models import completion, evaluate, formula, run
 from llmppl.models.formula import points_told
-from llmppl.objectives import TrajectoryBalance
+from llmppl.objectives import TrajectoryBalance, WakeSleep
 
 # --- code ----------------------------------------------------------------------------------------
 
@@ -163,7 +164,7 @@ def test_formula_and_noise_are_proposed_together() -> None:
 
 
 def test_formulas_on_the_real_model_are_told_the_points(smollm2: LM) -> None:
-    program = formula(smollm2, max_tokens=8)
+    program = formula(smollm2, max_tokens=16)
     x = torch.tensor([0.0, 1.0, 2.0])
     others = AutoNormal(poutine.block(program, hide=["formula"]))
     guide = PromptGuide(program, smollm2, prompt={"formula": points_told(smollm2)}, others=others)
@@ -190,3 +191,33 @@ def test_a_small_grammar_is_enumerated_over_the_whole_vocabulary(smollm2: LM) ->
     assert float(law.log_prob(texts).exp().sum()) == pytest.approx(1.0, abs=1e-5)
     with pytest.raises(ValueError, match="more than 1,000,000 texts"):
         smollm2("y =", grammar=Grammar.regex(r"[a-z ]*"), max_tokens=9).enumerate_support()
+
+
+@pytest.mark.parametrize("kind", [AutoNormal, AutoDiagonalNormal])
+def test_an_autoguide_beside_the_text_learns_asleep(kind: Any) -> None:
+    """It draws on the real line and is given values of the program's: the noise's prior is what it learns, told
+    nothing, and its density of given noises is that of a LogNormal."""
+    lm = character_lm("ab.", ".")
+
+    def program(y: Any) -> None:
+        noise = pyro.sample("noise", pyro.distributions.LogNormal(1.0, 0.7))
+        pyro.sample("text", lm("ab", max_tokens=2))
+        pyro.sample("y", pyro.distributions.Normal(0.0, noise), obs=y)
+
+    others = kind(poutine.block(program, hide=["text"]), init_scale=0.2)
+    guide = AutoregressiveGuide(program, lm, others=others, rank=2, seed=0)
+    args = (torch.tensor(1.0),)
+    if kind is AutoDiagonalNormal:
+        with pytest.raises(ValueError, match="draws all its sites as one, '_AutoDiagonalNormal_latent'"):
+            fit(program, guide, [args], WakeSleep(4, insomnia=0.0), 1, progress=False)
+        return
+    fit(program, guide, [args], WakeSleep(64, insomnia=0.0), 150, learning_rate=5e-2, weight_decay=0.0, seed=0,
+        schedule="cosine", progress=False)  # fmt: skip
+    location, scale = float(others.locs.noise.detach()), float(others.scales.noise.detach())
+    assert location == pytest.approx(1.0, abs=0.1)
+    assert scale == pytest.approx(0.7, abs=0.1)
+    noises, text = torch.tensor([0.5, 2.0, 3.0]), lm.encode(["ab", "ba", "aa"])
+    particles = score_given(program, guide, args, {}, {"noise": noises, "text": text}, 3)
+    own = poutine.trace(guide).get_trace(*args).nodes["text"]["fn"].log_prob(text)
+    expected = torch.distributions.LogNormal(location, scale).log_prob(noises) + own
+    torch.testing.assert_close(particles.log_q.detach(), expected.to(particles.log_q).detach(), rtol=0, atol=1e-5)

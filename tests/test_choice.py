@@ -80,3 +80,29 @@ def test_trace_enum_elbo_inside_a_plate(lm: LM) -> None:
         TraceEnum_ELBO(max_plate_nesting=1),
     )
     assert svi.evaluate_loss(["ed", "a"]) == pytest.approx(loss)
+
+
+def test_given_probabilities_stand_in_for_the_models(lm: LM) -> None:
+    """In the program; a guide's proposal on the same options is the model's."""
+    choice = lm.choice(["d", "ab"], options=["a.", "bc", "e"], probs=[1, 1, 2])
+    torch.testing.assert_close(choice.logits.exp().double(), torch.tensor([[0.25, 0.25, 0.5]] * 2).double())
+    assert choice.expand((3, 2)).log_prob(lm.encode("e")).exp().tolist() == [[0.5, 0.5]] * 3
+    assert "probs=[0.25, 0.25, 0.5]" in repr(choice)
+    pyro.set_rng_seed(0)
+    assert abs((choice.sample((4000,)) == lm.encode("e")[0]).any(-1).double().mean() - 0.5) < 0.03
+
+    def model(ending: str) -> None:
+        plan = pyro.sample("plan", lm.choice("ab", options=["c", "de"], probs=[3, 1]))
+        pyro.sample("ending", lm("ab", plan), obs=lm.encode(ending))
+
+    likelihood = torch.stack([lm("ab" + plan).log_prob(lm.encode("ed")) for plan in ("c", "de")])
+    expected = (likelihood + torch.tensor([0.75, 0.25]).log()).logsumexp(0)
+    assert exact_posterior(model)("ed").log_evidence == pytest.approx(float(expected), abs=1e-6)
+    proposal = pyro.poutine.trace(PromptGuide(model, lm, {"plan": lambda: ["d"]})).get_trace("ed").nodes["plan"]["fn"]
+    torch.testing.assert_close(proposal.logits, lm.choice("d", options=["c", "de"]).logits)
+
+
+@pytest.mark.parametrize("probs", [[1.0], [1.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [1.0, float("inf")]])
+def test_probabilities_that_are_none(lm: LM, probs: list[float]) -> None:
+    with pytest.raises(ValueError, match="must be a positive number for each of the 2 options"):
+        lm.choice("a", options=["b", "c"], probs=probs)

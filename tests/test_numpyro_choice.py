@@ -103,3 +103,14 @@ def test_numpyros_enumeration_is_refused_and_the_options_number_enumerates(lm: L
         caller.enumerate(choice)
     assert choice.enumerate_support().shape == (2, 2)
     assert module.__name__ in sys.modules
+
+
+def test_given_probabilities_stand_in_for_the_models(lm: LM) -> None:
+    choice = lm.choice(["d", "ab"], options=OPTIONS, probs=[1, 1, 2])
+    np.testing.assert_allclose(np.exp(choice.logits), [[0.25, 0.25, 0.5]] * 2, atol=1e-6)
+    np.testing.assert_allclose(np.exp(choice.expand((3, 2)).log_prob(lm.encode("e"))), 0.5, atol=1e-6)
+    np.testing.assert_allclose(np.exp(jax.jit(lambda c: c.logits)(choice)), [[0.25, 0.25, 0.5]] * 2, atol=1e-6)
+    proposal = choice.with_context(lm.context("d"), None)
+    np.testing.assert_allclose(proposal.logits[0], lm.choice("d", options=OPTIONS).logits, atol=1e-5)
+    with pytest.raises(ValueError, match="must be a positive number for each of the 3 options"):
+        lm.choice("d", options=OPTIONS, probs=[1.0])

@@ -51,6 +51,7 @@ class Choice(ConditionedText, TorchDistribution):
     :param context: text tensor of shape ``batch_shape + (L,)``; padding in it is skipped.
     :param options: text tensor of shape ``(n, T)``, none a prefix of another.
     :param adapter: the adapter to switch on while scoring.
+    :param given: normalised log-probabilities of the options that stand in for the model's, ``(n,)``.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}
@@ -63,8 +64,9 @@ class Choice(ConditionedText, TorchDistribution):
         options: Tensor,
         adapter: str | None = None,
         validate_args: bool | None = None,
+        given: Tensor | None = None,
     ) -> None:
-        self.lm, self.context, self.options, self.adapter = lm, context, options, adapter
+        self.lm, self.context, self.options, self.adapter, self.given = lm, context, options, adapter, given
         self._cached_logits: Tensor | None = None
         super().__init__(context.shape[:-1], options.shape[-1:], validate_args=validate_args)
 
@@ -73,16 +75,19 @@ class Choice(ConditionedText, TorchDistribution):
         return _Option(self.options)
 
     def with_context(self, context: Tensor, adapter: str | None) -> Choice:
-        """The same options after another context, under another adapter."""
+        """The same options after another context, under another adapter, weighted by the model."""
         return Choice(self.lm, context, self.options, adapter, validate_args=self._validate_args)
 
     def expand(self, batch_shape: Any, _instance: object = None) -> Choice:
         batch_shape = torch.Size(batch_shape)
-        return self.with_context(self.context.expand(batch_shape + self.context.shape[-1:]), self.adapter)
+        context = self.context.expand(batch_shape + self.context.shape[-1:])
+        return Choice(self.lm, context, self.options, self.adapter, self._validate_args, self.given)
 
     @property
     def logits(self) -> Tensor:
         """Normalised log-probabilities of the options, of shape ``batch_shape + (n,)``, nats."""
+        if self.given is not None:
+            return self.given.expand(*self.batch_shape, -1)
         if self._cached_logits is None:
             score_together([(self, self.pending(self.options[0]))])
         logits = self._cached_logits
@@ -92,6 +97,8 @@ class Choice(ConditionedText, TorchDistribution):
         return logits
 
     def pending(self, value: Tensor) -> Pending | None:
+        if self.given is not None:
+            return None
         # Whatever the value, all options are scored.
         if self._cached_logits is not None and (self._cached_logits.requires_grad or not self._wants_gradient):
             return None
@@ -145,5 +152,6 @@ class Choice(ConditionedText, TorchDistribution):
         return options.expand((-1, *self.batch_shape, -1)) if expand else options
 
     def __repr__(self) -> str:
-        adapter = "" if self.adapter is None else f", adapter={self.adapter!r}"
-        return f"Choice(batch_shape={tuple(self.batch_shape)}, options={self.lm.decode(self.options)}{adapter})"
+        more = "" if self.adapter is None else f", adapter={self.adapter!r}"
+        more += "" if self.given is None else f", probs={[round(p, 3) for p in self.given.exp().tolist()]}"
+        return f"Choice(batch_shape={tuple(self.batch_shape)}, options={self.lm.decode(self.options)}{more})"

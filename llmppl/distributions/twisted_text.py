@@ -1,21 +1,21 @@
-"""A language model's text, twisted towards a word that it shall have."""
+"""A language model's text, twisted towards a condition, such as a word that it shall have."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmppl.distributions.autoregressive_text import AutoregressiveText
-from llmppl.distributions.conditioned_text import Pending
+from llmppl.distributions.conditioned_text import LanguageModel, Pending
 from llmppl.distributions.word_classes import (
     BOOSTED,
     NUM_FEATURES,
     Key,
     Record,
-    WordModel,
     WordReading,
     WordWalk,
     corrected,
@@ -29,7 +29,39 @@ MOST_READ = 50_000
 """Texts with their words whose reading is kept, at most: about 2 kB each."""
 
 
-class WordTwist(nn.Module):
+class Twist(nn.Module):
+    """What multiplies the law of each next token, given what a row is told. It has parameters, and keeps what the
+    network has said of texts: of simulated sets that are read again nothing is asked twice."""
+
+    goal = "a condition"
+    """What the text is twisted towards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: OrderedDict[Key, Any] = OrderedDict()
+
+    def walk(self, lm: Any, law: TextLaw, told: list[str]) -> Any:
+        """While texts are drawn: from the law of the next token, the numbers of the rows and the texts so far to the
+        twisted law."""
+        raise NotImplementedError
+
+    def reading(self, lm: Any, law: TextLaw, keys: list[Key], number: Mapping[tuple[Any, Any], int]) -> Any:
+        """While texts are scored: takes down what the network says (``take``), a record for each row (``records``)."""
+        raise NotImplementedError
+
+    def corrected(self, records: Sequence[Any], width: int) -> Tensor:
+        """Log-probability of each token under the twisted law, ``(N, width)``, nats, zero behind the end."""
+        raise NotImplementedError
+
+    def version(self) -> int:
+        """A number that grows whenever a parameter changes in place."""
+        return sum(p._version for p in self.parameters())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "read": OrderedDict()}
+
+
+class WordTwist(Twist):
     r"""Learned boosts of the tokens that lead to a word, :math:`b_c(t, s, \text{masses})`, nats.
 
     A network of two small hidden layers. It sees where the text stands (its length, what is left of ``max_tokens``, the
@@ -39,14 +71,14 @@ class WordTwist(nn.Module):
     :param hidden: width of the hidden layers.
     """
 
+    goal = "a word"
+
     def __init__(self, hidden: int = 64) -> None:
         super().__init__()
         self.hidden = hidden
         self.layers = nn.Sequential(
             nn.Linear(NUM_FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, BOOSTED)
         )
-        self.read: OrderedDict[Key, Record] = OrderedDict()
-        """What the network has said of texts; of simulated sets that are read again nothing is asked twice."""
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -58,18 +90,24 @@ class WordTwist(nn.Module):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "read": OrderedDict()}
-
     def forward(self, features: Tensor) -> Tensor:
         """Boosts ``(..., 6)`` of all classes, from features ``(..., 15)``."""
         boosts = self.layers(features.to(self.layers[0].weight.dtype))  # type: ignore[arg-type]
         rest = torch.zeros_like(boosts[..., :1])
         return torch.cat([rest, boosts, rest - torch.inf], -1)
 
-    def version(self) -> int:
-        """A number that grows whenever a parameter changes in place."""
-        return sum(p._version for p in self.parameters())
+    def walk(self, lm: Any, law: TextLaw, told: list[str]) -> WordWalk:
+        return WordWalk(lm, law, _words(told), self)
+
+    def reading(self, lm: Any, law: TextLaw, keys: list[Key], number: Mapping[tuple[Any, Any], int]) -> WordReading:
+        return WordReading(lm, law, [(*key[:3], *_words([key[3]])) for key in keys], number)
+
+    def corrected(self, records: Sequence[Record], width: int) -> Tensor:
+        return corrected(self, records, width)
+
+
+def _words(told: list[str]) -> list[str]:
+    return [text.strip().lower() for text in told]
 
 
 class TwistedText(AutoregressiveText):
@@ -77,15 +115,16 @@ class TwistedText(AutoregressiveText):
 
     .. math:: q(z) = \prod_t \frac{p(z_t \mid z_{<t})\, e^{b(c(z_t))}}{\sum_v p(v \mid z_{<t})\, e^{b(c(v))}}
 
-    where :math:`c(v)` is what token ``v`` does for the word that the text shall have: begin or continue it, write its
-    last letter, complete it, end the text, or none of these; and :math:`b` a :class:`WordTwist`. The network is the
-    language model itself, read once; the twist costs next to nothing. Under an adapter it is the adapted law that is
-    twisted.
+    where :math:`c(v)` is what token ``v`` does for what the row is told, and :math:`b` the twist. Of a
+    :class:`WordTwist` the row is told a word that the text shall have, and a token begins or continues it, writes its
+    last letter, completes it, ends the text, or none of these; of a :class:`StateTwist` it is a vector of numbers. The
+    network is the language model itself, read once; the twist costs next to nothing. Under an adapter it is the adapted
+    law that is twisted.
 
-    It sums to one over the texts of the law but those that end without the word. A row whose word is empty is not
-    twisted.
+    It sums to one over the texts of the law; with a word, but those that end without it. A row whose word is empty is
+    not twisted.
 
-    :param words: the words, as token ids, ``batch_shape + (W,)``.
+    :param told: what the rows are told, such as words, as token ids, ``batch_shape + (W,)``.
     :param twist: the boosts.
 
     Other parameters as of :class:`AutoregressiveText`.
@@ -102,36 +141,33 @@ class TwistedText(AutoregressiveText):
 
     def __init__(
         self,
-        lm: WordModel,
+        lm: LanguageModel,
         context: Tensor,
         law: TextLaw,
-        words: Tensor,
-        twist: WordTwist,
+        told: Tensor,
+        twist: Twist,
         adapter: str | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self.words, self.twist = words, twist
-        self._walk: WordWalk | None = None
-        shape = torch.broadcast_shapes(context.shape[:-1], words.shape[:-1])
+        self.told, self.twist = told, twist
+        self._walk: Any = None
+        shape = torch.broadcast_shapes(context.shape[:-1], told.shape[:-1])
         super().__init__(lm, context.expand(shape + context.shape[-1:]), law, adapter, validate_args)
 
     def with_context(self, context: Tensor, adapter: str | None) -> TwistedText:
-        """The same law and words after another context, under another adapter."""
-        lm: Any = self.lm
-        return TwistedText(lm, context, self.law, self.words, self.twist, adapter, self._validate_args)
+        """The same law, told the same, after another context, under another adapter."""
+        return TwistedText(self.lm, context, self.law, self.told, self.twist, adapter, self._validate_args)
 
     def rows(self, index: Tensor | slice) -> TwistedText:
-        lm: Any = self.lm
-        words = self.words.expand(self.batch_shape + self.words.shape[-1:])[index]
+        told = self.told.expand(self.batch_shape + self.told.shape[-1:])[index]
         context, adapter = self.context[index], self.adapter
-        return self._at_site(TwistedText(lm, context, self.law, words, self.twist, adapter, self._validate_args))
+        return self._at_site(TwistedText(self.lm, context, self.law, told, self.twist, adapter, self._validate_args))
 
     def expand(self, batch_shape: Any, _instance: object = None) -> TwistedText:
-        shape, lm = torch.Size(batch_shape), self.lm
-        known: Any = lm
-        words = self.words.expand(shape + self.words.shape[-1:])
+        shape = torch.Size(batch_shape)
+        told = self.told.expand(shape + self.told.shape[-1:])
         context = self.context.expand(shape + self.context.shape[-1:])
-        expanded = TwistedText(known, context, self.law, words, self.twist, self.adapter, self._validate_args)
+        expanded = TwistedText(self.lm, context, self.law, told, self.twist, self.adapter, self._validate_args)
         expanded._memo, expanded.site = self._memo, self.site
         return expanded
 
@@ -151,8 +187,7 @@ class TwistedText(AutoregressiveText):
         shape = torch.Size(sample_shape) + self.batch_shape
         context = self.context.expand(shape + self.context.shape[-1:])
         rows = unpad_rows(context.reshape(-1, context.shape[-1]))
-        known: Any = self.lm
-        walk = WordWalk(known, self.law, self._strings(shape), self.twist)
+        walk = self.twist.walk(self.lm, self.law, self._strings(shape))
         heat = None if temperature is None else temperature.to(context.device).expand(shape).reshape(-1)
         try:
             with self.lm.drawing(self.adapter, None) as transformer:
@@ -169,14 +204,13 @@ class TwistedText(AutoregressiveText):
     def next_log_probs(self, logits: Tensor, begun: Tensor, rows: Tensor | None = None) -> Tensor:
         log_probs = super().next_log_probs(logits, begun, rows)
         if self._walk is None:
-            known: Any = self.lm
-            self._walk = WordWalk(known, self.law, self._strings(torch.Size(self.batch_shape)), self.twist)
+            self._walk = self.twist.walk(self.lm, self.law, self._strings(torch.Size(self.batch_shape)))
         numbers = range(len(begun)) if rows is None else rows.tolist()
         with torch.no_grad():
             return self._walk(log_probs, list(numbers), begun)
 
     def not_terminable(self) -> str | None:
-        return "is twisted towards a word, so it does not end without it"
+        return f"is twisted towards {self.twist.goal}, so it does not end without it"
 
     def pending(self, value: Tensor) -> Pending | None:
         value = check_text(value, "value", self.law.vocabulary)
@@ -185,9 +219,9 @@ class TwistedText(AutoregressiveText):
             return None
         if self._validate_args:
             self._validate_text(value)
-        texts, contexts, words = unpad_rows(flat), unpad_rows(context), self._strings(shape)
+        texts, contexts, told = unpad_rows(flat), unpad_rows(context), self._strings(shape)
         law = (self.law.max_tokens, self.law.min_tokens, self.law.temperature, id(self.law.grammar))
-        keys = [(law, tuple(c), tuple(t), w) for c, t, w in zip(contexts, texts, words, strict=True)]
+        keys = [(law, tuple(c), tuple(t), w) for c, t, w in zip(contexts, texts, told, strict=True)]
         # The network is frozen unless an adapter is on, and what it says of a text then stays.
         known = self.twist.read if self.adapter is None else {}
         missing = list(dict.fromkeys(key for key in keys if key not in known))
@@ -195,17 +229,16 @@ class TwistedText(AutoregressiveText):
 
         def finish() -> None:
             with torch.set_grad_enabled(gradient):
-                scores = corrected(self.twist, [known[key] for key in keys], value.shape[-1])
+                scores = self.twist.corrected([known[key] for key in keys], value.shape[-1])
             scores = scores.masked_fill(~self.support.check(flat)[:, None], -torch.inf)
             self.remember(value, scores.reshape(shape + value.shape[-1:]))
 
         if not missing:
             finish()
             return None
-        # One text may be scored for several words: the network reads it once.
+        # One text may be scored for several rows that are told another thing: the network reads it once.
         distinct = list(dict.fromkeys(key[1:3] for key in missing))
-        known_lm: Any = self.lm
-        reading = WordReading(known_lm, self.law, missing, {pair: n for n, pair in enumerate(distinct)})
+        reading = self.twist.reading(self.lm, self.law, missing, {pair: n for n, pair in enumerate(distinct)})
 
         def take(scores: Tensor) -> None:
             known.update(zip(missing, reading.records(scores), strict=True))
@@ -223,13 +256,13 @@ class TwistedText(AutoregressiveText):
         self._memo.version = self._version()
 
     def _strings(self, shape: torch.Size) -> list[str]:
-        """The word of each row of a batch."""
-        words = self.words.expand(shape + self.words.shape[-1:]).reshape(-1, self.words.shape[-1])
+        """What each row of a batch is told."""
+        told = self.told.expand(shape + self.told.shape[-1:]).reshape(-1, self.told.shape[-1])
         known: dict[tuple[int, ...], str] = {}
         found = []
-        for ids in unpad_rows(words):
+        for ids in unpad_rows(told):
             if tuple(ids) not in known:
-                known[tuple(ids)] = self.lm.decode(torch.tensor(ids)).strip().lower() if ids else ""
+                known[tuple(ids)] = self.lm.decode(torch.tensor(ids)) if ids else ""
             found.append(known[tuple(ids)])
         return found
 

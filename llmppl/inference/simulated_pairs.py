@@ -16,7 +16,7 @@ from llmppl.distributions.process_text import ProcessText
 from llmppl.inference.blocks import block_size
 from llmppl.inference.gathering import check_unscaled, gather
 from llmppl.posterior.posterior import Posterior
-from llmppl.programs.observations import Given, observing
+from llmppl.programs.observations import Given, Unconstrained, observing
 from llmppl.programs.particles import (
     Particles,
     check_finite,
@@ -28,7 +28,7 @@ from llmppl.programs.particles import (
 )
 from llmppl.programs.plates import in_particles
 from llmppl.programs.simulation import simulate
-from llmppl.programs.structure import Program, Site, is_deterministic, is_latent, plate_nesting, structure
+from llmppl.programs.structure import Program, Site, is_deterministic, is_latent, is_text, plate_nesting, structure
 
 Array = np.ndarray
 Sampler = Callable[[Program, Program], Callable[..., Posterior]]
@@ -135,12 +135,15 @@ def score_given(
     """
     sites = structure(model, args, kwargs)
     nesting = plate_nesting(sites)
+    supports = {name: sites.nodes[name]["fn"].support for name in latents if not is_text(sites.nodes[name])}
     traces = []
     for program in (model, guide):
+        auto = Unconstrained(latents, supports)
         # Outside the guide's support is an answer here, probability zero, and no error.
-        with pyro.validation_enabled(False), poutine.block(), Given(latents):
+        with pyro.validation_enabled(False), poutine.block(), auto, Given(latents):
             trace = poutine.trace(in_particles(program, count, nesting)).get_trace(*args, **kwargs)
-            hidden = [name for name, site in trace.nodes.items() if is_latent(site) and name not in latents]
+            known = {*latents, *(f"{name}_unconstrained" for name in auto.given)}
+            hidden = [name for name, site in trace.nodes.items() if is_latent(site) and name not in known]
             if hidden:
                 raise ValueError(
                     f"the guide has auxiliary sites {hidden}, so it has no marginal density of given latents. "

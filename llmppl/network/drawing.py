@@ -162,6 +162,8 @@ def _draw_block(
             stream.select(kept)
             active, token = active[kept], token[kept]
         stream.advance(token)
+    if law.grammar is not None and bool(open_row.any()):
+        law.grammar.warn_of_cut(unpad_rows(values[open_row]), law.max_tokens)
     return values, recorded
 
 

@@ -29,7 +29,7 @@ from llmppl.numpyro.network.text_law import TextLaw
 from llmppl.text import PAD
 from llmppl.text.chat import chat_pieces
 from llmppl.text.row_function import Kind
-from llmppl.text.spelling import Spelling, describe, empty_context, too_long, unbroadcastable
+from llmppl.text.spelling import Spelling, describe, empty_context, log_probabilities, too_long, unbroadcastable
 from llmppl.text.tokenization import Codec
 from llmppl.text.words import SHORTEST
 
@@ -198,14 +198,18 @@ class LM:
             automaton=automaton,
         )
 
-    def choice(self, *pieces: Piece, options: Sequence[str]) -> Choice:
+    def choice(self, *pieces: Piece, options: Sequence[str], probs: Sequence[float] | None = None) -> Choice:
         """The finite distribution over ``options``, each weighted by the probability that the continuation of the
         joined pieces begins with it, normalised over the options.
 
-        :raises ValueError: fewer than two options, equal ones, or one the prefix of another.
+        :param probs: of the options, in place of the model's, which prefers short ones and frequent words: a prior
+            that is yours. A guide's proposal is weighted by the model in any case.
+        :raises ValueError: fewer than two options, equal ones, or one the prefix of another; ``probs`` that are not
+            positive, or not one for each option.
         """
         rows = self.spelling.options(options)
-        return Choice(self, self.context(*pieces), pad_rows(rows))  # type: ignore[arg-type]
+        given = None if probs is None else jnp.asarray(log_probabilities(probs, options))
+        return Choice(self, self.context(*pieces), pad_rows(rows), given=given)  # type: ignore[arg-type]
 
     def content_word(self, text: Piece, shortest: int = SHORTEST) -> ContentWord:
         """The distribution over the content words of a text, each with the same probability.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import biject_to
 
 from llmppl.network.text_tensors import widen
 from llmppl.programs.structure import Program, Site, is_latent, is_text, signature
@@ -93,3 +96,43 @@ class Given(Messenger):
                 value = widen(value, fn.event_shape[0])
             msg["value"] = value.expand(torch.broadcast_shapes(value.shape, fn.batch_shape + fn.event_shape))
             msg["done"] = True
+
+
+class Unconstrained(Messenger):
+    """Gives Pyro's AutoGuides the values of latent sites in the place where they draw them: on the real line, under the
+    site's name with ``_unconstrained`` behind it. The site itself is then a point mass at the value.
+
+    :param values: of latent sites.
+    :param supports: of these sites, in the program.
+    :raises ValueError: an AutoGuide that draws several sites as one.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], supports: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.values, self.supports, self.given, self.joint = values, supports, set[str](), ""
+
+    def __enter__(self) -> Any:
+        self.given.clear()
+        self.joint = ""
+        return super().__enter__()
+
+    def _pyro_sample(self, msg: Site) -> None:
+        name, fn = msg["name"], msg["fn"]
+        if name in self.values and isinstance(fn, pyro.distributions.Delta):
+            if name in self.given:
+                msg["value"], msg["done"] = fn.v, True  # the value itself, but for rounding
+            elif self.joint:
+                raise ValueError(
+                    f"the AutoGuide of site {name!r} draws all its sites as one, {self.joint!r}, which cannot be given "
+                    "values of the program's. Use AutoNormal, or a guide function."
+                )
+            return
+        own = name.removesuffix("_unconstrained")
+        if not msg["infer"].get("is_auxiliary") or own not in self.values:
+            self.joint = name if msg["infer"].get("is_auxiliary") else self.joint
+            return
+        with torch.no_grad():
+            value = biject_to(self.supports[own]).inv(self.values[own])
+        shape = torch.broadcast_shapes(value.shape, fn.batch_shape + fn.event_shape)
+        msg["value"], msg["done"] = value.expand(shape), True
+        self.given.add(own)

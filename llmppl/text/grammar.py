@@ -9,6 +9,7 @@ masks are numpy arrays.
 from __future__ import annotations
 
 import json
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from threading import Lock
@@ -103,6 +104,7 @@ class BoundGrammar:
             raise ValueError(f"grammar={grammar!r} cannot be compiled: {error.strip()}")
         self._root = LLMatcher(tokenizer, grammar.source, log_level=0)
         self._states: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self._warned: set[int] = set()
         self._lock = Lock()
 
     def permitted(self, prefixes: Sequence[Sequence[int]]) -> np.ndarray:
@@ -110,6 +112,30 @@ class BoundGrammar:
         whose probability is zero already, and after the end."""
         with self._lock:  # JAX may ask from several threads
             return np.stack([self._mask(tuple(prefix)) for prefix in prefixes])
+
+    def accepts(self, text: str) -> bool:
+        """Whether a string, without the end token, is a whole text of the grammar."""
+        tokens = self.lm.codec.encode(text)
+        state = self._root.deep_copy()
+        return state.try_consume_tokens(tokens) == len(tokens) and state.is_accepting()
+
+    def warn_of_cut(self, texts: Sequence[Sequence[int]], max_tokens: int) -> None:
+        """Say so, once, where ``max_tokens`` has ended texts in the middle of the grammar.
+
+        :param texts: that have no end.
+        """
+        if max_tokens in self._warned:
+            return
+        with self._lock:
+            states = [self._state(tuple(text)) for text in texts]
+        cut = [n for n, state in enumerate(states) if state is not None and not state.is_accepting()]
+        if cut:
+            self._warned.add(max_tokens)
+            warnings.warn(
+                f"max_tokens={max_tokens} cuts texts off before {self.grammar!r} is complete, such as "
+                f"{self.lm.codec.decode(list(texts[cut[0]]))!r}. Raise max_tokens, or bound the grammar's parts.",
+                stacklevel=2,
+            )
 
     def _state(self, prefix: tuple[int, ...]) -> Any:
         if prefix in self._states:

@@ -5,6 +5,7 @@ The checks and their sentences are the same whatever framework holds the ids.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -189,6 +190,18 @@ class Spelling:
                         "the second. End every option alike, e.g. with a full stop."
                     )
         return rows
+
+
+def log_probabilities(probs: Sequence[float], options: Sequence[str]) -> list[float]:
+    """Of the options of a choice, normalised, from probabilities or weights.
+
+    :raises ValueError: not one for each option, or not positive.
+    """
+    weights = [float(weight) for weight in probs]
+    if len(weights) != len(options) or not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(f"probs={probs!r} must be a positive number for each of the {len(options)} options.")
+    total = math.fsum(weights)
+    return [math.log(weight / total) for weight in weights]
 
 
 def describe(piece: object) -> str:

@@ -16,6 +16,7 @@ from numpyro.util import find_stack_level
 from llmppl.numpyro.distributions.conditioning import LanguageModel
 from llmppl.numpyro.distributions.discreteness import refuse_pathwise
 from llmppl.numpyro.network.decoder import Past, Weights
+from llmppl.numpyro.network.grammar_masks import warn_of_cut
 from llmppl.numpyro.network.lifting import compiled
 from llmppl.numpyro.network.reading import Reader, Reading, shares
 from llmppl.numpyro.network.scoring import token_scores
@@ -164,7 +165,9 @@ class AutoregressiveText(Distribution):
 
         text, ended = jnp.full((*shape, length), PAD, jnp.int32), jnp.zeros(shape, bool)
         keys = random.split(key, length)
-        (_, _, text, _), scores = lax.scan(step, (empty, state, text, ended), (jnp.arange(length), keys))
+        (_, _, text, ended), scores = lax.scan(step, (empty, state, text, ended), (jnp.arange(length), keys))
+        if law.grammar is not None:
+            warn_of_cut(law.grammar, text, ended)
         return text, jnp.moveaxis(scores, 0, -1)
 
     # --- scoring -----------------------------------------------------------------------------------

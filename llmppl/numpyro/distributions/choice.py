@@ -79,12 +79,13 @@ class Choice(Distribution):
     :param context: text arrays as of :class:`AutoregressiveText`.
     :param options: text array of shape ``(n, T)``, none a prefix of another.
     :param lora: low-rank additions to the weights, or ``None``.
+    :param given: normalised log-probabilities of the options that stand in for the model's, ``(n,)``.
     """
 
     arg_constraints: dict[str, Any] = {}
     reparametrized_params: list[str] = []
     has_enumerate_support = True
-    pytree_data_fields = ("weights", "context", "options", "lora")
+    pytree_data_fields = ("weights", "context", "options", "lora", "given")
     pytree_aux_fields = ("lm",)
 
     def __init__(
@@ -96,9 +97,10 @@ class Choice(Distribution):
         batch_shape: tuple[int, ...] | None = None,
         *,
         weights: Weights | None = None,
+        given: Array | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self.lm, self.context, self.options, self.lora = lm, tuple(context), options, lora
+        self.lm, self.context, self.options, self.lora, self.given = lm, tuple(context), options, lora, given
         self.weights = lm.weights if weights is None else weights
         lm.check_length(count(self.context), options.shape[-1])
         shape = np.broadcast_shapes(own_batch_shape(self.context), batch_shape or ())
@@ -113,7 +115,7 @@ class Choice(Distribution):
         return _Option(self.options)
 
     def with_context(self, context: Sequence[Array], lora: Weights | None) -> Choice:
-        """The same options after another context, under another adapter."""
+        """The same options after another context, under another adapter, weighted by the model."""
         return Choice(
             self.lm, context, self.options, lora, self.batch_shape, validate_args=self.__dict__.get("_validate_args")
         )
@@ -129,6 +131,7 @@ class Choice(Distribution):
             self.lora,
             expanded(self.batch_shape, shape),
             weights=self.weights,
+            given=self.given,
             validate_args=self.__dict__.get("_validate_args"),
         )
 
@@ -138,6 +141,8 @@ class Choice(Distribution):
         return _compiled_logits(self) if is_settled(self) else self._logits()
 
     def _logits(self) -> Array:
+        if self.given is not None:
+            return jnp.broadcast_to(self.given, (*self.batch_shape, len(self.options)))
         reader = Reader(self.lm.architecture, self.weights, self.lora)
         before = reader.stretches(self.context)
         number, length = self.options.shape

@@ -34,3 +34,18 @@ def permitted(grammar: BoundGrammar, prefixes: Array) -> Array:
     answer = jax.ShapeDtypeStruct((*prefixes.shape[:-1], width), jnp.uint8)
     packed = jax.pure_callback(ask, answer, prefixes, vmap_method="broadcast_all")
     return jnp.unpackbits(packed, axis=-1, count=vocabulary, bitorder="little").astype(bool)
+
+
+def warn_of_cut(grammar: BoundGrammar, texts: Array, ended: Array) -> None:
+    """Say so where drawn texts stop in the middle of the grammar.
+
+    :param texts: ``(..., max_tokens)``, padded behind.
+    :param ended: ``(...,)``, which of them have an end.
+    """
+
+    def warn(texts: Array, ended: Array) -> None:
+        rows = np.asarray(texts)[~np.asarray(ended)]
+        if len(rows):
+            grammar.warn_of_cut([[int(token) for token in row if token != PAD] for row in rows], texts.shape[-1])
+
+    jax.debug.callback(warn, texts, ended)

@@ -1,0 +1,169 @@
+"""Records in a format: the program, its locally masked twin as a proposal, and what the mask alone gets wrong."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Any
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from conftest import character_lm
+from pyro import poutine
+
+from llmppl import LM, Grammar, exact_posterior, importance
+from llmppl.guides import PromptGuide
+from llmppl.inference.gathering import NoWeightError
+from llmppl.models import record
+from llmppl.models.record import field, fields_told, schema_grammar
+
+SIGNS = '{"ab": 12,}\n.lue'
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"a": {"enum": [1, 2, 12]}, "b": {"enum": ["a", "b"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+VALID = [f'{{"a": {a}, "b": "{b}"}}\n' for a in (1, 2, 12) for b in "ab"]
+
+
+@pytest.fixture(scope="module")
+def lm() -> LM:
+    return character_lm(SIGNS, ".")
+
+
+def unmasked(lm: LM, texts: list[str]) -> np.ndarray:
+    law = lm("ab:", max_tokens=20, stop="\n")
+    return np.array([float(law.log_prob(lm.encode(text))) for text in texts])
+
+
+def test_the_posterior_is_the_unmasked_prior_on_what_the_schema_permits(lm: LM) -> None:
+    masked = record(lm, SCHEMA, max_tokens=20, masked=True)
+    law = poutine.trace(masked).get_trace("ab:").nodes["record"]["fn"]
+    assert sorted(lm.decode(law.enumerate_support())) == sorted(VALID)
+    pyro.set_rng_seed(0)
+    posterior = importance(record(lm, SCHEMA, max_tokens=20), PromptGuide(masked, lm), 2000, progress=False)("ab:")
+    exact = unmasked(lm, VALID)
+    log_z = np.logaddexp.reduce(exact)
+    assert abs(posterior.log_evidence - log_z) < 4 * posterior.log_evidence_error
+    assert posterior.log_evidence_error < 0.03
+    assert np.isfinite(posterior.log_weights).all(), "a mask proposes nothing but records"
+    weight = dict(posterior.top("record", 6))
+    share = np.exp(exact - log_z)
+    np.testing.assert_allclose([weight.get(text, 0.0) for text in VALID], share, atol=0.04)
+    # Local masking is another law, which no number of draws mends.
+    local = law.log_prob(lm.encode(VALID)).exp().numpy()
+    assert 0.5 * np.abs(local - share).sum() > 0.02
+    drawn = posterior.decode("record")
+    counts = np.array([drawn.count(text) for text in VALID]) / len(drawn)
+    np.testing.assert_allclose(counts, local, atol=0.05)
+
+
+def test_known_fields_condition_the_others(lm: LM) -> None:
+    """Exactly, with the prose before: by the sum over all of them."""
+    program = record(lm, SCHEMA, ["b"], prose_tokens=1, max_tokens=20)
+    guide = PromptGuide(
+        record(lm, SCHEMA, ["b"], prose_tokens=1, max_tokens=20, masked=True),
+        lm,
+        prompt={"prose": lambda prompt: [prompt], "record": lambda prompt, prose: [prompt, prose]},
+    )
+    pyro.set_rng_seed(0)
+    posterior = importance(program, guide, 4000, progress=False)("ab:", ["a"])
+    prose = lm("ab:", max_tokens=1, stop="\n")
+    texts, records = prose.enumerate_support(), [text for text in VALID if text.endswith('"a"}\n')]
+    law = lm("ab:", texts[:, None], max_tokens=20, stop="\n")
+    joint = prose.log_prob(texts)[:, None] + law.log_prob(lm.encode(records))
+    exact = float(joint.logsumexp((0, 1)))
+    assert abs(posterior.log_evidence - exact) < 4 * posterior.log_evidence_error
+    assert posterior.log_evidence_error < 0.1
+    kept = posterior.weights > 0
+    assert {field(text, "b") for text, own in zip(posterior.decode("record"), kept, strict=True) if own} == {"a"}
+    marginal = (joint - exact).exp().sum(0).detach().numpy()
+    found = dict(posterior.top("record", 3))
+    np.testing.assert_allclose([found.get(text, 0.0) for text in records], marginal, atol=0.05)
+
+
+def test_simulated_records_tell_their_fields(lm: LM) -> None:
+    """A guide is told the value that was simulated, in plates, too."""
+    masked = record(lm, SCHEMA, ["a", "b"], max_tokens=20, masked=True)
+    guide = PromptGuide(masked, lm, prompt=fields_told(["a", "b"]))
+    run = poutine.trace(guide).get_trace("ab:", ["12", "a"], observations={"a": lm.encode("2"), "b": lm.encode("b")})
+    assert lm.decode(run.nodes["record"]["fn"].context) == "a: 2\nb: b\nab:"
+    with pyro.plate("rows", 2):
+        run = poutine.trace(record(lm, SCHEMA, ["b"], max_tokens=20, masked=True)).get_trace(["ab:", "a"], [["a", "b"]])
+    run.compute_log_prob()
+    texts = lm.decode(run.nodes["record"]["value"])
+    expected = [0.0 if field(text, "b") == value else -np.inf for text, value in zip(texts, "ab", strict=True)]
+    assert run.nodes["b"]["log_prob"].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ('{"a": 12, "b": "x y"}\n', "b", "x y"),
+        ('{"a": 12}\n', "a", "12"),
+        ('{"a": [1, {"c": null}]}', "a", '[1, {"c": null}]'),
+        ('{"a": ""}', "a", '""'),
+        ('{"a": "\\ud800"}', "a", '"\\ud800"'),
+        ('{"a": 12}', "b", "null"),
+        ('{"a": 1', "a", "null"),
+        ("[1]", "a", "null"),
+        ("[" * 5000, "a", "null"),
+        ("", "a", "null"),
+    ],
+)
+def test_fields_of_whatever_text(text: str, name: str, value: str) -> None:
+    assert field(text, name) == value
+
+
+def test_a_record_that_is_cut_off_is_said_so(lm: LM) -> None:
+    short = record(lm, SCHEMA, max_tokens=12, masked=True)
+    with pytest.warns(UserWarning, match="max_tokens=12 cuts texts off before .* is complete, such as"):
+        poutine.trace(short).get_trace("ab:")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        poutine.trace(short).get_trace("ab:")  # once
+    pytest.raises(NoWeightError, importance(record(lm, SCHEMA, max_tokens=12), PromptGuide(short, lm), 8), "ab:")
+
+
+def test_a_text_that_is_whole_and_full_is_not_cut_off(lm: LM) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lm("a", grammar=Grammar.regex("[ab]{2}"), max_tokens=2).sample((5,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((SCHEMA, "a"), "is a string"),
+        ((SCHEMA, ["c"]), "'c' is none of the schema's properties"),
+        (({"properties": {"valid": {}}}, ["valid"]), "a site of the program's own"),
+        ((False,), "satisfied by nothing"),
+        (({"type": "nonsense"},), "cannot be compiled"),
+    ],
+)
+def test_records_that_make_no_sense(lm: LM, arguments: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        record(lm, *arguments)
+    with pytest.raises(ValueError, match="a value for each of fields"):
+        record(lm, SCHEMA, ["a"])("ab:")
+
+
+def test_schemas_of_one_value_are_enumerated_on_the_real_model(smollm2: LM) -> None:
+    """Spelled in whatever tokens: local masking is exact where the schema has one text, but for its spellings."""
+    grammar = schema_grammar({"const": {"ok": True}})
+    law = smollm2("Answer as JSON.\n", grammar=grammar, max_tokens=12, stop="\n")
+    pyro.set_rng_seed(0)
+    texts = law.sample((8,))
+    assert {json.loads(text)["ok"] for text in smollm2.decode(texts)} == {True}
+    prior = smollm2("Answer as JSON.\n", max_tokens=12, stop="\n")
+    assert bool((prior.log_prob(texts) < law.log_prob(texts)).all())
+    assert torch.isfinite(prior.log_prob(texts)).all()
+
+
+def test_exact_posterior_of_a_small_format(lm: LM) -> None:
+    schema = {"enum": [1, 2]}
+    exact = exact_posterior(record(lm, schema, max_tokens=2))("ab:")
+    assert exact.log_evidence == pytest.approx(np.logaddexp.reduce(unmasked(lm, ["1\n", "2\n"])), abs=1e-6)
