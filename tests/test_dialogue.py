@@ -95,7 +95,7 @@ def test_in_plates_and_simulated(lm: LM) -> None:
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"user": "w"}, "user='w' must hold {} once"),
+        ({"user": "w"}, "must hold {} once"),
         ({"agent": "{}{}"}, "agent="),
         ({"replies": -1}, "not be negative"),
     ],

@@ -125,7 +125,8 @@ def test_a_record_that_is_cut_off_is_said_so(lm: LM) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         poutine.trace(short).get_trace("ab:")  # once
-    pytest.raises(NoWeightError, importance(record(lm, SCHEMA, max_tokens=12), PromptGuide(short, lm), 8), "ab:")
+    with pytest.raises(NoWeightError):
+        importance(record(lm, SCHEMA, max_tokens=12), PromptGuide(short, lm), 8)("ab:")
 
 
 def test_a_text_that_is_whole_and_full_is_not_cut_off(lm: LM) -> None:

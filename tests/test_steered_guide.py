@@ -80,6 +80,9 @@ def test_steered_draws_follow_the_law_and_are_recorded(letters: LM) -> None:
     drawn = fn.sample((4000,))
     recorded = fn._memo.take(False).sum(-1)
     torch.testing.assert_close(recorded, twisted(letters, ["a", "b"]).log_prob(drawn).detach())
+    again = TwistedText(letters, fn.context, fn.law, fn.told, fn.twist)
+    assert again.pending(drawn) is None, "what was drawn need not be read"
+    torch.testing.assert_close(again.log_prob(drawn), twisted(letters, ["a", "b"]).log_prob(drawn))
     texts = letters("m", grammar=GOALS, max_tokens=4).enumerate_support()
     for row in (0, 1):
         q = fn.rows(torch.tensor([row])).log_prob(texts).detach().exp()

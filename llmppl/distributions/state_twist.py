@@ -19,6 +19,9 @@ from llmppl.text import PAD
 Features = Callable[[str, str], Sequence[float]]
 """From what a row is told, and a text so far, to a few numbers of one length."""
 
+Found = tuple[Tensor, Tensor, Tensor]
+"""The tokens that may come next, their log-probabilities by the language model, and what the twist sees of them."""
+
 MOST_TOKENS = 256
 """Tokens that may come next, at most: each asks the function once."""
 
@@ -39,6 +42,7 @@ class StateTwist(Twist):
     """
 
     goal = "a state"
+    most_read = 5_000
 
     def __init__(self, features: Features, hidden: int = 32) -> None:
         super().__init__()
@@ -130,13 +134,20 @@ class StateWalk:
 
     def __init__(self, lm: LanguageModel, law: TextLaw, told: list[str], twist: StateTwist) -> None:
         self.spell, self.told, self.twist = _Candidates(lm, law), told, twist
+        self._found: dict[tuple[int, int], Found] = {}
 
     def __call__(self, log_probs: Tensor, rows: list[int], texts: Tensor) -> Tensor:
         twisted = log_probs.clone()
         for n, (row, text) in enumerate(zip(rows, texts.tolist(), strict=True)):
-            ids, base, seen = self.spell(self.twist, self.told[row], [t for t in text if t != PAD], log_probs[n])
+            known = [t for t in text if t != PAD]
+            found = self._found[row, len(known)] = self.spell(self.twist, self.told[row], known, log_probs[n])
+            ids, base, seen = found
             twisted[n, ids] = base + self.twist(seen).to(base.dtype)
         return twisted.log_softmax(-1)
+
+    def records(self, texts: Sequence[Sequence[int]]) -> list[StateRecord]:
+        """Of the texts that were drawn, one for each row."""
+        return [_record([self._found[n, t] for t in range(len(text))], text) for n, text in enumerate(texts)]
 
 
 @dataclass(frozen=True)
@@ -170,7 +181,7 @@ class StateReading:
         self._rows: dict[int, list[int]] = {}
         for n, key in enumerate(keys):
             self._rows.setdefault(number[key[1:3]], []).append(n)
-        self._found: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._found: dict[tuple[int, int], Found] = {}
 
     def take(self, log_probs: Tensor, rows: Sequence[int], columns: Sequence[int]) -> None:
         for place, (of, column) in enumerate(zip(rows, columns, strict=True)):
@@ -180,16 +191,16 @@ class StateReading:
 
     def records(self, scores: Tensor) -> list[StateRecord]:
         """One for each row."""
-        records = []
-        for n, key in enumerate(self.keys):
-            found = [self._found[n, t] for t in range(len(key[2]))]
-            chosen = []
-            for token, (ids, _, _) in zip(key[2], found, strict=True):
-                at = (ids == token).nonzero()
-                chosen.append(int(at[0, 0]) if len(at) else -1)
-            bases, seen = [base for _, base, _ in found], [rows for _, _, rows in found]
-            records.append(StateRecord(scores.new_empty(0), bases, seen, chosen))
-        return records
+        return [_record([self._found[n, t] for t in range(len(key[2]))], key[2]) for n, key in enumerate(self.keys)]
+
+
+def _record(found: list[Found], text: Sequence[int]) -> StateRecord:
+    chosen = []
+    for token, (ids, _, _) in zip(text, found, strict=True):
+        at = (ids == token).nonzero()
+        chosen.append(int(at[0, 0]) if len(at) else -1)
+    bases, seen = [base for _, base, _ in found], [rows for _, _, rows in found]
+    return StateRecord(bases[0].new_empty(0), bases, seen, chosen)
 
 
 class _Candidates:
@@ -198,9 +209,7 @@ class _Candidates:
     def __init__(self, lm: Any, law: TextLaw) -> None:
         self.lm, self.end, self.most = lm, lm.spelling.end, law.max_tokens or 1
 
-    def __call__(
-        self, twist: StateTwist, told: str, text: list[int], log_probs: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, twist: StateTwist, told: str, text: list[int], log_probs: Tensor) -> Found:
         ids = (log_probs > -torch.inf).nonzero()[:, 0]
         if len(ids) > MOST_TOKENS:
             raise ValueError(

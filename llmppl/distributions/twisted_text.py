@@ -25,9 +25,6 @@ from llmppl.network.scoring import Request
 from llmppl.network.text_law import TextLaw
 from llmppl.network.text_tensors import check_text, unpad_rows
 
-MOST_READ = 50_000
-"""Texts with their words whose reading is kept, at most: about 2 kB each."""
-
 
 class Twist(nn.Module):
     """What multiplies the law of each next token, given what a row is told. It has parameters, and keeps what the
@@ -36,13 +33,16 @@ class Twist(nn.Module):
     goal = "a condition"
     """What the text is twisted towards."""
 
+    most_read = 50_000
+    """Texts whose reading is kept, at most."""
+
     def __init__(self) -> None:
         super().__init__()
         self.read: OrderedDict[Key, Any] = OrderedDict()
 
     def walk(self, lm: Any, law: TextLaw, told: list[str]) -> Any:
         """While texts are drawn: from the law of the next token, the numbers of the rows and the texts so far to the
-        twisted law."""
+        twisted law. Where it has ``records``, these are of the texts that were drawn, and they need not be read again."""
         raise NotImplementedError
 
     def reading(self, lm: Any, law: TextLaw, keys: list[Key], number: Mapping[tuple[Any, Any], int]) -> Any:
@@ -52,6 +52,15 @@ class Twist(nn.Module):
     def corrected(self, records: Sequence[Any], width: int) -> Tensor:
         """Log-probability of each token under the twisted law, ``(N, width)``, nats, zero behind the end."""
         raise NotImplementedError
+
+    def keep(self, keys: Sequence[Key], records: Sequence[Any]) -> None:
+        """Remember what the network has said of texts."""
+        self.read.update(zip(keys, records, strict=True))
+
+    def forget(self) -> None:
+        """What was read first, where that is too much."""
+        while len(self.read) > self.most_read:
+            self.read.popitem(last=False)
 
     def version(self) -> int:
         """A number that grows whenever a parameter changes in place."""
@@ -187,7 +196,8 @@ class TwistedText(AutoregressiveText):
         shape = torch.Size(sample_shape) + self.batch_shape
         context = self.context.expand(shape + self.context.shape[-1:])
         rows = unpad_rows(context.reshape(-1, context.shape[-1]))
-        walk = self.twist.walk(self.lm, self.law, self._strings(shape))
+        told = self._strings(shape)
+        walk = self.twist.walk(self.lm, self.law, told)
         heat = None if temperature is None else temperature.to(context.device).expand(shape).reshape(-1)
         try:
             with self.lm.drawing(self.adapter, None) as transformer:
@@ -196,6 +206,10 @@ class TwistedText(AutoregressiveText):
         except NotFiniteError as error:
             raise ValueError(f"site {self.site!r}: {error}" if self.site else str(error)) from None
         self.recall(rows, tokens, own)
+        if self.adapter is None and hasattr(walk, "records"):
+            texts = unpad_rows(tokens)
+            self.twist.keep(self._keys(rows, texts, told), walk.records(texts))
+            self.twist.forget()
         tokens = tokens.reshape(shape + self.event_shape)
         token_log_probs = token_log_probs.reshape(tokens.shape)
         self.remember(tokens, token_log_probs)
@@ -220,8 +234,7 @@ class TwistedText(AutoregressiveText):
         if self._validate_args:
             self._validate_text(value)
         texts, contexts, told = unpad_rows(flat), unpad_rows(context), self._strings(shape)
-        law = (self.law.max_tokens, self.law.min_tokens, self.law.temperature, id(self.law.grammar))
-        keys = [(law, tuple(c), tuple(t), w) for c, t, w in zip(contexts, texts, told, strict=True)]
+        keys = self._keys(contexts, texts, told)
         # The network is frozen unless an adapter is on, and what it says of a text then stays.
         known = self.twist.read if self.adapter is None else {}
         missing = list(dict.fromkeys(key for key in keys if key not in known))
@@ -243,8 +256,7 @@ class TwistedText(AutoregressiveText):
         def take(scores: Tensor) -> None:
             known.update(zip(missing, reading.records(scores), strict=True))
             finish()
-            while len(self.twist.read) > MOST_READ:
-                self.twist.read.popitem(last=False)
+            self.twist.forget()
 
         request = Request(
             self.law, [list(c) for c, _ in distinct], [list(t) for _, t in distinct], value.shape[-1], reading.take
@@ -254,6 +266,10 @@ class TwistedText(AutoregressiveText):
     def remember(self, value: Tensor, scores: Tensor) -> None:
         super().remember(value, scores)
         self._memo.version = self._version()
+
+    def _keys(self, contexts: Any, texts: Any, told: list[str]) -> list[Key]:
+        law = (self.law.max_tokens, self.law.min_tokens, self.law.temperature, id(self.law.grammar))
+        return [(law, tuple(c), tuple(t), w) for c, t, w in zip(contexts, texts, told, strict=True)]
 
     def _strings(self, shape: torch.Size) -> list[str]:
         """What each row of a batch is told."""
