@@ -19,6 +19,7 @@ from llmppl.distributions.adaptable import Adaptable
 from llmppl.distributions.autoregressive_text import AutoregressiveText
 from llmppl.distributions.choice import Choice
 from llmppl.distributions.content_word import ContentWord
+from llmppl.distributions.echoed_text import EchoedText
 from llmppl.network.adapters import Adapters
 from llmppl.network.low_precision import Sampler
 from llmppl.network.pickling import packed, unpacked
@@ -251,6 +252,16 @@ class LM(Adaptable):
         :param shortest: letters of a content word, at least.
         """
         return ContentWord(self, self._piece(text, 1), shortest)
+
+    def echo(self, text: Piece, mistake: float = 1e-3) -> EchoedText:
+        """The distribution of a text that is said again: as it is, and with probability ``mistake`` any text at all.
+
+        So what a program computes, ``lm.map(...)``, is observed: with a density for what was not computed, and
+        simulated as what was.
+
+        :param text: as a piece of :meth:`__call__`; its width is the most tokens of what is observed.
+        """
+        return EchoedText(self, self._piece(text, 1), mistake)
 
     def map(
         self,

@@ -23,44 +23,43 @@ def completion(
     .. math:: p(\text{body}|\text{prefix})\; p(\text{suffix}|\text{prefix}, \text{body})\;
               \prod_i p(\text{output}_i\,|\,\text{run}(\text{prefix body suffix}, \text{call}_i))
 
-    where an output is what the interpreter says with probability :math:`1 - \text{mistake}` and is called wrong
-    otherwise. So a body that fails a test is improbable and not impossible, and how many tests it fails tells bodies
-    apart. What is run is a small part of Python (:func:`~llmppl.models.interpreter.run`).
+    where an output is what the interpreter says, and with probability ``mistake`` anything
+    (:meth:`llmppl.LM.echo`). So a body that fails a test is improbable and not impossible, how many tests it fails tells
+    bodies apart, and whatever is written is right for the outputs that it has, which teaches a guide. What is run is a
+    small part of Python (:func:`~llmppl.models.interpreter.run`).
 
-    Prefix, suffix and outputs are strings, or prefix and suffix lists of strings inside a plate. An empty suffix is
-    not observed. Sites: latent ``body``; deterministic ``output_1``, ...; observed ``suffix``, ``test_1``, ...
+    Prefix, suffix and outputs are strings, or lists of strings inside a plate. An empty suffix is not observed. Sites:
+    latent ``body``; deterministic ``got_1``, ...; observed ``suffix``, ``output_1``, ...
 
     :param lm: a :class:`llmppl.LM`, or a :class:`llmppl.numpyro.LM`: the program is then one of NumPyro's.
     :param calls: expressions to evaluate, such as ``"add(1, 2)"``.
     :param max_tokens: most tokens of the body.
     :param stop: what the body ends with.
-    :param mistake: probability that an output is called wrong, or a wrong one right.
+    :param mistake: probability that an output is not what was computed.
     :param steps: of the interpreter for each call.
     :param output_tokens: most tokens of an output; of a longer one the result is ``"error"``.
-    :raises ValueError: no calls; ``mistake`` outside (0, 1/2).
+    :raises ValueError: no calls.
     """
     if isinstance(calls, str) or not calls:
         raise ValueError(f"calls={calls!r} must be a list of expressions, e.g. ['add(1, 2)'].")
-    if not 0 < mistake < 0.5:
-        raise ValueError(f"mistake={mistake} must lie between 0 and 1/2.")
 
     def said(prefix: str, body: str, suffix: str, call: str) -> str:
         output = run(prefix + body + suffix, call, steps)
         return output if len(output) <= output_tokens else FAILED
+
+    def encoded(text: Any) -> Any:
+        return lm.encode(text) if isinstance(text, (str, list, tuple)) else text
 
     def complete(prefix: Any, suffix: Any, outputs: Sequence[str]) -> Any:
         if len(outputs) != len(calls):
             raise ValueError(f"there are {len(outputs)} outputs of {len(calls)} calls. Give one for each.")
         body = lm.primitives.sample("body", lm(prefix, max_tokens=max_tokens, stop=stop))
         if suffix != "":
-            lm.primitives.sample("suffix", lm(prefix, body), obs=lm.encode(suffix))
+            lm.primitives.sample("suffix", lm(prefix, body), obs=encoded(suffix))
         for n, (call, output) in enumerate(zip(calls, outputs, strict=True), 1):
-            got = kept(
-                lm, f"output_{n}", lm.map(said, prefix, body, suffix, call, max_tokens=output_tokens, returns=str)
-            )
-            right = lm.map(lambda one, other: float(one.strip() == other.strip()), got, output, returns=float)
-            probability = mistake + (1 - 2 * mistake) * right
-            lm.primitives.sample(f"test_{n}", lm.primitives.distributions.Bernoulli(probability), obs=1.0 + 0 * right)
+            result = lm.map(said, prefix, body, suffix, call, max_tokens=output_tokens, returns=str)
+            got = kept(lm, f"got_{n}", result)
+            lm.primitives.sample(f"output_{n}", lm.echo(got, mistake), obs=encoded(output))
         return body
 
     return complete

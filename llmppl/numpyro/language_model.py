@@ -18,6 +18,7 @@ from jax import Array
 from llmppl.numpyro.distributions.autoregressive_text import AutoregressiveText
 from llmppl.numpyro.distributions.choice import Choice
 from llmppl.numpyro.distributions.content_word import ContentWord
+from llmppl.numpyro.distributions.echoed_text import EchoedText
 from llmppl.numpyro.network.architecture import Architecture
 from llmppl.numpyro.network.decoder import Weights
 from llmppl.numpyro.network.folder_tokenizer import FolderTokenizer
@@ -222,6 +223,16 @@ class LM:
         :raises ValueError: an array that is no well-formed text.
         """
         return ContentWord(self, self._piece(text, 1, "text"), shortest)
+
+    def echo(self, text: Piece, mistake: float = 1e-3) -> EchoedText:
+        """The distribution of a text that is said again: as it is, and with probability ``mistake`` any text at all.
+
+        So what a program computes, ``lm.map(...)``, is observed: with a density for what was not computed, and
+        simulated as what was.
+
+        :param text: as a piece of :meth:`__call__`; its width is the most tokens of what is observed.
+        """
+        return EchoedText(self, self._piece(text, 1, "text"), mistake)
 
     def map(
         self,

@@ -1,0 +1,422 @@
+"""The programs that ``applications.py`` measures: each with its guide, how that is trained, and held-out queries."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+
+from llmppl import LM, Grammar, fit, simulate
+from llmppl.guides import AutoregressiveGuide, PromptGuide, SteeredGuide
+from llmppl.models import completion, dialogue, evaluate, formula, plan, record, run, shortest_plans, walk
+from llmppl.models.record import field as field_of
+from llmppl.models.record import fields_told
+from llmppl.objectives import TrajectoryBalance, WakeSleep
+from llmppl.posterior.posterior import Posterior
+
+Query = tuple[Any, ...]
+
+
+@dataclass
+class Application:
+    """A program, what proposes for it, and what it is asked.
+
+    :param proposals: by name; *prior* and *guide* are among them.
+    :param train: the guide; CPU seconds.
+    :param hits: which draws satisfy the condition.
+    :param exact: the log evidence of a query, where it can be had.
+    """
+
+    name: str
+    program: Callable[..., Any]
+    proposals: dict[str, Any]
+    train: Callable[[], float]
+    queries: list[Query]
+    hits: Callable[[Query, Posterior], np.ndarray]
+    exact: Callable[[Query], float] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def timed(work: Callable[[], Any]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+# --- formats -------------------------------------------------------------------------------------
+
+PEOPLE: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "pattern": "^[A-Z][a-z]{1,9}$"},
+        "age": {"type": "integer", "minimum": 1, "maximum": 99},
+        "city": {"enum": ["Paris", "Rome", "London", "Vienna"]},
+    },
+    "required": ["name", "age", "city"],
+    "additionalProperties": False,
+}
+EXAMPLES = """Anna is a cook and lives in Vienna.
+{"name": "Anna", "age": 31, "city": "Vienna"}
+Old Mr Brown sells books in London.
+{"name": "Brown", "age": 74, "city": "London"}
+Marie goes to school in Paris.
+{"name": "Marie", "age": 9, "city": "Paris"}
+"""
+BEGINNINGS = ["My uncle", "The new teacher", "A young doctor", "She", "Our neighbour", "He", "The old painter", "A boy"]
+
+
+def formats(lm: LM, steps: int) -> Application:
+    """A line about somebody who lives in a given city, and the record of it."""
+    program = record(lm, PEOPLE, ["city"], prose_tokens=16)
+    masked = record(lm, PEOPLE, ["city"], prose_tokens=16, masked=True)
+    plain: dict[str, Any] = {"prose": lambda prompt: [prompt], "record": lambda prompt, prose: [prompt, prose]}
+    told = fields_told(["city"], prose=True)
+    guide = AutoregressiveGuide(masked, lm, prompt=told, rank=8, seed=0)
+    cities = PEOPLE["properties"]["city"]["enum"]
+    queries: list[Query] = [(EXAMPLES, [city]) for city in cities]
+
+    def train() -> float:
+        rows = [(EXAMPLES, [city]) for city in cities]
+        learn = {"learning_rate": 1e-3, "seed": 0, "progress": False}
+
+        def work() -> None:
+            # What the masked program writes of itself, then the balance with the program that is meant.
+            fit(masked, guide, rows, WakeSleep(8, insomnia=0.0), steps, batch_size=2, **learn)
+            fit(program, guide, rows, TrajectoryBalance(8, floor=-60.0), steps // 2, batch_size=2, **learn)
+
+        return timed(work)
+
+    def hits(query: Query, posterior: Posterior) -> np.ndarray:
+        return np.array([field_of(text, "city") == query[1][0] for text in posterior.decode("record")])
+
+    return Application(
+        "formats",
+        program,
+        {
+            "prior": PromptGuide(program, lm, prompt=plain),
+            "local masking": PromptGuide(masked, lm, prompt=plain),
+            "local masking, told the city": PromptGuide(masked, lm, prompt=told),
+            "guide": guide,
+        },
+        train,
+        queries,
+        hits,
+    )
+
+
+# --- code ----------------------------------------------------------------------------------------
+
+CALLS = ["f(2)", "f(5)", "f(-3)"]
+PREFIX = "def f(x):\n    return"
+BODIES = [
+    *(" 2 * x", " x + 3", " x * x - 1", " 10 - x", " x % 3", " -x", " x ** 2 + x", " x // 2", " x > 2", " 3 * x + 1"),
+    *(" x * x * x", " 2 * (x + 1)", " x - 7", " x * 10", " x == 5", " 5"),
+]
+
+
+def outputs(body: str) -> list[str]:
+    return [run(f"{PREFIX}{body}\n", call) for call in CALLS]
+
+
+def code(lm: LM, steps: int) -> Application:
+    """The body of a function of one number, given what it returns for three."""
+    program = completion(lm, CALLS, max_tokens=12)
+
+    def told(prefix: Any, output_1: Any, output_2: Any, output_3: Any) -> list[Any]:
+        pieces: list[Any] = []
+        for call, output in zip(CALLS, (output_1, output_2, output_3), strict=True):
+            pieces += [f"# {call} == ", output, "\n"]
+        return [*pieces, prefix]
+
+    guide = AutoregressiveGuide(program, lm, prompt={"body": told}, rank=8, seed=0)
+    rows = [(PREFIX, "", outputs(" x"))]
+
+    def train() -> float:
+        def work() -> None:
+            pairs = simulate(program, rows, 24 * steps, seed=0, progress=False)
+            fit(program, guide, pairs, WakeSleep(1, insomnia=0.0), steps, 24, vectorize_data=True, learning_rate=1e-3,
+                seed=0, progress=False)  # fmt: skip
+
+        return timed(work)
+
+    def hits(query: Query, posterior: Posterior) -> np.ndarray:
+        return np.array([outputs(body.rstrip("\n")) == query[2] for body in posterior.decode("body")])
+
+    return Application(
+        "code",
+        program,
+        {
+            "prior": PromptGuide(program, lm, prompt={"body": lambda prefix: [prefix]}),
+            "zero-shot": PromptGuide(program, lm, prompt={"body": told}),
+            "guide": guide,
+        },
+        train,
+        [(PREFIX, "", outputs(body)) for body in BODIES],
+        hits,
+    )
+
+
+# --- plans ---------------------------------------------------------------------------------------
+
+
+def maze(source: random.Random, size: int, moves: int = 8, walls: float = 0.2) -> tuple[str, int]:
+    """A random maze, and a goal that is reached in so many moves."""
+    while True:
+        cells = [["#" if source.random() < walls else "." for _ in range(size)] for _ in range(size)]
+        cells[source.randrange(size)][source.randrange(size)] = "S"
+        drawn = "\n".join("".join(row) for row in cells)
+        free = [n for n, cell in enumerate("".join(drawn.split())) if cell == "."]
+        shortest = {goal: shortest_plans(drawn, goal, 1) for goal in free}
+        near = [goal for goal, plans in shortest.items() if plans and len(plans[0].split()) <= moves]
+        if len(near) > size:
+            return drawn, source.choice(near)
+
+
+def toward(told: str, moves: str) -> list[float]:
+    """Where moves have led, seen from the goal: how far it is, whether it is reached, whether the last move went
+    nowhere or back, and how many moves would come nearer."""
+    if not told:
+        return [0.0] * 6
+    drawn, target = told.rsplit("\n", 1)
+    width = len(drawn.split("\n")[0])
+
+    def distance(plan: str) -> int:
+        end = walk(drawn, plan)
+        return abs(end // width - int(target) // width) + abs(end % width - int(target) % width)
+
+    words, here, far = moves.split(), walk(drawn, moves), distance(moves)
+    before = [walk(drawn, " ".join(words[:n])) for n in range(len(words))]
+    idle = bool(before) and before[-1] == here
+    nearer = sum(distance(f"{moves} {word}") < far for word in ("up", "down", "left", "right"))
+    stuck = nearer == 0 and far > 0
+    return [far / 4, float(far == 0), float(idle), float(here in before[:-1]), float(stuck), nearer / 2]
+
+
+def plans(lm: LM, steps: int, size: int = 5) -> Application:
+    """Moves through a maze to a goal."""
+    source = random.Random(0)
+    program = plan(lm, (size, size), max_moves=8)
+    where = {"plan": lambda maze, goal: [lm.map("{}\n{:.0f}".format, maze, goal + 0.0)]}
+    guide = SteeredGuide(program, lm, {"plan": toward}, where, seed=0)
+    held_out, rows = (
+        [(drawn, torch.tensor(goal)) for drawn, goal in (maze(source, size) for _ in range(count))]
+        for count in (16, 400)
+    )
+
+    def words(drawn: str, goal: float) -> str:
+        start = "".join(drawn.split()).index("S")
+        down, right = int(goal) // size - start // size, int(goal) % size - start % size
+        far = [
+            f"{abs(count)} {word}"
+            for count, word in ((down, "down" if down > 0 else "up"), (right, "right" if right > 0 else "left"))
+            if count
+        ]
+        return f"The goal is {' and '.join(far)}. "
+
+    def asked(maze: Any, goal: Any) -> list[Any]:
+        return [lm.map(words, maze, goal + 0.0), "The moves of the robot through the maze are:"]
+
+    def train() -> float:
+        return timed(
+            lambda: fit(program, guide, rows, TrajectoryBalance(8), steps, 8, vectorize_data=True, learning_rate=3e-2,
+                        schedule="cosine", seed=0, progress=False)
+        )  # fmt: skip
+
+    def hits(query: Query, posterior: Posterior) -> np.ndarray:
+        return np.array([walk(query[0], moves) == int(query[1]) for moves in posterior.decode("plan")])
+
+    plain = {"plan": lambda: ["The moves of the robot through the maze are:"]}
+    return Application(
+        f"plans, {size} by {size}",
+        program,
+        {
+            "prior": PromptGuide(program, lm, prompt=plain),
+            "zero-shot": PromptGuide(program, lm, prompt={"plan": asked}),
+            "guide": guide,
+        },
+        train,
+        held_out,
+        hits,
+    )
+
+
+# --- dialogue ------------------------------------------------------------------------------------
+
+INTENTS = [
+    " to send something back",
+    " to know where an order is",
+    " to change an address",
+    " some advice on what to buy",
+]
+TALKS = [
+    ("The shoes are too small for me.", "Thank you, I will send them back today."),
+    ("It has been ten days and nothing has come.", "Good, then I will wait until Friday."),
+    ("I am moving to another town next week.", "Yes, that is the new address."),
+    ("My sister likes painting, what could I give her?", "The brushes sound nice, I will take them."),
+    ("This lamp arrived broken.", "Great, I am glad that I get my money back."),
+    ("When will my parcel arrive?", "Tomorrow is fine, thank you."),
+]
+
+
+def talks(lm: LM, steps: int) -> Application:
+    """What somebody wants, and an answer that leads to what is said next."""
+    program = dialogue(lm, INTENTS, max_tokens=20)
+    guide = AutoregressiveGuide(program, lm, rank=8, seed=0)
+
+    def train() -> float:
+        def work() -> None:
+            fit(program, guide, TALKS, WakeSleep(8, insomnia=0.0), steps, batch_size=2, learning_rate=1e-3, seed=0,
+                progress=False)  # fmt: skip
+
+        return timed(work)
+
+    plain: dict[str, Any] = {
+        "intent": lambda message: [message],
+        "style": lambda: ["My answers are"],
+        "reply": lambda message, style: lm.chat(
+            [
+                {"role": "system", "content": "You answer customers of a shop, in one sentence."},
+                {"role": "user", "content": message},
+            ]
+        ),
+    }
+    return Application(
+        "dialogue",
+        program,
+        {"prior": PromptGuide(program, lm, prompt=plain), "zero-shot": PromptGuide(program, lm), "guide": guide},
+        train,
+        list(TALKS),
+        lambda query, posterior: np.ones(posterior.num_samples, dtype=bool),
+    )
+
+
+# --- explained data ------------------------------------------------------------------------------
+
+OPERAND = r"(x|[1-9]|(sin|cos|exp)\(x\))"
+SMALL = rf" {OPERAND}( [-+*] {OPERAND})?"
+POINTS = torch.tensor([-1.0, 0.0, 1.0, 2.0, 3.0])
+
+
+def data_set(source: random.Random) -> torch.Tensor:
+    """Points of a random formula of two operands, with noise."""
+    while True:
+        first, second = (
+            source.choice(["x", "x", str(source.randint(1, 9)), "sin(x)", "cos(x)", "exp(x)"]) for _ in "ab"
+        )
+        values = [evaluate(f"{first} {source.choice('+-*')} {second}", float(x)) for x in POINTS]
+        if max(map(abs, values)) < 60 and len({round(value, 2) for value in values}) > 1:
+            return torch.tensor([value + source.gauss(0, 0.3) for value in values])
+
+
+def fits(told: str, text: str) -> list[float]:
+    """How far a formula is from the points: as it is, and, where an operator stands at its end, for the best operand
+    behind it; logarithms of the residual's size."""
+    if not told:
+        return [0.0] * 4
+    y = [float(value) for value in told.split()]
+    whole = text.strip()
+    pending = whole[-1:] in ("+", "-", "*")
+
+    def residual(candidate: str) -> float:
+        off = [evaluate(candidate, float(x)) - value for x, value in zip(POINTS, y, strict=True)]
+        return math.log(min(math.sqrt(sum(o * o for o in off) / len(off)), 1e3) + 0.1) / 3
+
+    operands = ["x", *map(str, range(1, 10)), "sin(x)", "cos(x)", "exp(x)"]
+    own = residual(whole) if whole and not pending else 2.5
+    begun = [whole] if pending else [f"{whole} {sign}" for sign in "+-*"]
+    best = min(residual(f"{start} {operand}") for start in begun for operand in operands) if whole else 2.5
+    unfinished = whole.endswith(("(", "sin", "cos", "exp", "(x"))
+    if unfinished:
+        name = next((name for name in ("sin", "cos", "exp") if name in whole[-5:]), "sin")
+        closed = f"{whole[: whole.rfind(name)]}{name}(x)"
+        own, best = residual(closed), min(residual(f"{closed} {sign} {o}") for sign in "+-*" for o in operands)
+    return [own, best, min(own, best), float(pending)]
+
+
+def data(lm: LM, steps: int) -> Application:
+    """A formula and its noise for five points; all 1,800 formulas, in all their spellings, are enumerated."""
+    source = random.Random(1)
+    grammar, prompt = Grammar.regex(SMALL), " y ="
+    program = formula(lm, prompt=prompt, grammar=grammar, max_tokens=12)
+
+    def others() -> Any:
+        return AutoNormal(poutine.block(program, hide=["formula"]), init_scale=0.4)
+
+    told = {
+        "formula": lambda y: [lm.map(lambda *v: " ".join(f"{one:.2f}" for one in v), *(y[..., n] for n in range(5)))]
+    }
+    guide = SteeredGuide(program, lm, {"formula": fits}, told, others=others(), seed=0)
+
+    def asked(x: Any, y: Any) -> list[Any]:
+        return [
+            lm.map(lambda *v: "y = " + ", ".join(f"{o:.1f}" for o in v) + ";", *(y[..., n] for n in range(5))),
+            prompt,
+        ]
+
+    held_out, rows = ([(POINTS, data_set(source)) for _ in range(count)] for count in (16, 200))
+
+    def train() -> float:
+        return timed(
+            lambda: fit(program, guide, rows, TrajectoryBalance(8), steps, 8, learning_rate=2e-2, schedule="cosine",
+                        seed=0, progress=False)
+        )  # fmt: skip
+
+    law = lm(prompt, grammar=grammar, max_tokens=12)
+    known: dict[str, Any] = {}
+
+    def exact(query: Query) -> float:
+        if not known:
+            texts = law.enumerate_support()
+            strings = [text.removesuffix(lm.spelling.end) for text in lm.decode(texts)]
+            known["prior"] = law.log_prob(texts).double()
+            known["values"] = torch.tensor([[evaluate(text, float(x)) for x in POINTS] for text in strings])
+            known["grid"] = torch.linspace(0.02, 4.0, 400)
+        grid = known["grid"]
+        of_noise = dist.LogNormal(math.log(0.3), 0.5).log_prob(grid).double()
+        likelihood = torch.stack([dist.Normal(known["values"], s).log_prob(query[1]).sum(-1) for s in grid], 1).double()
+        total = (known["prior"][:, None] + of_noise + likelihood).logsumexp((0, 1))
+        return float(total) + math.log(float(grid[1] - grid[0]))
+
+    def hits(query: Query, posterior: Posterior) -> np.ndarray:
+        y, found = query[1], []
+        for text in posterior.decode("formula"):
+            values = torch.tensor([evaluate(text.removesuffix(lm.spelling.end), float(x)) for x in POINTS])
+            found.append(float((values - y).square().mean().sqrt()) < 1.0)
+        return np.array(found)
+
+    return Application(
+        "explained data",
+        program,
+        {
+            "prior": PromptGuide(program, lm, prompt={"formula": lambda: [prompt]}, others=others()),
+            "zero-shot": PromptGuide(program, lm, prompt={"formula": asked}, others=others()),
+            "guide": guide,
+        },
+        train,
+        held_out,
+        hits,
+        exact,
+    )
+
+
+APPLICATIONS: dict[str, Callable[[LM, int], Application]] = {
+    "formats": formats,
+    "code": code,
+    "plans": plans,
+    "dialogue": talks,
+    "data": data,
+}
+STEPS = {"formats": 60, "code": 80, "plans": 150, "dialogue": 40, "data": 100}
+
+
+def names(chosen: Sequence[str] | None) -> list[str]:
+    return list(chosen or APPLICATIONS)

@@ -1,0 +1,128 @@
+"""A text that is said again, now and then with a mistake."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, random
+from numpyro.distributions import Distribution, constraints
+
+from llmppl.numpyro.distributions.autoregressive_text import expanded
+from llmppl.numpyro.distributions.conditioning import LanguageModel
+from llmppl.numpyro.distributions.discreteness import refuse_pathwise
+from llmppl.numpyro.network.text_arrays import check_batch, check_text
+from llmppl.text import PAD
+
+
+class _Said(constraints.Constraint):
+    """Token ids, then padding."""
+
+    is_discrete = True
+    event_dim = 1
+
+    def __call__(self, value: Array) -> Array:
+        return (value >= PAD).all(-1)
+
+    def feasible_like(self, prototype: Array) -> Array:
+        return jnp.full_like(prototype, PAD)
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        return (), ((), {})
+
+
+class EchoedText(Distribution):
+    r"""A text as it is, and with probability ``mistake`` any text at all.
+
+    .. math:: p(t \mid z) = (1 - \varepsilon)\, 1[t = z] + \varepsilon\, \frac{V^{-|t|}}{T + 1}
+
+    over texts of up to ``T`` tokens, the width of ``z``, from a vocabulary of ``V``; as :class:`llmppl.distributions.
+    EchoedText`. Made by :meth:`llmppl.numpyro.LM.echo`.
+
+    :param lm: the language model whose tokens these are.
+    :param text: text array of shape ``batch_shape + (T,)``.
+    :param mistake: :math:`\varepsilon`, in (0, 1).
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    reparametrized_params: list[str] = []
+    support = _Said()
+    pytree_data_fields = ("text",)
+    pytree_aux_fields = ("lm", "mistake")
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        text: Array,
+        mistake: float,
+        batch_shape: tuple[int, ...] | None = None,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        if not 0 < mistake < 1:
+            raise ValueError(f"mistake={mistake} must lie between 0 and 1.")
+        self.lm, self.text, self.mistake = lm, text, mistake
+        shape = np.broadcast_shapes(text.shape[:-1], batch_shape or ())
+        super().__init__(shape, text.shape[-1:], validate_args=validate_args)
+
+    @property
+    def context(self) -> tuple[Array, ...]:
+        """What it depends on: its text."""
+        return (self.text,)
+
+    @property
+    def has_rsample(self) -> bool:
+        return False
+
+    def with_context(self, context: Any, lora: Any) -> EchoedText:
+        raise ValueError("an echo is of its own text, which no guide changes. Observe it, or leave it to the program.")
+
+    def expand(self, batch_shape: Sequence[int]) -> EchoedText:
+        """The text is not repeated.
+
+        :raises ValueError: a shape that the batch shape does not broadcast to.
+        """
+        shape = tuple(batch_shape)
+        if shape == self.batch_shape:
+            return self
+        validate = self.__dict__.get("_validate_args")
+        return EchoedText(self.lm, self.text, self.mistake, expanded(self.batch_shape, shape), validate_args=validate)
+
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+        """Texts of shape ``sample_shape + batch_shape + (T,)``."""
+        refuse_pathwise(self)
+        shape, width = tuple(sample_shape) + self.batch_shape, self.text.shape[-1]
+        keys = random.split(key, 3)
+        length = random.randint(keys[0], (*shape, 1), 0, width + 1)
+        other = random.randint(keys[1], (*shape, width), 0, self.lm.vocabulary, jnp.int32)
+        other = jnp.where(jnp.arange(width) < length, other, PAD)
+        wrong = random.uniform(keys[2], (*shape, 1)) < self.mistake
+        return jnp.where(wrong, other, jnp.broadcast_to(self.text, (*shape, width)))
+
+    def draw(self, key: Array, sample_shape: tuple[int, ...] = (), heat: Array | float = 1.0) -> tuple[Array, None]:
+        """Draw texts; nothing is recorded, and an extra temperature changes nothing."""
+        return self.sample(key, sample_shape), None
+
+    def log_prob(self, value: Array, intermediates: list[Any] | None = None) -> Array:
+        """Log-probability in nats, of shape ``broadcast(value.shape[:-1], batch_shape)``; −inf of a text that has more
+        tokens than the echo's width.
+
+        :raises TypeError, ValueError: no well-formed text array; one whose rows do not broadcast.
+        """
+        value, width = check_text(value, "value", self.lm.vocabulary), self.text.shape[-1]
+        check_batch(value, self.batch_shape)
+        fits = (value[..., width:] == PAD).all(-1)
+        missing = max(width - value.shape[-1], 0)
+        value = jnp.pad(value, [(0, 0)] * (value.ndim - 1) + [(0, missing)], constant_values=PAD)[..., :width]
+        count = (value != PAD).sum(-1)
+        dtype = jnp.promote_types(self.lm.dtype, jnp.float32)
+        other = math.log(self.mistake) - math.log(width + 1) - count.astype(dtype) * math.log(self.lm.vocabulary)
+        same = jnp.where((value == self.text).all(-1), math.log1p(-self.mistake), -jnp.inf).astype(dtype)
+        found = jnp.where(fits, jnp.logaddexp(same, other), -jnp.inf)
+        return jnp.broadcast_to(found, jnp.broadcast_shapes(found.shape, self.batch_shape))
+
+    def __repr__(self) -> str:
+        return f"EchoedText(batch_shape={self.batch_shape}, mistake={self.mistake})"
