@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -227,7 +227,7 @@ def plans(lm: LM, steps: int, size: int = 5) -> Application:
 
     def train() -> float:
         return timed(
-            lambda: fit(program, guide, rows, TrajectoryBalance(8), steps, 8, vectorize_data=True, learning_rate=3e-2,
+            lambda: fit(program, guide, rows, TrajectoryBalance(8), steps, 4, vectorize_data=True, learning_rate=3e-2,
                         schedule="cosine", seed=0, progress=False)
         )  # fmt: skip
 
@@ -366,7 +366,7 @@ def data(lm: LM, steps: int) -> Application:
 
     def train() -> float:
         return timed(
-            lambda: fit(program, guide, rows, TrajectoryBalance(8), steps, 8, learning_rate=2e-2, schedule="cosine",
+            lambda: fit(program, guide, rows, TrajectoryBalance(8), steps, 4, learning_rate=2e-2, schedule="cosine",
                         seed=0, progress=False)
         )  # fmt: skip
 
@@ -415,8 +415,4 @@ APPLICATIONS: dict[str, Callable[[LM, int], Application]] = {
     "dialogue": talks,
     "data": data,
 }
-STEPS = {"formats": 60, "code": 80, "plans": 150, "dialogue": 40, "data": 100}
-
-
-def names(chosen: Sequence[str] | None) -> list[str]:
-    return list(chosen or APPLICATIONS)
+STEPS = {"formats": 60, "code": 80, "plans": 240, "dialogue": 40, "data": 120}

@@ -5,7 +5,7 @@
 For each held-out query of each program: how many draws satisfy the condition, the relative effective sample size
 against a reference log Z, how far log Ẑ of ten draws is from it, CPU seconds for each effective sample, and the number
 of queries after which training has paid for itself. The reference is enumerated where it can be (*explained data*),
-else importance sampling with 32 times the draws of the guide. A proposal's relative effective sample size is Z / E[w]
+else importance sampling with 8 times the draws of the guide. A proposal's relative effective sample size is Z / E[w]
 with w = p / q at draws of the reference posterior, E over them: so that the misses of a proposal count, which its own
 draws do not show. ``smc`` and the best of ``n`` take as long as the guide. A line of ``--out`` is written for each
 program, and what is there already is only printed.
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--programs", nargs="+", choices=list(APPLICATIONS), default=list(APPLICATIONS))
     parser.add_argument("--steps", type=int, help="of training; by default each program's own")
     parser.add_argument("--samples", type=int, default=32, help="draws for each query")
-    parser.add_argument("--queries", type=int, default=16, help="at most")
+    parser.add_argument("--queries", type=int, default=8, help="at most")
     parser.add_argument("--save", type=Path, help="a folder for the trained guides")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -80,7 +80,7 @@ def measured(app: Application, samples: int, most: int) -> dict[str, list[dict[s
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in [*app.proposals, "smc", "best of n"]}
     for n, query in enumerate(app.queries[:most]):
         reference, _ = drawn(
-            importance(app.program, app.proposals["guide"], 32 * samples, progress=False, defensive=0.1),
+            importance(app.program, app.proposals["guide"], 8 * samples, progress=False, defensive=0.1),
             query,
             1000 + n,
         )
