@@ -15,7 +15,8 @@ hours on one core.
 - *guide + EM*: the program learns, the guide is told the label; predictions averaged over the program's own rationales.
 
 Every method is also scored after contextual calibration (Zhao et al. 2021), which divides by what it says of sentences
-without content.
+without content, and after batch calibration (Zhou et al. 2024, arXiv:2309.17249), which divides by the geometric mean of
+what it says of the test sentences, without their labels: as many of either label are then expected.
 """
 
 from __future__ import annotations
@@ -95,7 +96,9 @@ def main() -> None:
                 answer = bench.made(method)
                 trained = time.process_time() - start
                 record = {"method": method, "labels": key[1], "seed": key[2], "training": trained}
-                record |= scores(answer([text for text, _ in test]), answer(EMPTY), [label for _, label in test])
+                said, empty = answer([text for text, _ in test]), answer(EMPTY)
+                record |= scores(said, empty, [label for _, label in test])
+                record |= {"subjective": said.round(5).tolist(), "without content": empty.round(5).tolist()}
                 record["seconds"] = time.process_time() - start
                 done.append(record)
                 keep(options.out, record)
@@ -221,16 +224,19 @@ def labelled(lm: LM, shots: list[tuple[str, str, str]]) -> Callable[..., Any]:
 
 
 def scores(subjective: np.ndarray, empty: np.ndarray, labels: list[str]) -> dict[str, float]:
-    """Accuracy, calibration error and ranking of the predictions as they are, and accuracy after calibration."""
+    """Accuracy, calibration error and ranking of the predictions as they are, and after calibration."""
     truth = np.array([label == "subjective" for label in labels])
     logit = np.log(subjective + 1e-9) - np.log1p(1e-9 - subjective)
     level = np.log(empty.mean() + 1e-9) - np.log1p(1e-9 - empty.mean())
     right = (subjective > 0.5) == truth
+    batch = 1 / (1 + np.exp(logit.mean() - logit))
     ranks = (subjective[truth][:, None] > subjective[~truth][None]).mean()
     return {
         "accuracy": float(right.mean()),
         "calibrated": float(((logit > level) == truth).mean()),
         "ECE": calibration_error(subjective, truth),
+        "batch calibrated": float(((batch > 0.5) == truth).mean()),
+        "batch ECE": calibration_error(batch, truth),
         "AUC": float(ranks),
         "mean": float(subjective.mean()),
     }
@@ -260,9 +266,10 @@ def summary(done: list[dict[str, Any]]) -> str:
                 return f"{values[0]:.1f}"
             return f"{values.mean():.1f} ± {values.std(ddof=1) / np.sqrt(len(values)):.1f}"
 
-        columns = [shown(name) for name in ("accuracy", "calibrated", "ECE", "AUC")]
+        columns = [shown(name) for name in ("accuracy", "calibrated", "batch calibrated", "ECE", "batch ECE", "AUC")]
         rows.append([labels or "", METHODS[method], len(own), *columns, f"{np.mean([r['training'] for r in own]):.0f}"])
-    header = ["labels", "method", "seeds", "% right", "calibrated, % right", "ECE, %", "AUC, %", "training, CPU s"]
+    right = ["% right", "calibrated, % right", "batch calibrated, % right"]
+    header = ["labels", "method", "seeds", *right, "ECE, %", "batch calibrated, ECE, %", "AUC, %", "training, CPU s"]
     return table(header, rows)
 
 
