@@ -18,6 +18,8 @@ from pyro.infer.autoguide import AutoNormal
 from llmppl import LM, Grammar, fit, simulate
 from llmppl.guides import AutoregressiveGuide, PromptGuide, SteeredGuide
 from llmppl.models import completion, dialogue, evaluate, formula, plan, record, run, shortest_plans, walk
+from llmppl.models.formula import points_listed, unexplained
+from llmppl.models.plan import maze_and_goal, toward_goal
 from llmppl.models.record import field as field_of
 from llmppl.models.record import fields_told
 from llmppl.objectives import TrajectoryBalance, WakeSleep
@@ -82,10 +84,10 @@ def formats(lm: LM, steps: int) -> Application:
     told = fields_told(["city"], prose=True)
     guide = AutoregressiveGuide(masked, lm, prompt=told, rank=8, seed=0)
     cities = PEOPLE["properties"]["city"]["enum"]
-    queries: list[Query] = [(EXAMPLES, [city]) for city in cities]
+    queries: list[Query] = [(EXAMPLES, city) for city in cities]
 
     def train() -> float:
-        rows = [(EXAMPLES, [city]) for city in cities]
+        rows = [(EXAMPLES, city) for city in cities]
         learn = {"learning_rate": 1e-3, "seed": 0, "progress": False}
 
         def work() -> None:
@@ -96,7 +98,7 @@ def formats(lm: LM, steps: int) -> Application:
         return timed(work)
 
     def hits(query: Query, posterior: Posterior) -> np.ndarray:
-        return np.array([field_of(text, "city") == query[1][0] for text in posterior.decode("record")])
+        return np.array([field_of(text, "city") == query[1] for text in posterior.decode("record")])
 
     return Application(
         "formats",
@@ -138,7 +140,7 @@ def code(lm: LM, steps: int) -> Application:
         return [*pieces, prefix]
 
     guide = AutoregressiveGuide(program, lm, prompt={"body": told}, rank=8, seed=0)
-    rows = [(PREFIX, "", outputs(" x"))]
+    rows = [(PREFIX, "", *outputs(" x"))]
 
     def train() -> float:
         def work() -> None:
@@ -149,7 +151,7 @@ def code(lm: LM, steps: int) -> Application:
         return timed(work)
 
     def hits(query: Query, posterior: Posterior) -> np.ndarray:
-        return np.array([outputs(body.rstrip("\n")) == query[2] for body in posterior.decode("body")])
+        return np.array([outputs(body.rstrip("\n")) == list(query[2:]) for body in posterior.decode("body")])
 
     return Application(
         "code",
@@ -160,7 +162,7 @@ def code(lm: LM, steps: int) -> Application:
             "guide": guide,
         },
         train,
-        [(PREFIX, "", outputs(body)) for body in BODIES],
+        [(PREFIX, "", *outputs(body)) for body in BODIES],
         hits,
     )
 
@@ -181,32 +183,11 @@ def maze(source: random.Random, size: int, moves: int = 8, walls: float = 0.2) -
             return drawn, source.choice(near)
 
 
-def toward(told: str, moves: str) -> list[float]:
-    """Where moves have led, seen from the goal: how far it is, whether it is reached, whether the last move went
-    nowhere or back, and how many moves would come nearer."""
-    if not told:
-        return [0.0] * 6
-    drawn, target = told.rsplit("\n", 1)
-    width = len(drawn.split("\n")[0])
-
-    def distance(plan: str) -> int:
-        end = walk(drawn, plan)
-        return abs(end // width - int(target) // width) + abs(end % width - int(target) % width)
-
-    words, here, far = moves.split(), walk(drawn, moves), distance(moves)
-    before = [walk(drawn, " ".join(words[:n])) for n in range(len(words))]
-    idle = bool(before) and before[-1] == here
-    nearer = sum(distance(f"{moves} {word}") < far for word in ("up", "down", "left", "right"))
-    stuck = nearer == 0 and far > 0
-    return [far / 4, float(far == 0), float(idle), float(here in before[:-1]), float(stuck), nearer / 2]
-
-
 def plans(lm: LM, steps: int, size: int = 5) -> Application:
     """Moves through a maze to a goal."""
     source = random.Random(0)
     program = plan(lm, (size, size), max_moves=8)
-    where = {"plan": lambda maze, goal: [lm.map("{}\n{:.0f}".format, maze, goal + 0.0)]}
-    guide = SteeredGuide(program, lm, {"plan": toward}, where, seed=0)
+    guide = SteeredGuide(program, lm, {"plan": toward_goal}, {"plan": maze_and_goal(lm)}, seed=0)
     held_out, rows = (
         [(drawn, torch.tensor(goal)) for drawn, goal in (maze(source, size) for _ in range(count))]
         for count in (16, 400)
@@ -317,31 +298,6 @@ def data_set(source: random.Random) -> torch.Tensor:
             return torch.tensor([value + source.gauss(0, 0.3) for value in values])
 
 
-def fits(told: str, text: str) -> list[float]:
-    """How far a formula is from the points: as it is, and, where an operator stands at its end, for the best operand
-    behind it; logarithms of the residual's size."""
-    if not told:
-        return [0.0] * 4
-    y = [float(value) for value in told.split()]
-    whole = text.strip()
-    pending = whole[-1:] in ("+", "-", "*")
-
-    def residual(candidate: str) -> float:
-        off = [evaluate(candidate, float(x)) - value for x, value in zip(POINTS, y, strict=True)]
-        return math.log(min(math.sqrt(sum(o * o for o in off) / len(off)), 1e3) + 0.1) / 3
-
-    operands = ["x", *map(str, range(1, 10)), "sin(x)", "cos(x)", "exp(x)"]
-    own = residual(whole) if whole and not pending else 2.5
-    begun = [whole] if pending else [f"{whole} {sign}" for sign in "+-*"]
-    best = min(residual(f"{start} {operand}") for start in begun for operand in operands) if whole else 2.5
-    unfinished = whole.endswith(("(", "sin", "cos", "exp", "(x"))
-    if unfinished:
-        name = next((name for name in ("sin", "cos", "exp") if name in whole[-5:]), "sin")
-        closed = f"{whole[: whole.rfind(name)]}{name}(x)"
-        own, best = residual(closed), min(residual(f"{closed} {sign} {o}") for sign in "+-*" for o in operands)
-    return [own, best, min(own, best), float(pending)]
-
-
 def data(lm: LM, steps: int) -> Application:
     """A formula and its noise for five points; all 1,800 formulas, in all their spellings, are enumerated."""
     source = random.Random(1)
@@ -351,10 +307,8 @@ def data(lm: LM, steps: int) -> Application:
     def others() -> Any:
         return AutoNormal(poutine.block(program, hide=["formula"]), init_scale=0.4)
 
-    told = {
-        "formula": lambda y: [lm.map(lambda *v: " ".join(f"{one:.2f}" for one in v), *(y[..., n] for n in range(5)))]
-    }
-    guide = SteeredGuide(program, lm, {"formula": fits}, told, others=others(), seed=0)
+    told = {"formula": points_listed(lm, len(POINTS))}
+    guide = SteeredGuide(program, lm, {"formula": unexplained(POINTS.tolist())}, told, others=others(), seed=0)
 
     def asked(x: Any, y: Any) -> list[Any]:
         return [

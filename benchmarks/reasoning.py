@@ -15,8 +15,8 @@ hours on one core.
 - *guide + EM*: the program learns, the guide is told the label; predictions averaged over the program's own rationales.
 
 Every method is also scored after contextual calibration (Zhao et al. 2021), which divides by what it says of sentences
-without content, and after batch calibration (Zhou et al. 2024, arXiv:2309.17249), which divides by the geometric mean of
-what it says of the test sentences, without their labels: as many of either label are then expected.
+without content, and after batch calibration (Zhou et al. 2024, arXiv:2309.17249), which divides by the geometric mean
+of what it says of the test sentences, without their labels: as many of either label are then expected.
 """
 
 from __future__ import annotations

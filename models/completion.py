@@ -24,12 +24,13 @@ def completion(
               \prod_i p(\text{output}_i\,|\,\text{run}(\text{prefix body suffix}, \text{call}_i))
 
     where an output is what the interpreter says, and with probability ``mistake`` anything
-    (:meth:`llmppl.LM.echo`). So a body that fails a test is improbable and not impossible, how many tests it fails tells
-    bodies apart, and whatever is written is right for the outputs that it has, which teaches a guide. What is run is a
-    small part of Python (:func:`~llmppl.models.interpreter.run`).
+    (:meth:`llmppl.LM.echo`). So a body that fails a test is improbable and not impossible, how many tests it fails
+    tells bodies apart, and whatever is written is right for the outputs that it has, which teaches a guide. What is run
+    is a small part of Python (:func:`~llmppl.models.interpreter.run`).
 
-    Prefix, suffix and outputs are strings, or lists of strings inside a plate. An empty suffix is not observed. Sites:
-    latent ``body``; deterministic ``got_1``, ...; observed ``suffix``, ``output_1``, ...
+    The program's arguments are prefix, suffix, and an output for each call: strings, or lists of strings inside a
+    plate. A suffix that is empty or ``None`` is not observed. Sites: latent ``body``; deterministic ``got_1``, ...;
+    observed ``suffix``, ``output_1``, ...
 
     :param lm: a :class:`llmppl.LM`, or a :class:`llmppl.numpyro.LM`: the program is then one of NumPyro's.
     :param calls: expressions to evaluate, such as ``"add(1, 2)"``.
@@ -50,11 +51,11 @@ def completion(
     def encoded(text: Any) -> Any:
         return lm.encode(text) if isinstance(text, (str, list, tuple)) else text
 
-    def complete(prefix: Any, suffix: Any, outputs: Sequence[str]) -> Any:
+    def complete(prefix: Any, suffix: Any, *outputs: Any) -> Any:
         if len(outputs) != len(calls):
             raise ValueError(f"there are {len(outputs)} outputs of {len(calls)} calls. Give one for each.")
         body = lm.primitives.sample("body", lm(prefix, max_tokens=max_tokens, stop=stop))
-        if suffix != "":
+        if suffix is not None and not (isinstance(suffix, str) and suffix == ""):
             lm.primitives.sample("suffix", lm(prefix, body), obs=encoded(suffix))
         for n, (call, output) in enumerate(zip(calls, outputs, strict=True), 1):
             result = lm.map(said, prefix, body, suffix, call, max_tokens=output_tokens, returns=str)

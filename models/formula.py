@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from llmppl.models.expression import Arithmetic
@@ -24,6 +26,12 @@ LARGEST = 1e6
 OPERAND = r"(x|[1-9]|(sin|cos|exp)\(x\))"
 FORMULAS = rf" {OPERAND}( [-+*/] {OPERAND}){{0,2}}"
 """A regular expression of formulas of up to three operands; the default grammar."""
+
+OPERANDS = ("x", *map(str, range(1, 10)), "sin(x)", "cos(x)", "exp(x)")
+"""Those of the default grammar."""
+
+_BEGUN = re.compile(r"(sin|cos|exp|log|sqrt)(\(x?)?$")
+"""A function whose argument is still to come."""
 
 
 def evaluate(formula: str, x: float) -> float:
@@ -101,3 +109,50 @@ def points_told(
         return [*told, "\n", prompt]
 
     return pieces
+
+
+def points_listed(lm: Maker, count: int, digits: int = 2) -> Callable[..., list[Any]]:
+    """What :func:`unexplained` is told, as ``told={"formula": points_listed(lm, len(x))}`` of a
+    :class:`~llmppl.guides.SteeredGuide`: the values ``y``, with spaces between."""
+    written = f"{{:.{digits}f}}".format
+
+    def pieces(y: Any) -> list[Any]:
+        return [lm.map(lambda *values: " ".join(map(written, values)), *(y[..., n] for n in range(count)))]
+
+    return pieces
+
+
+def unexplained(x: Sequence[float], operands: Sequence[str] = OPERANDS) -> Callable[[str, str], list[float]]:
+    """What a formula that is half written leaves of the data, as ``features={"formula": unexplained(x)}`` of a
+    :class:`~llmppl.guides.SteeredGuide`.
+
+    Three numbers, logarithms of the root mean square residual: of the formula as it is, with the best further operand,
+    and the smaller of the two.
+
+    :param x: where the data are, ``(n,)``.
+    :param operands: that may come next.
+    """
+    places = [float(place) for place in x]
+
+    @lru_cache(100_000)
+    def values(candidate: str) -> list[float]:
+        return [evaluate(candidate, place) for place in places]
+
+    def residual(candidate: str, y: Sequence[float]) -> float:
+        squares = sum((own - value) ** 2 for own, value in zip(values(candidate), y, strict=True))
+        return math.log(min(math.sqrt(squares / len(places)), 1e3) + 0.1) / 3
+
+    def features(told: str, text: str) -> list[float]:
+        if not told:
+            return [0.0] * 3
+        y = [float(value) for value in told.split()]
+        begun = _BEGUN.sub(r"\1(x)", text.strip())
+        worst = math.log(1e3) / 3
+        if not begun or begun[-1] in "+-*/":
+            own, further = worst, [f"{begun} {operand}" for operand in operands]
+        else:
+            own, further = residual(begun, y), [f"{begun} {sign} {operand}" for sign in "+-*" for operand in operands]
+        best = min(residual(candidate, y) for candidate in further)
+        return [own, best, min(own, best)]
+
+    return features

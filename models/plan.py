@@ -135,6 +135,40 @@ def goal_told(
     return lambda maze, goal: [lm.map(words, maze, goal + 0.0), prompt]  # an integer tensor would be a text
 
 
+def maze_and_goal(lm: Maker) -> Callable[..., Any]:
+    """What :func:`toward_goal` is told, as ``told={"plan": maze_and_goal(lm)}`` of a
+    :class:`~llmppl.guides.SteeredGuide`: the maze, and the goal's number on a line of its own."""
+    return lambda maze, goal: [lm.map("{}\n{:.0f}".format, maze, goal + 0.0)]
+
+
+def toward_goal(told: str, moves: str) -> list[float]:
+    """Where moves have led, seen from the goal, as ``features={"plan": toward_goal}`` of a
+    :class:`~llmppl.guides.SteeredGuide`.
+
+    Six numbers: how far the goal is (without walls, in fours); whether it is reached; whether the last move went
+    nowhere, or where the robot has been before; whether no move leads nearer, and how many do (in twos). Nothing is
+    searched: the way round a wall is not among them.
+    """
+    if not told:
+        return [0.0] * 6
+    maze, goal = told.rsplit("\n", 1)
+    rows = _rows(maze)
+    width, place = len(rows[0]), _start(rows)
+
+    def distance(there: tuple[int, int]) -> int:
+        return abs(there[0] - int(goal) // width) + abs(there[1] - int(goal) % width)
+
+    seen = [place]
+    for word in re.findall(r"[a-z]+", moves.lower()):
+        if word in MOVES:
+            place = _moved(rows, place, word)
+            seen.append(place)
+    far = distance(place)
+    nearer = sum(distance(_moved(rows, place, word)) < far for word in MOVES)
+    idle, again = len(seen) > 1 and seen[-2] == place, place in seen[:-2]
+    return [far / 4, float(far == 0), float(idle), float(again), float(nearer == 0 and far > 0), nearer / 2]
+
+
 def _rows(maze: str) -> list[str]:
     rows = maze.strip().splitlines()
     if maze.count(START) != 1 or len({len(row) for row in rows}) != 1 or set(maze) - set(".#S\n"):

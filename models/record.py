@@ -63,7 +63,7 @@ def record(
         posterior = importance(record(lm, schema), guide, 64)(prompt)
 
     (Park et al. 2024, *Grammar-aligned decoding*, sec. 2 and 3; Loula et al. 2025.) The program's arguments are the
-    prompt, and the values of ``fields`` as strings, in their order; or lists of strings inside a plate.
+    prompt, and a value for each of ``fields``, in their order: strings, or lists of strings inside a plate.
 
     :param lm: a :class:`llmppl.LM`.
     :param schema: a JSON schema. Records are written as ``json.dumps`` writes them, properties in the schema's order.
@@ -91,9 +91,9 @@ def record(
     def known_value(name: str) -> Callable[[str], str]:
         return lambda text: field(text, name)
 
-    def write(prompt: Any, values: Sequence[Any] = ()) -> Any:
-        if len(values) != len(fields) or isinstance(values, str):
-            raise ValueError(f"values={values!r} must be a list, with a value for each of fields={list(fields)}.")
+    def write(prompt: Any, *values: Any) -> Any:
+        if len(values) != len(fields):
+            raise ValueError(f"there are {len(values)} values of fields={list(fields)}. Give one for each, in order.")
         written = [prompt]
         if prose_tokens:
             written.append(sample("prose", lm(prompt, max_tokens=prose_tokens, stop=END)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from llmppl import LM, Grammar, exact_posterior, fit, importance
 from llmppl.guides import AutoregressiveGuide, PromptGuide
 from llmppl.inference.simulated_pairs import score_given
 from llmppl.models import completion, evaluate, formula, run
-from llmppl.models.formula import points_told
+from llmppl.models.formula import points_listed, points_told, unexplained
 from llmppl.objectives import TrajectoryBalance, WakeSleep
 
 # --- code ----------------------------------------------------------------------------------------
@@ -30,7 +31,7 @@ def test_completion_is_prior_suffix_and_tests() -> None:
     lm = character_lm(CODE)
     program = completion(lm, ["f(1)", "f(2)"], max_tokens=2, stop="\n", mistake=0.01)
     prefix, suffix, outputs = "def f(x):\n return 1", "*x", ["11", "22"]
-    posterior = exact_posterior(program)(prefix, suffix, outputs)
+    posterior = exact_posterior(program)(prefix, suffix, *outputs)
     law = lm(prefix, max_tokens=2, stop="\n")
     texts = law.enumerate_support()
     likelihood = lm(prefix, texts).log_prob(lm.encode(suffix))
@@ -54,7 +55,7 @@ def test_completions_on_the_real_model(smollm2: LM) -> None:
     program = completion(smollm2, ["double(2)", "double(5)"], max_tokens=12)
     pyro.set_rng_seed(0)
     guide = PromptGuide(program, smollm2, prompt={"body": lambda prefix: [prefix]})
-    posterior = importance(program, guide, 24)("def double(x):\n    return", "", ["4", "10"])
+    posterior = importance(program, guide, 24)("def double(x):\n    return", "", "4", "10")
     best, weight = posterior.top("body", 1)[0]
     assert run("def double(x):\n    return" + best, "double(7)") == "14"
     assert weight > 0.9
@@ -71,7 +72,7 @@ def test_completions_on_the_real_model(smollm2: LM) -> None:
 )
 def test_completions_that_make_no_sense(calls: Any, keywords: Any, outputs: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        completion(character_lm(CODE), calls, **keywords)("def f(x):\n return 1", "", outputs)
+        completion(character_lm(CODE), calls, **keywords)("def f(x):\n return 1", "", *outputs)
 
 
 # --- formulas ------------------------------------------------------------------------------------
@@ -222,3 +223,44 @@ def test_an_autoguide_beside_the_text_learns_asleep(kind: Any) -> None:
     own = poutine.trace(guide).get_trace(*args).nodes["text"]["fn"].log_prob(text)
     expected = torch.distributions.LogNormal(location, scale).log_prob(noises) + own
     torch.testing.assert_close(particles.log_q.detach(), expected.to(particles.log_q).detach(), rtol=0, atol=1e-5)
+
+
+def test_what_half_a_formula_leaves_unexplained() -> None:
+    features = unexplained([-1.0, 0.0, 1.0, 2.0, 3.0])
+    y = "-2.00 0.00 2.00 4.00 6.00"
+    own, best, least = features(y, " 2 * x")
+    assert own == best == least == pytest.approx(math.log(0.1) / 3)
+    assert features(y, " 2 *") == pytest.approx([math.log(1e3) / 3, math.log(0.1) / 3, math.log(0.1) / 3])
+    assert features(y, " sin(") == features(y, " sin") == features(y, " sin(x)")
+    assert features(y, "")[1] > features(y, " 2")[1], "one operand explains less than two"
+    assert features("", " x") == [0.0, 0.0, 0.0]
+    lm = character_lm("0123456789.- ")
+    assert lm.decode(lm.context(*points_listed(lm, 2)(torch.tensor([[1.0, -2.5], [0.0, 3.0]])))) == [
+        "1.00 -2.50",
+        "0.00 3.00",
+    ]
+
+
+def test_numpyro_has_the_same_evidence_of_code_and_formulas(tmp_path: Path) -> None:
+    from llmppl.numpyro import LM as Twin
+    from llmppl.numpyro import exact_posterior as twin_posterior
+    from llmppl.numpyro.models import completion as twin_completion
+    from llmppl.numpyro.models import formula as twin_formula
+
+    lm = character_lm(CODE + "Tahelowmuty=.", ".")
+    lm.transformer.float().save_pretrained(tmp_path)
+    lm.tokenizer.save_pretrained(tmp_path)
+    twin = Twin.from_pretrained(tmp_path)
+    args = ("def f(x):\n return 1", "*x", "11", "22")
+    calls = ["f(1)", "f(2)"]
+    ours = exact_posterior(completion(lm, calls, max_tokens=2, stop="\n"))(*args).log_evidence
+    theirs = twin_posterior(twin_completion(twin, calls, max_tokens=2, stop="\n"))(*args).log_evidence
+    assert theirs == pytest.approx(ours, abs=1e-3)
+    form = {"prompt": "y =", "grammar": FORMS, "max_tokens": 4}
+    x = torch.linspace(-1, 2, 5)
+    ours = exact_posterior(poutine.condition(formula(lm, **form), data={"noise": torch.tensor(0.2)}))(x, x + 1)
+    from numpyro import handlers
+
+    given = handlers.condition(twin_formula(twin, **form), data={"noise": 0.2})
+    theirs = twin_posterior(given)(np.asarray(x), np.asarray(x + 1)).log_evidence
+    assert theirs == pytest.approx(float(ours.log_evidence), abs=1e-3)

@@ -11,9 +11,9 @@ import torch
 from conftest import character_lm
 
 from llmppl import LM, exact_posterior, fit, importance
-from llmppl.guides import AutoregressiveGuide, PromptGuide
+from llmppl.guides import AutoregressiveGuide, PromptGuide, SteeredGuide
 from llmppl.models import plan, shortest_plans, walk
-from llmppl.models.plan import goal_told
+from llmppl.models.plan import goal_told, maze_and_goal, toward_goal
 from llmppl.objectives import WakeSleep
 
 CORNER = "S..\n.#.\n..."
@@ -118,3 +118,38 @@ def test_numpyro_has_the_same_evidence(tmp_path: Path) -> None:
     ours = exact_posterior(plan(lm, **form))("S.\n..", torch.tensor(1)).log_evidence  # type: ignore[arg-type]
     theirs = twin_posterior(twin_plan(Twin.from_pretrained(tmp_path), **form))("S.\n..", 1).log_evidence  # type: ignore[arg-type]
     assert theirs == pytest.approx(ours, abs=1e-3)
+
+
+def test_features_say_where_moves_have_led() -> None:
+    far, there, idle, again, stuck, nearer = range(6)
+    maze = "S.#\n...\n2"
+    assert toward_goal(maze, "") == [0.5, 0.0, 0.0, 0.0, 0.0, 0.5]
+    assert toward_goal(maze, " right")[stuck] == 1.0, "a wall before the goal"
+    assert toward_goal(maze, " right right")[idle] == 1.0
+    assert toward_goal(maze, " down up")[again] == 1.0
+    assert toward_goal(maze, " down ri") == toward_goal(maze, " down"), "half a word is none"
+    assert toward_goal(maze, " down right right up")[far] == 0.25
+    assert toward_goal("S..\n...\n2", " right right")[there] == 1.0
+    assert toward_goal(maze, " down")[nearer] == 1.0
+    lm = character_lm(LETTERS + "S#\n0123456789", ".")
+    told = maze_and_goal(lm)("S.\n..", torch.tensor([1, 3]))
+    assert lm.decode(lm.context(*told)) == ["S.\n..\n1", "S.\n..\n3"]
+
+
+def test_a_steered_plan_on_the_real_model(smollm2: LM) -> None:
+    """Untrained it is the prior; with the distance favoured it reaches the goal more often."""
+    program = plan(smollm2, (3, 3), max_moves=4)
+    guide = SteeredGuide(program, smollm2, {"plan": toward_goal}, {"plan": maze_and_goal(smollm2)}, seed=0)
+    maze, goal = "S..\n...\n...", torch.tensor(8)
+    prior = PromptGuide(program, smollm2, prompt={"plan": lambda: ["The moves of the robot through the maze are:"]})
+    drawn = {}
+    for name, proposal in (("prior", prior), ("untrained", guide)):
+        pyro.set_rng_seed(0)
+        drawn[name] = importance(program, proposal, 6, progress=False)(maze, goal)
+    assert drawn["untrained"].decode("plan") == drawn["prior"].decode("plan")
+    np.testing.assert_allclose(drawn["untrained"].log_weights, drawn["prior"].log_weights, atol=1e-4)
+    with torch.no_grad():
+        guide.twists["plan"].linear.weight[0, [0, 6]] = -40.0  # how far the goal is, going on and ending
+    pyro.set_rng_seed(0)
+    steered = importance(program, guide, 6, progress=False)(maze, goal)
+    assert {walk(maze, moves) for moves in steered.decode("plan")} == {8}

@@ -70,7 +70,7 @@ def test_known_fields_condition_the_others(lm: LM) -> None:
         prompt={"prose": lambda prompt: [prompt], "record": lambda prompt, prose: [prompt, prose]},
     )
     pyro.set_rng_seed(0)
-    posterior = importance(program, guide, 4000, progress=False)("ab:", ["a"])
+    posterior = importance(program, guide, 4000, progress=False)("ab:", "a")
     prose = lm("ab:", max_tokens=1, stop="\n")
     texts, records = prose.enumerate_support(), [text for text in VALID if text.endswith('"a"}\n')]
     law = lm("ab:", texts[:, None], max_tokens=20, stop="\n")
@@ -89,10 +89,10 @@ def test_simulated_records_tell_their_fields(lm: LM) -> None:
     """A guide is told the value that was simulated, in plates, too."""
     masked = record(lm, SCHEMA, ["a", "b"], max_tokens=20, masked=True)
     guide = PromptGuide(masked, lm, prompt=fields_told(["a", "b"]))
-    run = poutine.trace(guide).get_trace("ab:", ["12", "a"], observations={"a": lm.encode("2"), "b": lm.encode("b")})
+    run = poutine.trace(guide).get_trace("ab:", "12", "a", observations={"a": lm.encode("2"), "b": lm.encode("b")})
     assert lm.decode(run.nodes["record"]["fn"].context) == "a: 2\nb: b\nab:"
     with pyro.plate("rows", 2):
-        run = poutine.trace(record(lm, SCHEMA, ["b"], max_tokens=20, masked=True)).get_trace(["ab:", "a"], [["a", "b"]])
+        run = poutine.trace(record(lm, SCHEMA, ["b"], max_tokens=20, masked=True)).get_trace(["ab:", "a"], ["a", "b"])
     run.compute_log_prob()
     texts = lm.decode(run.nodes["record"]["value"])
     expected = [0.0 if field(text, "b") == value else -np.inf for text, value in zip(texts, "ab", strict=True)]
@@ -148,7 +148,7 @@ def test_a_text_that_is_whole_and_full_is_not_cut_off(lm: LM) -> None:
 def test_records_that_make_no_sense(lm: LM, arguments: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         record(lm, *arguments)
-    with pytest.raises(ValueError, match="a value for each of fields"):
+    with pytest.raises(ValueError, match="0 values of fields"):
         record(lm, SCHEMA, ["a"])("ab:")
 
 

@@ -42,7 +42,7 @@ class Twist(nn.Module):
 
     def walk(self, lm: Any, law: TextLaw, told: list[str]) -> Any:
         """While texts are drawn: from the law of the next token, the numbers of the rows and the texts so far to the
-        twisted law. Where it has ``records``, these are of the texts that were drawn, and they need not be read again."""
+        twisted law. Where it has ``records``, these are of the texts that were drawn, which then need not be read."""
         raise NotImplementedError
 
     def reading(self, lm: Any, law: TextLaw, keys: list[Key], number: Mapping[tuple[Any, Any], int]) -> Any:
