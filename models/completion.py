@@ -29,8 +29,8 @@ def completion(
     is a small part of Python (:func:`~llmppl.models.interpreter.run`).
 
     The program's arguments are prefix, suffix, and an output for each call: strings, or lists of strings inside a
-    plate. A suffix that is empty or ``None`` is not observed. Sites: latent ``body``; deterministic ``got_1``, ...;
-    observed ``suffix``, ``output_1``, ...
+    plate. A suffix that is empty, in all rows, or ``None`` is not observed. Sites: latent ``body``; deterministic
+    ``got_1``, ...; observed ``suffix``, ``output_1``, ...
 
     :param lm: a :class:`llmppl.LM`, or a :class:`llmppl.numpyro.LM`: the program is then one of NumPyro's.
     :param calls: expressions to evaluate, such as ``"add(1, 2)"``.
@@ -48,6 +48,11 @@ def completion(
         output = run(prefix + body + suffix, call, steps)
         return output if len(output) <= output_tokens else FAILED
 
+    def empty(suffix: Any) -> bool:
+        if isinstance(suffix, (list, tuple)):
+            return not any(suffix)
+        return suffix is None or (isinstance(suffix, str) and not suffix)
+
     def encoded(text: Any) -> Any:
         return lm.encode(text) if isinstance(text, (str, list, tuple)) else text
 
@@ -55,7 +60,7 @@ def completion(
         if len(outputs) != len(calls):
             raise ValueError(f"there are {len(outputs)} outputs of {len(calls)} calls. Give one for each.")
         body = lm.primitives.sample("body", lm(prefix, max_tokens=max_tokens, stop=stop))
-        if suffix is not None and not (isinstance(suffix, str) and suffix == ""):
+        if not empty(suffix):
             lm.primitives.sample("suffix", lm(prefix, body), obs=encoded(suffix))
         for n, (call, output) in enumerate(zip(calls, outputs, strict=True), 1):
             result = lm.map(said, prefix, body, suffix, call, max_tokens=output_tokens, returns=str)
