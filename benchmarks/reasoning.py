@@ -11,6 +11,8 @@ hours on one core.
 - *supervised on rationales*: LoRA on rationales drawn from the prior and weighed by the label, as self-taught
   reasoners do.
 - *reward*: a stand-in for reward maximisation: ``LeaveOneOutELBO`` on the target at temperature 0.1.
+- *GRPO*: reward maximisation by trl, the reward being the probability of the right label; only with ``--trl-python``, of
+  an environment that has trl beside transformers and peft.
 - *guide*: VarGrad on the frozen program, not told the label; predictions averaged over its rationales.
 - *guide + EM*: the program learns, the guide is told the label; predictions averaged over the program's own rationales.
 
@@ -24,6 +26,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +41,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 
 from llmppl import LM, fit, importance, predict
+from llmppl.files.packaged_model import packaged_folder
 from llmppl.guides import GFlowNetGuide, PromptGuide
 from llmppl.models import rationale
 from llmppl.objectives import LeaveOneOutELBO, TrajectoryBalance
@@ -56,7 +61,7 @@ EXAMPLES = [
 ]
 METHODS = (
     *("zero-shot", "4-shot", "with rationales", "4-shot with rationales", "supervised", "4-shot supervised"),
-    *("supervised on rationales", "reward", "guide", "guide + EM", "4-shot guide + EM"),
+    *("supervised on rationales", "reward", "GRPO", "guide", "guide + EM", "4-shot guide + EM"),
 )
 UNTRAINED = METHODS[:4]
 
@@ -68,6 +73,7 @@ def main() -> None:
     parser.add_argument("--labels", type=int, nargs="+", default=[10, 20, 50])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--trl-python", help="of an environment with trl, for GRPO")
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--rationales", type=int, default=4, help="that a prediction is averaged over")
     parser.add_argument("--steps", type=int, default=60)
@@ -90,9 +96,12 @@ def main() -> None:
                 key = (method, 0 if method in UNTRAINED else labels, 0 if method in UNTRAINED else seed)
                 if key in {(r["method"], r["labels"], r["seed"]) for r in done}:
                     continue
+                if method == "GRPO" and not options.trl_python:
+                    print("skipped: GRPO, which wants --trl-python")
+                    continue
                 pyro.set_rng_seed(seed)
                 start = time.process_time()
-                bench = Bench(lm, train, options.steps, options.rationales, seed)
+                bench = Bench(lm, train, options.steps, options.rationales, seed, options.trl_python)
                 answer = bench.made(method)
                 trained = time.process_time() - start
                 record = {"method": method, "labels": key[1], "seed": key[2], "training": trained}
@@ -119,7 +128,10 @@ Answer = Callable[[list[str]], np.ndarray]
 class Bench:
     """One training set and seed."""
 
-    def __init__(self, lm: LM, train: list[Row], steps: int, rationales: int, seed: int) -> None:
+    def __init__(
+        self, lm: LM, train: list[Row], steps: int, rationales: int, seed: int, trl_python: str | None = None
+    ) -> None:
+        self.trl_python = trl_python
         self.lm, self.train, self.steps, self.rationales, self.seed = lm, train, steps, rationales, seed
         self.learned: tuple[Any, Any] | None = None
 
@@ -136,6 +148,8 @@ class Bench:
             return self.averaged(program, 1)
         if name == "supervised on rationales":
             return self.self_taught()
+        if name == "GRPO":
+            return self.grpo()
         if name in ("guide", "reward"):
             program = rationale(self.lm, OPTIONS, **FORM)
             guide = self.guide(program, lambda text: [text, BEFORE])
@@ -192,6 +206,27 @@ class Bench:
                 program(text, label)
 
         self.fit(complete, nothing, Trace_ELBO(), kept)
+        return self.averaged(program)
+
+    def grpo(self) -> Answer:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = [
+                {"prompt": text + BEFORE, "label": [o.strip() for o in OPTIONS].index(own)} for text, own in self.train
+            ]
+            request = {"model": str(packaged_folder("smollm2-135m")), "options": OPTIONS, "between": BETWEEN,
+                       "max_tokens": FORM["max_tokens"], "steps": self.steps, "seed": self.seed, "out": folder,
+                       "rows": rows}  # fmt: skip
+            path = Path(folder) / "request.json"
+            path.write_text(json.dumps(request))
+            worker = Path(__file__).parent / "grpo_worker.py"
+            subprocess.run([self.trl_python, str(worker), str(path)], check=True)
+            policy = LM.from_pretrained(folder)
+        law = {"max_tokens": FORM["max_tokens"], "stop": FORM["stop"]}
+
+        def program(text: Any, label: Any = None) -> None:
+            reason = pyro.sample("rationale", policy(text, BEFORE, **law))
+            pyro.sample("label", self.lm.choice(text, BEFORE, reason, BETWEEN, options=OPTIONS))
+
         return self.averaged(program)
 
     def averaged(self, program: Any, draws: int | None = None, guide: Any = None) -> Answer:
