@@ -2,9 +2,9 @@
 
     TRL_ENVIRONMENT/bin/python benchmarks/grpo_worker.py REQUEST.json
 
-The request names the model's folder, the prompts with their labels, and where the trained model goes. The policy writes
-a rationale, whose reward is the probability that the frozen model then gives to the right label: the same choice, of the
-same texts, as in the program. LoRA of rank 8, merged when it is saved.
+The request names the model's folder, the prompts with their labels, and where the trained model goes. The policy
+writes a rationale, whose reward is the probability that the frozen model then gives to the right label: the same
+choice, of the same texts, as in the program. LoRA of rank 8, merged when it is saved.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ hours on one core.
 - *supervised on rationales*: LoRA on rationales drawn from the prior and weighed by the label, as self-taught
   reasoners do.
 - *reward*: a stand-in for reward maximisation: ``LeaveOneOutELBO`` on the target at temperature 0.1.
-- *GRPO*: reward maximisation by trl, the reward being the probability of the right label; only with ``--trl-python``, of
-  an environment that has trl beside transformers and peft.
+- *GRPO*: reward maximisation by trl, the reward being the probability of the right label; only with ``--trl-python``,
+  of an environment that has trl beside transformers and peft.
 - *guide*: VarGrad on the frozen program, not told the label; predictions averaged over its rationales.
 - *guide + EM*: the program learns, the guide is told the label; predictions averaged over the program's own rationales.
 
