@@ -3,9 +3,10 @@
     python benchmarks/formats.py ../shared/data/json_schema_test_suite
 
 Of so many schemas, drawn at random from those that compile and whose records fit in 40 tokens (of 16 masked draws none
-is cut off, and they are not all the same): log Ẑ of ten masked draws against that of many, whether they say so themselves (their standard error), the
-relative effective sample size of the mask as a proposal, and the total variation between the records that masking
-writes and the posterior. Masks propose, the unmasked model weighs (``llmppl.models.record``).
+is cut off, and they are not all the same): log Ẑ of ten masked draws against that of many, whether they say so
+themselves (their standard error), the relative effective sample size of the mask as a proposal, and the total variation
+between the records that masking writes and the posterior. Masks propose, the unmasked model weighs
+(``llmppl.models.record``).
 """
 
 from __future__ import annotations
