@@ -144,8 +144,8 @@ def code(lm: LM, steps: int) -> Application:
 
     def train() -> float:
         def work() -> None:
-            pairs = simulate(program, rows, 24 * steps, seed=0, progress=False)
-            fit(program, guide, pairs, WakeSleep(1, insomnia=0.0), steps, 24, vectorize_data=True, learning_rate=1e-3,
+            pairs = simulate(program, rows, 12 * steps, seed=0, progress=False)
+            fit(program, guide, pairs, WakeSleep(1, insomnia=0.0), steps, 12, vectorize_data=True, learning_rate=1e-3,
                 seed=0, progress=False)  # fmt: skip
 
         return timed(work)
@@ -255,7 +255,7 @@ def talks(lm: LM, steps: int) -> Application:
 
     def train() -> float:
         def work() -> None:
-            fit(program, guide, TALKS, WakeSleep(8, insomnia=0.0), steps, batch_size=2, learning_rate=1e-3, seed=0,
+            fit(program, guide, TALKS, WakeSleep(4, insomnia=0.0), steps, batch_size=2, learning_rate=1e-3, seed=0,
                 progress=False)  # fmt: skip
 
         return timed(work)
@@ -369,4 +369,4 @@ APPLICATIONS: dict[str, Callable[[LM, int], Application]] = {
     "dialogue": talks,
     "data": data,
 }
-STEPS = {"formats": 60, "code": 80, "plans": 240, "dialogue": 40, "data": 120}
+STEPS = {"formats": 32, "code": 60, "plans": 240, "dialogue": 16, "data": 120}
