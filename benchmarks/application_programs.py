@@ -186,7 +186,7 @@ def maze(source: random.Random, size: int, moves: int = 8, walls: float = 0.2) -
 def plans(lm: LM, steps: int, size: int = 5) -> Application:
     """Moves through a maze to a goal."""
     source = random.Random(0)
-    program = plan(lm, (size, size), max_moves=8)
+    program = plan(lm, (size, size), max_moves=8, nearness=6.0)
     guide = SteeredGuide(program, lm, {"plan": toward_goal}, {"plan": maze_and_goal(lm)}, seed=0)
     held_out, rows = (
         [(drawn, torch.tensor(goal)) for drawn, goal in (maze(source, size) for _ in range(count))]
@@ -369,4 +369,4 @@ APPLICATIONS: dict[str, Callable[[LM, int], Application]] = {
     "dialogue": talks,
     "data": data,
 }
-STEPS = {"formats": 32, "code": 60, "plans": 240, "dialogue": 16, "data": 120}
+STEPS = {"formats": 32, "code": 60, "plans": 160, "dialogue": 16, "data": 120}
