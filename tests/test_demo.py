@@ -33,8 +33,9 @@ def test_the_stories_are_five_sentences_and_the_held_out_ones_are_not_trained_on
 
 def test_the_keyword_demo_trains_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2: LM) -> None:
     monkeypatch.setattr(keyword_demo, "UNSEEN", 4)
+    monkeypatch.setattr(LM, "from_pretrained", lambda name: smollm2)  # loaded once, as users do, is enough
     path = str(tmp_path / "guide.safetensors")
-    arguments = ["demo", "--pairs", "6", "--steps", "8", "--samples", "2", "--held-out", "1", "--save", path]
+    arguments = ["demo", "--pairs", "4", "--steps", "4", "--samples", "2", "--held-out", "1", "--save", path]
     result = CliRunner().invoke(app, [*arguments, "--threads", "1"])
     assert result.exit_code == 0, result.output
     for text in (
@@ -47,7 +48,6 @@ def test_the_keyword_demo_trains_and_reports(tmp_path: Path, monkeypatch: pytest
         "times cheaper",
     ):
         assert text in result.output
-    monkeypatch.setattr(LM, "from_pretrained", lambda name: smollm2)  # loaded once, as users do, is enough
     result = CliRunner().invoke(
         app,
         ["write", "Tom could not find the key. So he could not open the", "--keyword", "Door", "--guide", path,
@@ -70,6 +70,7 @@ def test_the_held_out_pairs_are_of_stories_that_no_guide_has_seen() -> None:
 def test_the_demo_trains_and_reports(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: object, smollm2: LM
 ) -> None:
+    monkeypatch.setattr(LM, "from_pretrained", lambda name: smollm2)
     monkeypatch.setattr(demo, "PARTICLES", 3)
     monkeypatch.setattr(demo, "STORIES_A_STEP", 1)
     monkeypatch.setattr(demo, "BEHAVIOUR", Behaviour())
@@ -96,7 +97,6 @@ def test_the_demo_trains_and_reports(
     for text in ("prompt guide", "trained here, 1 steps", "shipped adapter", "CPU s/sample", "gap"):
         assert text in result.output
     # Trained one step, saved, and used on the user's own story.
-    monkeypatch.setattr(LM, "from_pretrained", lambda name: smollm2)
     result = CliRunner().invoke(
         app,
         [

@@ -70,19 +70,19 @@ def test_known_fields_condition_the_others(lm: LM) -> None:
         prompt={"prose": lambda prompt: [prompt], "record": lambda prompt, prose: [prompt, prose]},
     )
     pyro.set_rng_seed(0)
-    posterior = importance(program, guide, 4000, progress=False)("ab:", "a")
+    posterior = importance(program, guide, 1500, progress=False)("ab:", "a")
     prose = lm("ab:", max_tokens=1, stop="\n")
     texts, records = prose.enumerate_support(), [text for text in VALID if text.endswith('"a"}\n')]
     law = lm("ab:", texts[:, None], max_tokens=20, stop="\n")
     joint = prose.log_prob(texts)[:, None] + law.log_prob(lm.encode(records))
     exact = float(joint.logsumexp((0, 1)))
     assert abs(posterior.log_evidence - exact) < 4 * posterior.log_evidence_error
-    assert posterior.log_evidence_error < 0.1
+    assert posterior.log_evidence_error < 0.15
     kept = posterior.weights > 0
     assert {field(text, "b") for text, own in zip(posterior.decode("record"), kept, strict=True) if own} == {"a"}
     marginal = (joint - exact).exp().sum(0).detach().numpy()
     found = dict(posterior.top("record", 3))
-    np.testing.assert_allclose([found.get(text, 0.0) for text in records], marginal, atol=0.05)
+    np.testing.assert_allclose([found.get(text, 0.0) for text in records], marginal, atol=0.08)
 
 
 def test_simulated_records_tell_their_fields(lm: LM) -> None:

@@ -77,7 +77,7 @@ def test_the_steered_law_sums_to_one_and_is_the_formula(letters: LM) -> None:
 def test_steered_draws_follow_the_law_and_are_recorded(letters: LM) -> None:
     fn = twisted(letters, ["a", "b"])
     pyro.set_rng_seed(1)
-    drawn = fn.sample((4000,))
+    drawn = fn.sample((1500,))
     recorded = fn._memo.take(False).sum(-1)
     torch.testing.assert_close(recorded, twisted(letters, ["a", "b"]).log_prob(drawn).detach())
     again = TwistedText(letters, fn.context, fn.law, fn.told, fn.twist)
@@ -87,8 +87,8 @@ def test_steered_draws_follow_the_law_and_are_recorded(letters: LM) -> None:
     for row in (0, 1):
         q = fn.rows(torch.tensor([row])).log_prob(texts).detach().exp()
         count = (drawn[:, row, None] == texts).all(-1).sum(0).double()
-        common = q * 4000 > 5
-        statistic = ((count - 4000 * q)[common] ** 2 / (4000 * q[common])).sum()
+        common = q * 1500 > 5
+        statistic = ((count - 1500 * q)[common] ** 2 / (1500 * q[common])).sum()
         assert float(statistic) < int(common.sum()) + 4 * (2 * int(common.sum())) ** 0.5, "chi-square, four deviations"
 
 
