@@ -5,9 +5,9 @@
 24 short messages to a shop with their intents, written for this benchmark; every other one is learned from, the rest
 tested. The classifier is the noisy channel of ``llmppl.models.dialogue``, exact by enumeration: as it is, and after the
 language model has learned, by its adapter, what somebody with an intent says (maximum likelihood, the intent observed).
-Replies are compared for four messages with what is said next: eight of the posterior, drawn by a prompt and resampled by
-their weights, against greedy decoding, nucleus sampling and a beam, by their mean log-joint with message and next turn,
-and by the share of word pairs that are distinct among eight.
+Replies are compared for four messages with what is said next: eight of the posterior, drawn by a prompt and resampled
+by their weights, against greedy decoding, nucleus sampling and a beam, by their mean log-joint with message and next
+turn, and by the share of word pairs that are distinct among eight.
 """
 
 from __future__ import annotations
