@@ -30,6 +30,7 @@ from llmppl import LM, importance, smc
 from llmppl.inference.gathering import NoWeightError
 from llmppl.inference.simulated_pairs import score_given
 from llmppl.posterior.posterior import Posterior
+from llmppl.programs.structure import is_latent, is_text, plate_nesting, structure
 
 FEW = 10
 """Draws of which log Ẑ is compared with the reference."""
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of training; by default each program's own")
     parser.add_argument("--samples", type=int, default=32, help="draws for each query")
     parser.add_argument("--queries", type=int, default=8, help="at most")
+    parser.add_argument("--load", type=Path, help="a folder with guides that go on from where they are")
     parser.add_argument("--save", type=Path, help="a folder for the trained guides")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -54,6 +56,8 @@ def main() -> None:
     for name in options.programs:
         if name not in done:
             app = APPLICATIONS[name](lm, options.steps or STEPS[name])
+            if options.load:
+                app.proposals["guide"].load(options.load / f"{name}.safetensors")
             seconds = app.train()
             print(f"{app.name}: {seconds:.0f} CPU s of training", flush=True)
             if options.save:
@@ -139,18 +143,16 @@ def relative_ess(
 ) -> float:
     """Z / E[w] over draws of the reference posterior."""
     pyro.set_rng_seed(0)
-    chosen = reference.resample(count)
-    latents = {
-        name: torch.as_tensor(value) for name, value in chosen.samples.items() if name not in computed(reference)
-    }
+    chosen, sites = reference.resample(count), structure(app.program, query, {})
+    latents = {}
+    for name, value in chosen.samples.items():
+        if is_latent(sites.nodes[name]):
+            event = 1 if is_text(sites.nodes[name]) else 0
+            missing = plate_nesting(sites) - (value.ndim - 1 - event)
+            latents[name] = torch.as_tensor(value).reshape(count, *[1] * missing, *value.shape[1:])
     particles = score_given(app.program, proposal, query, {}, latents, count)
     mean = float(torch.logsumexp(particles.log_weights.double(), 0)) - math.log(count)
     return math.exp(min(log_z - mean, 0.0))
-
-
-def computed(posterior: Posterior) -> set[str]:
-    """Deterministic sites, which nobody proposes."""
-    return {name for name in posterior.samples if name.startswith("got_") or name == "end"}
 
 
 def summed(rows: dict[str, list[dict[str, float]]], training: float) -> dict[str, dict[str, float]]:
