@@ -144,8 +144,8 @@ def relative_ess(
     """Z / E[w] over draws of the reference posterior."""
     pyro.set_rng_seed(0)
     chosen, sites = reference.resample(count), structure(app.program, query, {})
-    latents = {}
-    for name, value in chosen.samples.items():
+    latents = app.draws(query, count) if app.draws else {}
+    for name, value in () if app.draws else chosen.samples.items():
         if is_latent(sites.nodes[name]):
             event = 1 if is_text(sites.nodes[name]) else 0
             missing = plate_nesting(sites) - (value.ndim - 1 - event)
