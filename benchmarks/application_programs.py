@@ -294,7 +294,8 @@ def data_set(source: random.Random) -> torch.Tensor:
         first, second = (
             source.choice(["x", "x", str(source.randint(1, 9)), "sin(x)", "cos(x)", "exp(x)"]) for _ in "ab"
         )
-        values = [evaluate(f"{first} {source.choice('+-*')} {second}", float(x)) for x in POINTS]
+        sign = source.choice("+-*")
+        values = [evaluate(f"{first} {sign} {second}", float(x)) for x in POINTS]
         if max(map(abs, values)) < 60 and len({round(value, 2) for value in values}) > 1:
             return torch.tensor([value + source.gauss(0, 0.3) for value in values])
 
