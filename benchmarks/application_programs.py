@@ -301,7 +301,7 @@ def data_set(source: random.Random) -> torch.Tensor:
 
 
 def data(lm: LM, steps: int) -> Application:
-    """A formula and its noise for five points; all 1,800 formulas, in all their spellings, are enumerated."""
+    """A formula and its noise for five points; all formulas, in all their spellings, are enumerated."""
     source = random.Random(1)
     grammar, prompt = Grammar.regex(SMALL), " y ="
     program = formula(lm, prompt=prompt, grammar=grammar, max_tokens=12)

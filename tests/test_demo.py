@@ -33,7 +33,6 @@ def test_the_stories_are_five_sentences_and_the_held_out_ones_are_not_trained_on
 
 def test_the_keyword_demo_trains_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2: LM) -> None:
     monkeypatch.setattr(keyword_demo, "UNSEEN", 4)
-    monkeypatch.setattr(LM, "from_pretrained", lambda name: smollm2)  # loaded once, as users do, is enough
     path = str(tmp_path / "guide.safetensors")
     arguments = ["demo", "--pairs", "4", "--steps", "4", "--samples", "2", "--held-out", "1", "--save", path]
     result = CliRunner().invoke(app, [*arguments, "--threads", "1"])
@@ -48,6 +47,7 @@ def test_the_keyword_demo_trains_and_reports(tmp_path: Path, monkeypatch: pytest
         "times cheaper",
     ):
         assert text in result.output
+    monkeypatch.setattr(LM, "from_pretrained", lambda name: smollm2)  # loaded once, as users do, is enough
     result = CliRunner().invoke(
         app,
         ["write", "Tom could not find the key. So he could not open the", "--keyword", "Door", "--guide", path,
