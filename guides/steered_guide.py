@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llmppl.distributions.autoregressive_text import AutoregressiveText
 from llmppl.distributions.conditioned_text import ConditionedText
-from llmppl.distributions.parameter_store import register_module
 from llmppl.distributions.state_twist import Features, StateTwist
 from llmppl.distributions.twisted_text import TwistedText
-from llmppl.guides.saved_guide import SavedGuide
-from llmppl.guides.text_guide import Prompt, _expanded, _Proposer, program_name
+from llmppl.guides.text_guide import Prompt, _expanded, _Proposer
+from llmppl.guides.twisted_guide import TwistedGuide
 from llmppl.language_model import LM
 from llmppl.programs.structure import Program, Site
 from llmppl.text.prompts import checked_prompts
 
-_numbers = itertools.count()
+
+class _Steered(_Proposer):
+    """Hands what the sites are told to their twists."""
+
+    guide: SteeredGuide
+
+    def _proposal(self, name: str, prior: ConditionedText, msg: Site) -> ConditionedText:
+        guide = self.guide
+        context = self._context(name, prior, msg) if name in guide.prompt else prior.context
+        if name not in guide.twist:
+            return prior.with_context(context, prior.adapter)
+        if not isinstance(prior, AutoregressiveText):
+            raise ValueError(
+                f"site {name!r} is a {type(prior).__name__}, which is not written token by token. Leave its features "
+                "out."
+            )
+        latents = {**self.computed, **self.given, **self.proposed}
+        pieces = self.telling.pieces(name, guide.told[name], latents, str)
+        told = _expanded(name, prior, guide.lm.context(*pieces)[..., len(guide.lm.codec.start) :])
+        twist: Any = guide.twist[name]
+        return TwistedText(guide.lm.base, context, prior.law, told, twist, prior.adapter, prior._validate_args)
 
 
-class SteeredGuide(SavedGuide):
+class SteeredGuide(TwistedGuide):
     r"""The language model's own law, twisted by features of the text so far
     (:class:`~llmppl.distributions.state_twist.StateTwist`).
 
@@ -55,6 +72,8 @@ class SteeredGuide(SavedGuide):
     Other parameters as in :class:`TextGuide`.
     """
 
+    proposer = _Steered
+
     def __init__(
         self,
         model: Program,
@@ -66,71 +85,20 @@ class SteeredGuide(SavedGuide):
         hidden: int = 32,
         seed: int | None = None,
     ) -> None:
-        super().__init__(model, lm, prompt, others)
-        if hidden < 1:
-            raise ValueError(f"hidden must be at least 1, got {hidden}.")
         if not features or set(features) != set(told):
             raise ValueError(
                 f"features are of the sites {sorted(features)} and told of {sorted(told)}. Give both for each site."
             )
+
+        def twists() -> nn.Module:
+            return nn.ModuleDict({name: StateTwist(own, hidden) for name, own in features.items()})
+
+        super().__init__(model, lm, prompt, others, hidden, seed, twists)
         self.told = checked_prompts(told)
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            dtype = torch.promote_types(lm.dtype, torch.float32)
-            twists = {name: StateTwist(own, hidden) for name, own in features.items()}
-            self.twists = nn.ModuleDict(twists).to(device=lm.device, dtype=dtype)
-        self._number = next(_numbers)
-
-    def forward(self, *args: Any, observations: Mapping[str, Tensor] | None = None, **kwargs: Any) -> dict[str, Any]:
-        self.register()
-        given = self._draw_others(args, kwargs)
-        return self._propose(_Steered, given, args, kwargs, observations or {})
-
-    def became_a_copy(self, names: Mapping[str, str]) -> None:
-        self._number = next(_numbers)
-
-    def register(self) -> None:
-        register_module(f"SteeredGuide_{self._number}", self.twists)
-
-    def reset_parameters(self) -> None:
-        """Start anew, with other random numbers from torch's generator. Parameters of ``others`` stay."""
-        for twist in self.twists.values():
-            assert isinstance(twist, StateTwist)
-            twist.reset_parameters()
 
     def settings(self) -> dict[str, object]:
-        sizes = {name: (twist.count, twist.hidden) for name, twist in self.twists.items()}
+        sizes = {name: (twist.count, twist.hidden) for name, twist in self.twist.items()}
         return {**super().settings(), "features": repr(sorted(sizes.items()))}
 
-    def tensors(self) -> dict[str, Tensor]:
-        return dict(self.twists.named_parameters())
-
-    def __repr__(self) -> str:
-        count = sum(p.numel() for p in self.twists.parameters())
-        return (
-            f"SteeredGuide({program_name(self.model)}, {self.lm.name.rsplit('/', 1)[-1]}, "
-            f"features of {sorted(self.twists)}, {count:,} parameters)"
-        )
-
-
-class _Steered(_Proposer):
-    """Hands what the sites are told to their twists."""
-
-    guide: SteeredGuide
-
-    def _proposal(self, name: str, prior: ConditionedText, msg: Site) -> ConditionedText:
-        guide = self.guide
-        context = self._context(name, prior, msg) if name in guide.prompt else prior.context
-        if name not in guide.twists:
-            return prior.with_context(context, prior.adapter)
-        if not isinstance(prior, AutoregressiveText):
-            raise ValueError(
-                f"site {name!r} is a {type(prior).__name__}, which is not written token by token. Leave its features "
-                "out."
-            )
-        latents = {**self.computed, **self.given, **self.proposed}
-        pieces = self.telling.pieces(name, guide.told[name], latents, str)
-        told = _expanded(name, prior, guide.lm.context(*pieces)[..., len(guide.lm.codec.start) :])
-        twist: Any = guide.twists[name]
-        return TwistedText(guide.lm.base, context, prior.law, told, twist, prior.adapter, prior._validate_args)
+    def _told_in_repr(self) -> str:
+        return f"features of {sorted(self.twist)}"

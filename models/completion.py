@@ -56,6 +56,9 @@ def completion(
     def encoded(text: Any) -> Any:
         return lm.encode(text) if isinstance(text, (str, list, tuple)) else text
 
+    def stripped(output: Any) -> Any:
+        return lm.map(str.strip, output, max_tokens=output_tokens, returns=str)
+
     def complete(prefix: Any, suffix: Any, *outputs: Any) -> Any:
         if len(outputs) != len(calls):
             raise ValueError(f"there are {len(outputs)} outputs of {len(calls)} calls. Give one for each.")
@@ -65,7 +68,7 @@ def completion(
         for n, (call, output) in enumerate(zip(calls, outputs, strict=True), 1):
             result = lm.map(said, prefix, body, suffix, call, max_tokens=output_tokens, returns=str)
             got = kept(lm, f"got_{n}", result)
-            lm.primitives.sample(f"output_{n}", lm.echo(got, mistake), obs=encoded(output))
+            lm.primitives.sample(f"output_{n}", lm.echo(got, mistake), obs=stripped(output))
         return body
 
     return complete

@@ -56,8 +56,8 @@ def dialogue(
         raise ValueError(f"replies={replies} must not be negative.")
     sample, law = lm.primitives.sample, {"max_tokens": max_tokens, "stop": stop}
     # What a guide reads by default; the program's own choices are between equals.
-    wants = [{"role": "user", "content": "What does a customer want?"}]
-    ways = [{"role": "user", "content": "How do you answer customers?"}]
+    wants = [{"role": "user", "content": "What does the user want?"}]
+    ways = [{"role": "user", "content": "How do you answer?"}]
 
     def alike(options: Sequence[str]) -> list[float]:
         return [1.0] * len(options)
@@ -74,7 +74,7 @@ def dialogue(
     def talk(message: Any = None, following: Any = None) -> Any:
         if following is not None and not replies:
             raise ValueError("there is no reply before the next turn. Set replies to 1 or more.")
-        intent = sample("intent", lm.choice(*lm.chat(wants), "A customer wants", options=intents, probs=alike(intents)))
+        intent = sample("intent", lm.choice(*lm.chat(wants), "The user wants", options=intents, probs=alike(intents)))
         # The user is played as the one who answers, so that the model has written what the user says.
         told = [
             {"role": "system", "content": filled(user, intent, intents)},

@@ -115,19 +115,14 @@ def fields_told(fields: Sequence[str], prose: bool = False) -> dict[str, Callabl
     :param prose: whether the program writes prose, too.
     """
 
-    def told(prompt: Any, *more: Any, **values: Any) -> list[Any]:
-        pieces: list[Any] = []
-        for name in fields:
-            pieces += [f"{name}: ", values[name], "\n"]
-        return [*pieces, prompt, *more]
-
-    def asking(*extra: str) -> Callable[..., list[Any]]:
+    def told(*own: str) -> Callable[..., list[Any]]:
         def pieces(**given: Any) -> list[Any]:
-            more = [given.pop(name) for name in extra]
-            return told(given.pop("prompt"), *more, **given)
+            lines = [piece for name in fields for piece in (f"{name}: ", given[name], "\n")]
+            return [*lines, *(given[name] for name in own)]
 
-        names = ["prompt", *extra, *fields]
-        pieces.__signature__ = Signature([Parameter(n, Parameter.KEYWORD_ONLY) for n in names])  # type: ignore
+        # Prompts are told by the names of their parameters, which here are the schema's.
+        names = [Parameter(name, Parameter.KEYWORD_ONLY) for name in (*own, *fields)]
+        pieces.__signature__ = Signature(names)  # type: ignore[attr-defined]
         return pieces
 
-    return {"record": asking("prose"), "prose": asking()} if prose else {"record": asking()}
+    return {"record": told("prompt", "prose"), "prose": told("prompt")} if prose else {"record": told("prompt")}

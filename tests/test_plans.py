@@ -149,7 +149,7 @@ def test_a_steered_plan_on_the_real_model(smollm2: LM) -> None:
     assert drawn["untrained"].decode("plan") == drawn["prior"].decode("plan")
     np.testing.assert_allclose(drawn["untrained"].log_weights, drawn["prior"].log_weights, atol=1e-4)
     with torch.no_grad():
-        guide.twists["plan"].linear.weight[0, [0, 6]] = -40.0  # how far the goal is, going on and ending
+        guide.twist["plan"].linear.weight[0, [0, 6]] = -40.0  # how far the goal is, going on and ending
     pyro.set_rng_seed(0)
     steered = importance(program, guide, 6, progress=False)(maze, goal)
     assert {walk(maze, moves) for moves in steered.decode("plan")} == {8}

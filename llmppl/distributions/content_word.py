@@ -6,26 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import constraints
 
-from llmppl.distributions.conditioned_text import ConditionedText, LanguageModel, Pending
+from llmppl.distributions.conditioned_text import LanguageModel
+from llmppl.distributions.derived_text import DerivedText
 from llmppl.network.text_tensors import check_text, pad_rows, unpad_rows
 from llmppl.text.words import LONGEST, SHORTEST, content_words
 
 
-class _Word(constraints.Constraint):
-    """Token ids of some word, then padding."""
-
-    is_discrete = True
-    event_dim = 1
-
-    def check(self, value: Tensor) -> Tensor:
-        return (value >= -1).all(-1)
-
-
-class ContentWord(ConditionedText, TorchDistribution):
+class ContentWord(DerivedText):
     r"""A content word of a text, each of its distinct ones with the same probability.
 
     .. math:: p(k \mid z) = \frac{1[k \in \mathrm{words}(z)]}{|\mathrm{words}(z)|}
@@ -40,24 +29,14 @@ class ContentWord(ConditionedText, TorchDistribution):
     :param shortest: letters of a content word, at least.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
-    has_enumerate_support = False
+    what = "a content word is a word of its own text"
 
     def __init__(
         self, lm: LanguageModel, text: Tensor, shortest: int = SHORTEST, validate_args: bool | None = None
     ) -> None:
-        self.lm, self.context, self.adapter, self.shortest = lm, text, None, shortest
+        self.shortest = shortest
         self._found: list[list[tuple[int, ...]]] | None = None
-        super().__init__(text.shape[:-1], torch.Size([LONGEST]), validate_args=validate_args)
-
-    @constraints.dependent_property(is_discrete=True, event_dim=1)
-    def support(self) -> constraints.Constraint:
-        return _Word()
-
-    def with_context(self, context: Tensor, adapter: str | None) -> ContentWord:
-        raise ValueError(
-            "a content word is a word of its own text, which no guide changes. Observe it, or leave it to the program."
-        )
+        super().__init__(lm, text, LONGEST, validate_args)
 
     def expand(self, batch_shape: Any, _instance: object = None) -> ContentWord:
         shape = torch.Size(batch_shape)
@@ -103,13 +82,6 @@ class ContentWord(ConditionedText, TorchDistribution):
             for n, word in zip(number, flat, strict=True)
         ]
         return torch.tensor(found, dtype=torch.float64, device=value.device).log().reshape(shape).to(self._dtype)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return torch.promote_types(self.lm.dtype, torch.float32)
-
-    def pending(self, value: Tensor) -> Pending | None:
-        return None  # nothing is asked of the network
 
     def _stacked(self, words: Sequence[Sequence[int]]) -> Tensor:
         return pad_rows(words, LONGEST, self.context.device)

@@ -6,26 +6,15 @@ import math
 from typing import Any
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import constraints
 
-from llmppl.distributions.conditioned_text import ConditionedText, LanguageModel, Pending
+from llmppl.distributions.conditioned_text import LanguageModel
+from llmppl.distributions.derived_text import DerivedText
 from llmppl.network.text_tensors import check_text, widen
 from llmppl.text import PAD
 
 
-class _Said(constraints.Constraint):
-    """Token ids, then padding."""
-
-    is_discrete = True
-    event_dim = 1
-
-    def check(self, value: Tensor) -> Tensor:
-        return (value >= PAD).all(-1)
-
-
-class EchoedText(ConditionedText, TorchDistribution):
+class EchoedText(DerivedText):
     r"""A text as it is, and with probability ``mistake`` any text at all.
 
     .. math:: p(t \mid z) = (1 - \varepsilon)\, 1[t = z] + \varepsilon\, \frac{V^{-|t|}}{T + 1}
@@ -39,21 +28,13 @@ class EchoedText(ConditionedText, TorchDistribution):
     :param mistake: :math:`\varepsilon`, in (0, 1).
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
-    has_enumerate_support = False
+    what = "an echo is of its own text"
 
     def __init__(self, lm: LanguageModel, text: Tensor, mistake: float, validate_args: bool | None = None) -> None:
         if not 0 < mistake < 1:
             raise ValueError(f"mistake={mistake} must lie between 0 and 1.")
-        self.lm, self.context, self.adapter, self.mistake = lm, text, None, mistake
-        super().__init__(text.shape[:-1], text.shape[-1:], validate_args=validate_args)
-
-    @constraints.dependent_property(is_discrete=True, event_dim=1)
-    def support(self) -> constraints.Constraint:
-        return _Said()
-
-    def with_context(self, context: Tensor, adapter: str | None) -> EchoedText:
-        raise ValueError("an echo is of its own text, which no guide changes. Observe it, or leave it to the program.")
+        self.mistake = mistake
+        super().__init__(lm, text, text.shape[-1], validate_args)
 
     def expand(self, batch_shape: Any, _instance: object = None) -> EchoedText:
         shape = torch.Size(batch_shape)
@@ -81,13 +62,9 @@ class EchoedText(ConditionedText, TorchDistribution):
         fits = (value[..., width:] == PAD).all(-1)
         value = widen(value, width)[..., :width]
         count = (value != PAD).sum(-1)
-        dtype = torch.promote_types(self.lm.dtype, torch.float32)
-        other = math.log(self.mistake) - math.log(width + 1) - count.to(dtype) * math.log(self.lm.vocabulary)
-        same = torch.where((value == self.context).all(-1), math.log1p(-self.mistake), -torch.inf).to(dtype)
+        other = math.log(self.mistake) - math.log(width + 1) - count.to(self._dtype) * math.log(self.lm.vocabulary)
+        same = torch.where((value == self.context).all(-1), math.log1p(-self.mistake), -torch.inf).to(self._dtype)
         return torch.where(fits, torch.logaddexp(same, other), -torch.inf)
-
-    def pending(self, value: Tensor) -> Pending | None:
-        return None  # nothing is asked of the network
 
     def __repr__(self) -> str:
         return f"EchoedText(batch_shape={tuple(self.batch_shape)}, mistake={self.mistake})"

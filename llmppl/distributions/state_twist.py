@@ -48,7 +48,7 @@ class StateTwist(Twist):
         super().__init__()
         self.features, self.hidden = features, hidden
         self._known: OrderedDict[tuple[str, str], list[float]] = OrderedDict()
-        self.count = len(self._ask("", ""))
+        self.count = len(features("", ""))
         width = 2 * self.count + 4
         self.linear = nn.Linear(width, 1, bias=False)
         self.layers = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1, bias=False))
@@ -91,7 +91,7 @@ class StateTwist(Twist):
         key = (told, text)
         if key not in self._known:
             numbers = [float(number) for number in self.features(told, text)]
-            if hasattr(self, "count") and len(numbers) != self.count:
+            if len(numbers) != self.count:
                 raise ValueError(
                     f"features gave {len(numbers)} numbers for {text!r} and {self.count} before. Return as many for "
                     "every text."

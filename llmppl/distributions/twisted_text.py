@@ -53,9 +53,9 @@ class Twist(nn.Module):
         """Log-probability of each token under the twisted law, ``(N, width)``, nats, zero behind the end."""
         raise NotImplementedError
 
-    def keep(self, keys: Sequence[Key], records: Sequence[Any]) -> None:
-        """Remember what the network has said of texts."""
-        self.read.update(zip(keys, records, strict=True))
+    def reset_parameters(self) -> None:
+        """Start anew: the language model's own law."""
+        raise NotImplementedError
 
     def forget(self) -> None:
         """What was read first, where that is too much."""
@@ -208,7 +208,7 @@ class TwistedText(AutoregressiveText):
         self.recall(rows, tokens, own)
         if self.adapter is None and hasattr(walk, "records"):
             texts = unpad_rows(tokens)
-            self.twist.keep(self._keys(rows, texts, told), walk.records(texts))
+            self.twist.read.update(zip(self._keys(rows, texts, told), walk.records(texts), strict=True))
             self.twist.forget()
         tokens = tokens.reshape(shape + self.event_shape)
         token_log_probs = token_log_probs.reshape(tokens.shape)
@@ -224,7 +224,7 @@ class TwistedText(AutoregressiveText):
             return self._walk(log_probs, list(numbers), begun)
 
     def not_terminable(self) -> str | None:
-        return f"is twisted towards {self.twist.goal}, so it does not end without it"
+        return f"is twisted towards {self.twist.goal}, which a text that is cut off may not have reached"
 
     def pending(self, value: Tensor) -> Pending | None:
         value = check_text(value, "value", self.law.vocabulary)

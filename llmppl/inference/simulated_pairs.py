@@ -28,7 +28,7 @@ from llmppl.programs.particles import (
 )
 from llmppl.programs.plates import in_particles
 from llmppl.programs.simulation import simulate
-from llmppl.programs.structure import Program, Site, is_deterministic, is_latent, is_text, plate_nesting, structure
+from llmppl.programs.structure import Program, Site, is_deterministic, is_latent, plate_nesting, structure
 
 Array = np.ndarray
 Sampler = Callable[[Program, Program], Callable[..., Posterior]]
@@ -135,10 +135,9 @@ def score_given(
     """
     sites = structure(model, args, kwargs)
     nesting = plate_nesting(sites)
-    supports = {name: sites.nodes[name]["fn"].support for name in latents if not is_text(sites.nodes[name])}
     traces = []
     for program in (model, guide):
-        auto = Unconstrained(latents, supports)
+        auto = Unconstrained(latents, sites.nodes)
         # Outside the guide's support is an answer here, probability zero, and no error.
         with pyro.validation_enabled(False), poutine.block(), auto, Given(latents):
             trace = poutine.trace(in_particles(program, count, nesting)).get_trace(*args, **kwargs)

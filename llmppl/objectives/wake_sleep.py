@@ -16,7 +16,7 @@ from llmppl.programs.observations import Given, Observed, Unconstrained, has_oth
 from llmppl.programs.particles import check_finite, common_axes, compute_log_prob, sum_sites
 from llmppl.programs.plates import PARTICLES, in_particles
 from llmppl.programs.simulation import Simulated
-from llmppl.programs.structure import Program, is_latent, is_text, learns, plate_nesting, structure
+from llmppl.programs.structure import Program, is_latent, learns, plate_nesting, structure
 
 
 class WakeSleep(ParticleObjective):
@@ -138,11 +138,9 @@ def simulated_pairs(
         drawn, observations, weights = _exhausted(drawn, observations, name, weights, axes, nesting)
         count = len(weights)
     guide_in = poutine.replay(in_particles(guide, count, nesting), trace=drawn)
-    latents = {name: site for name, site in drawn.nodes.items() if is_latent(site)}
-    values = {name: site["value"] for name, site in latents.items()}
-    supports = {name: site["fn"].support for name, site in latents.items() if not is_text(site)}
+    values = {name: site["value"] for name, site in drawn.nodes.items() if is_latent(site)}
     try:
-        with Unconstrained(values, supports):
+        with Unconstrained(values, drawn.nodes):
             trace = poutine.trace(guide_in).get_trace(*args, observations=observations, **kwargs)
     except TypeError as error:
         if "observations" not in str(error):

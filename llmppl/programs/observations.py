@@ -103,13 +103,13 @@ class Unconstrained(Messenger):
     site's name with ``_unconstrained`` behind it. The site itself is then a point mass at the value.
 
     :param values: of latent sites.
-    :param supports: of these sites, in the program.
+    :param sites: of the program.
     :raises ValueError: an AutoGuide that draws several sites as one.
     """
 
-    def __init__(self, values: Mapping[str, Tensor], supports: Mapping[str, Any]) -> None:
+    def __init__(self, values: Mapping[str, Tensor], sites: Mapping[str, Site]) -> None:
         super().__init__()
-        self.values, self.supports, self.given, self.joint = values, supports, set[str](), ""
+        self.values, self.sites, self.given, self.joint = values, sites, set[str](), ""
 
     def __enter__(self) -> Any:
         self.given.clear()
@@ -132,7 +132,7 @@ class Unconstrained(Messenger):
             self.joint = name if msg["infer"].get("is_auxiliary") else self.joint
             return
         with torch.no_grad():
-            value = biject_to(self.supports[own]).inv(self.values[own])
+            value = biject_to(self.sites[own]["fn"].support).inv(self.values[own])
         shape = torch.broadcast_shapes(value.shape, fn.batch_shape + fn.event_shape)
         msg["value"], msg["done"] = value.expand(shape), True
         self.given.add(own)

@@ -8,10 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
-from numpyro.distributions import Distribution, constraints
 
 from llmppl.numpyro.distributions.autoregressive_text import expanded
 from llmppl.numpyro.distributions.conditioning import LanguageModel
+from llmppl.numpyro.distributions.derived_text import DerivedText
 from llmppl.numpyro.distributions.discreteness import refuse_pathwise
 from llmppl.numpyro.network.host_call import host_call
 from llmppl.numpyro.network.text_arrays import check_batch, check_text, pad_rows
@@ -22,23 +22,7 @@ from llmppl.text.words import LONGEST, SHORTEST, content_words
 Word = tuple[int, ...]
 
 
-class _Word(constraints.Constraint):
-    """Token ids of some word, then padding."""
-
-    is_discrete = True
-    event_dim = 1
-
-    def __call__(self, value: Array) -> Array:
-        return (value >= PAD).all(-1)
-
-    def feasible_like(self, prototype: Array) -> Array:
-        return jnp.full_like(prototype, PAD)
-
-    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        return (), ((), {})
-
-
-class ContentWord(Distribution):
+class ContentWord(DerivedText):
     r"""A content word of a text, each of its distinct ones with the same probability.
 
     .. math:: p(k \mid z) = \frac{1[k \in \mathrm{words}(z)]}{|\mathrm{words}(z)|}
@@ -55,10 +39,7 @@ class ContentWord(Distribution):
     :param shortest: letters of a content word, at least.
     """
 
-    arg_constraints: dict[str, Any] = {}
-    reparametrized_params: list[str] = []
-    support = _Word()
-    pytree_data_fields = ("text",)
+    what = "a content word is a word of its own text"
     pytree_aux_fields = ("lm", "shortest")
 
     def __init__(
@@ -70,23 +51,8 @@ class ContentWord(Distribution):
         *,
         validate_args: bool | None = None,
     ) -> None:
-        self.lm, self.text, self.shortest = lm, text, shortest
-        shape = np.broadcast_shapes(text.shape[:-1], batch_shape or ())
-        super().__init__(shape, (LONGEST,), validate_args=validate_args)
-
-    @property
-    def context(self) -> tuple[Array, ...]:
-        """What it depends on: its text."""
-        return (self.text,)
-
-    @property
-    def has_rsample(self) -> bool:
-        return False
-
-    def with_context(self, context: Any, lora: Any) -> ContentWord:
-        raise ValueError(
-            "a content word is a word of its own text, which no guide changes. Observe it, or leave it to the program."
-        )
+        self.shortest = shortest
+        super().__init__(lm, text, LONGEST, batch_shape, validate_args)
 
     def expand(self, batch_shape: Sequence[int]) -> ContentWord:
         """The text is not repeated.
@@ -112,10 +78,6 @@ class ContentWord(Distribution):
         shape = tuple(sample_shape) + self.batch_shape
         bits = random.bits(key, shape, jnp.uint32)
         return host_call(self._drawn, (*shape, LONGEST), jnp.int32, bits, self._texts(shape))
-
-    def draw(self, key: Array, sample_shape: tuple[int, ...] = (), heat: Array | float = 1.0) -> tuple[Array, None]:
-        """Draw words; nothing is recorded. An extra temperature leaves equal probabilities equal."""
-        return self.sample(key, sample_shape), None
 
     def log_prob(self, value: Array, intermediates: list[Any] | None = None) -> Array:
         """Log-probability in nats, of shape ``broadcast(value.shape[:-1], batch_shape)``; −inf where the value is none

@@ -7,34 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, random
-from numpyro.distributions import Distribution, constraints
 
 from llmppl.numpyro.distributions.autoregressive_text import expanded
 from llmppl.numpyro.distributions.conditioning import LanguageModel
+from llmppl.numpyro.distributions.derived_text import DerivedText
 from llmppl.numpyro.distributions.discreteness import refuse_pathwise
 from llmppl.numpyro.network.text_arrays import check_batch, check_text
 from llmppl.text import PAD
 
 
-class _Said(constraints.Constraint):
-    """Token ids, then padding."""
-
-    is_discrete = True
-    event_dim = 1
-
-    def __call__(self, value: Array) -> Array:
-        return (value >= PAD).all(-1)
-
-    def feasible_like(self, prototype: Array) -> Array:
-        return jnp.full_like(prototype, PAD)
-
-    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        return (), ((), {})
-
-
-class EchoedText(Distribution):
+class EchoedText(DerivedText):
     r"""A text as it is, and with probability ``mistake`` any text at all.
 
     .. math:: p(t \mid z) = (1 - \varepsilon)\, 1[t = z] + \varepsilon\, \frac{V^{-|t|}}{T + 1}
@@ -47,10 +30,7 @@ class EchoedText(Distribution):
     :param mistake: :math:`\varepsilon`, in (0, 1).
     """
 
-    arg_constraints: dict[str, Any] = {}
-    reparametrized_params: list[str] = []
-    support = _Said()
-    pytree_data_fields = ("text",)
+    what = "an echo is of its own text"
     pytree_aux_fields = ("lm", "mistake")
 
     def __init__(
@@ -64,21 +44,8 @@ class EchoedText(Distribution):
     ) -> None:
         if not 0 < mistake < 1:
             raise ValueError(f"mistake={mistake} must lie between 0 and 1.")
-        self.lm, self.text, self.mistake = lm, text, mistake
-        shape = np.broadcast_shapes(text.shape[:-1], batch_shape or ())
-        super().__init__(shape, text.shape[-1:], validate_args=validate_args)
-
-    @property
-    def context(self) -> tuple[Array, ...]:
-        """What it depends on: its text."""
-        return (self.text,)
-
-    @property
-    def has_rsample(self) -> bool:
-        return False
-
-    def with_context(self, context: Any, lora: Any) -> EchoedText:
-        raise ValueError("an echo is of its own text, which no guide changes. Observe it, or leave it to the program.")
+        self.mistake = mistake
+        super().__init__(lm, text, text.shape[-1], batch_shape, validate_args)
 
     def expand(self, batch_shape: Sequence[int]) -> EchoedText:
         """The text is not repeated.
@@ -101,10 +68,6 @@ class EchoedText(Distribution):
         other = jnp.where(jnp.arange(width) < length, other, PAD)
         wrong = random.uniform(keys[2], (*shape, 1)) < self.mistake
         return jnp.where(wrong, other, jnp.broadcast_to(self.text, (*shape, width)))
-
-    def draw(self, key: Array, sample_shape: tuple[int, ...] = (), heat: Array | float = 1.0) -> tuple[Array, None]:
-        """Draw texts; nothing is recorded, and an extra temperature changes nothing."""
-        return self.sample(key, sample_shape), None
 
     def log_prob(self, value: Array, intermediates: list[Any] | None = None) -> Array:
         """Log-probability in nats, of shape ``broadcast(value.shape[:-1], batch_shape)``; −inf of a text that has more

@@ -13,8 +13,7 @@ from numpyro import handlers
 from numpyro.primitives import Messenger
 
 from llmppl.numpyro.distributions.autoregressive_text import AutoregressiveText
-from llmppl.numpyro.distributions.content_word import ContentWord
-from llmppl.numpyro.distributions.echoed_text import EchoedText
+from llmppl.numpyro.distributions.derived_text import DerivedText
 from llmppl.numpyro.network.row_map import decoder_of
 from llmppl.numpyro.programs.particles import Layout, Particle
 from llmppl.numpyro.programs.tracing import (
@@ -224,7 +223,7 @@ def tokens_bytes(sites: Trace) -> int:
     every token, and two arrays of log-probabilities for each token that is scored."""
     total = 0
     for site in sites.values():
-        if site["type"] != "sample" or not is_text(site) or isinstance(site["fn"], (ContentWord, EchoedText)):
+        if site["type"] != "sample" or not is_text(site) or isinstance(site["fn"], DerivedText):
             continue
         fn, lm = site["fn"], site["fn"].lm
         size = jnp.dtype(lm.dtype).itemsize

@@ -17,8 +17,7 @@ from numpyro.primitives import Messenger
 
 from llmppl.numpyro.distributions.autoregressive_text import AutoregressiveText
 from llmppl.numpyro.distributions.choice import Choice
-from llmppl.numpyro.distributions.content_word import ContentWord
-from llmppl.numpyro.distributions.echoed_text import EchoedText
+from llmppl.numpyro.distributions.derived_text import DerivedText
 from llmppl.numpyro.network.text_arrays import lengths
 from llmppl.numpyro.network.text_law import TextLaw
 from llmppl.text import PAD
@@ -40,7 +39,7 @@ def is_deterministic(site: Site) -> bool:
 
 
 def is_text(site: Site) -> bool:
-    return isinstance(site["fn"], (AutoregressiveText, Choice, ContentWord, EchoedText))
+    return isinstance(site["fn"], (AutoregressiveText, Choice, DerivedText))
 
 
 def is_observation(site: Site) -> bool:
@@ -51,11 +50,11 @@ def is_observation(site: Site) -> bool:
 # --- structure: a run that costs no forward pass ---------------------------------------------------
 
 
-def any_text(fn: AutoregressiveText | Choice | ContentWord | EchoedText) -> Array:
+def any_text(fn: AutoregressiveText | Choice | DerivedText) -> Array:
     """Some value of a text's shape, without asking the network."""
     if isinstance(fn, Choice):
         value = jnp.asarray(fn.options[0])
-    elif isinstance(fn, (ContentWord, EchoedText)):
+    elif isinstance(fn, DerivedText):
         value = jnp.full(fn.event_shape, PAD)
     elif fn.law.max_tokens is None:
         raise ValueError(
