@@ -19,7 +19,7 @@ from llmppl import LM, Grammar, fit, simulate
 from llmppl.guides import AutoregressiveGuide, PromptGuide, SteeredGuide
 from llmppl.models import completion, dialogue, evaluate, formula, plan, record, run, shortest_plans, walk
 from llmppl.models.formula import points_listed, unexplained
-from llmppl.models.plan import maze_and_goal, toward_goal
+from llmppl.models.plan import goal_told, maze_and_goal, toward_goal
 from llmppl.models.record import field as field_of
 from llmppl.models.record import fields_told
 from llmppl.objectives import TrajectoryBalance, WakeSleep
@@ -194,19 +194,6 @@ def plans(lm: LM, steps: int, size: int = 5) -> Application:
         for count in (16, 400)
     )
 
-    def words(drawn: str, goal: float) -> str:
-        start = "".join(drawn.split()).index("S")
-        down, right = int(goal) // size - start // size, int(goal) % size - start % size
-        far = [
-            f"{abs(count)} {word}"
-            for count, word in ((down, "down" if down > 0 else "up"), (right, "right" if right > 0 else "left"))
-            if count
-        ]
-        return f"The goal is {' and '.join(far)}. "
-
-    def asked(maze: Any, goal: Any) -> list[Any]:
-        return [lm.map(words, maze, goal + 0.0), "The moves of the robot through the maze are:"]
-
     def train() -> float:
         return timed(
             lambda: fit(program, guide, rows, TrajectoryBalance(8), steps, 4, vectorize_data=True, learning_rate=3e-2,
@@ -222,7 +209,7 @@ def plans(lm: LM, steps: int, size: int = 5) -> Application:
         program,
         {
             "prior": PromptGuide(program, lm, prompt=plain),
-            "zero-shot": PromptGuide(program, lm, prompt={"plan": asked}),
+            "zero-shot": PromptGuide(program, lm, prompt={"plan": goal_told(lm, size)}),
             "guide": guide,
         },
         train,
@@ -249,6 +236,16 @@ TALKS = [
 ]
 
 
+def asked_to_reply(lm: LM) -> dict[str, Any]:
+    """Prompts for a dialogue that are told the message, and not what comes next."""
+    role = {"role": "system", "content": "You answer customers of a shop, in one sentence."}
+    return {
+        "intent": lambda message: [message],
+        "style": lambda: ["My answers are"],
+        "reply": lambda message: lm.chat([role, {"role": "user", "content": message}]),
+    }
+
+
 def talks(lm: LM, steps: int) -> Application:
     """What somebody wants, and an answer that leads to what is said next."""
     program = dialogue(lm, INTENTS, max_tokens=20)
@@ -261,20 +258,14 @@ def talks(lm: LM, steps: int) -> Application:
 
         return timed(work)
 
-    plain: dict[str, Any] = {
-        "intent": lambda message: [message],
-        "style": lambda: ["My answers are"],
-        "reply": lambda message, style: lm.chat(
-            [
-                {"role": "system", "content": "You answer customers of a shop, in one sentence."},
-                {"role": "user", "content": message},
-            ]
-        ),
-    }
     return Application(
         "dialogue",
         program,
-        {"prior": PromptGuide(program, lm, prompt=plain), "zero-shot": PromptGuide(program, lm), "guide": guide},
+        {
+            "prior": PromptGuide(program, lm, prompt=asked_to_reply(lm)),
+            "zero-shot": PromptGuide(program, lm),
+            "guide": guide,
+        },
         train,
         list(TALKS),
         lambda query, posterior: np.ones(posterior.num_samples, dtype=bool),

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from application_programs import INTENTS, TALKS
+from application_programs import INTENTS, TALKS, asked_to_reply
 from measure import machine, nothing, table
 from pyro import poutine
 from pyro.infer import Trace_ELBO
@@ -104,17 +104,7 @@ def scores(probabilities: np.ndarray, messages: list[tuple[str, int]], bins: int
 
 def replies(lm: LM, samples: int, wanted: int = 8) -> list[list[Any]]:
     program = dialogue(lm, INTENTS, max_tokens=20)
-    told: dict[str, Any] = {
-        "intent": lambda message: [message],
-        "style": lambda: ["My answers are"],
-        "reply": lambda message, style: lm.chat(
-            [
-                {"role": "system", "content": "You answer customers of a shop, in one sentence."},
-                {"role": "user", "content": message},
-            ]
-        ),
-    }
-    guide = PromptGuide(program, lm, prompt=told)
+    guide = PromptGuide(program, lm, prompt=asked_to_reply(lm))
     makers = {
         "posterior": lambda: lambda *args: importance(program, guide, samples, progress=False)(*args).resample(wanted),
         "nucleus, top 0.9": lambda: decode(program, guide, "nucleus", wanted, top_p=0.9, progress=False),
