@@ -47,6 +47,8 @@ def test_completion_is_prior_suffix_and_tests() -> None:
     log_joint = law.log_prob(texts) + likelihood + tests
     assert posterior.log_evidence == pytest.approx(float(log_joint.logsumexp(0)), abs=1e-5)
     assert "11" in posterior.decode("got_1")
+    spaced = exact_posterior(program)(prefix, suffix, " 11", "22\n")
+    assert spaced.log_evidence == posterior.log_evidence, "the space around an output does not count"
     best = posterior.top("body", 1)[0][0]
     assert run(prefix + best + suffix, "f(2)") == "22"
 
