@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 import pyro.distributions as dist
 import torch
-from pyro import poutine
-from pyro.infer.autoguide import AutoNormal
 
 from llmppl import LM, Grammar, fit, simulate
 from llmppl.guides import AutoregressiveGuide, PromptGuide, SteeredGuide
 from llmppl.models import completion, dialogue, evaluate, formula, plan, record, run, shortest_plans, walk
-from llmppl.models.formula import points_listed, unexplained
+from llmppl.models.formula import BY_LIKELIHOOD, noise_given, points_listed, unexplained
 from llmppl.models.plan import goal_told, maze_and_goal, toward_goal
 from llmppl.models.record import field as field_of
 from llmppl.models.record import fields_told
@@ -295,13 +293,12 @@ def data(lm: LM, steps: int) -> Application:
     """A formula and its noise for five points; all formulas, in all their spellings, are enumerated."""
     source = random.Random(1)
     grammar, prompt = Grammar.regex(SMALL), " y ="
-    program = formula(lm, prompt=prompt, grammar=grammar, max_tokens=12)
+    program = formula(lm, prompt=prompt, grammar=grammar)
 
-    def others() -> Any:
-        return AutoNormal(poutine.block(program, hide=["formula"]), init_scale=0.4)
-
+    others = noise_given(lm)
     told = {"formula": points_listed(lm, len(POINTS))}
-    guide = SteeredGuide(program, lm, {"formula": unexplained(POINTS.tolist())}, told, others=others(), seed=0)
+    features, start = {"formula": unexplained(POINTS.tolist(), signs="-+*")}, {"formula": BY_LIKELIHOOD}
+    guide, untrained = (SteeredGuide(program, lm, features, told, others=others, start=start, seed=0) for _ in range(2))
 
     def asked(x: Any, y: Any) -> list[Any]:
         return [
@@ -312,13 +309,12 @@ def data(lm: LM, steps: int) -> Application:
     held_out, rows = ([(POINTS, data_set(source)) for _ in range(count)] for count in (16, 200))
 
     def train() -> float:
-        # Balance on data this far from the prior is a loss of 10^4 nats^2 now and then; asleep none is.
         return timed(
-            lambda: fit(program, guide, rows, WakeSleep(8, insomnia=0.0), steps, 2, learning_rate=3e-2,
+            lambda: fit(program, guide, rows, WakeSleep(8, insomnia=1.0), steps, 2, learning_rate=1e-2,
                         schedule="cosine", seed=0, progress=False)
         )  # fmt: skip
 
-    law = lm(prompt, grammar=grammar, max_tokens=12)
+    law = lm(prompt, grammar=grammar, max_tokens=16)
     known: dict[str, Any] = {}
 
     def joint(query: Query) -> torch.Tensor:
@@ -354,8 +350,9 @@ def data(lm: LM, steps: int) -> Application:
         "explained data",
         program,
         {
-            "prior": PromptGuide(program, lm, prompt={"formula": lambda: [prompt]}, others=others()),
-            "zero-shot": PromptGuide(program, lm, prompt={"formula": asked}, others=others()),
+            "prior": PromptGuide(program, lm, prompt={"formula": lambda: [prompt]}, others=others),
+            "zero-shot": PromptGuide(program, lm, prompt={"formula": asked}, others=others),
+            "steered, untrained": untrained,
             "guide": guide,
         },
         train,
@@ -373,4 +370,4 @@ APPLICATIONS: dict[str, Callable[[LM, int], Application]] = {
     "dialogue": talks,
     "data": data,
 }
-STEPS = {"formats": 32, "code": 60, "plans": 160, "dialogue": 16, "data": 80}
+STEPS = {"formats": 32, "code": 60, "plans": 160, "dialogue": 16, "data": 40}

@@ -10,7 +10,7 @@ from torch import Tensor
 from llmppl.distributions.autoregressive_text import AutoregressiveText
 from llmppl.distributions.conditioned_text import ConditionedText
 from llmppl.guides.adapter_guide import AdapterGuide
-from llmppl.guides.text_guide import Prompt, TextGuide, program_name
+from llmppl.guides.text_guide import Others, Prompt, TextGuide, program_name
 from llmppl.language_model import LM
 from llmppl.programs.structure import Program
 
@@ -56,7 +56,7 @@ class AutoregressiveGuide(AdapterGuide):
         model: Program,
         lm: LM,
         prompt: Mapping[str, Prompt] | None = None,
-        others: Program | None = None,
+        others: Others | None = None,
         rank: int = 16,
         alpha: float | None = None,
         target_modules: list[str] | None = None,

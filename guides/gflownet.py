@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llmppl.distributions.parameter_store import register_module
 from llmppl.guides.autoregressive import AutoregressiveGuide
-from llmppl.guides.text_guide import Prompt
+from llmppl.guides.text_guide import Others, Prompt
 from llmppl.language_model import LM
 from llmppl.network.text_tensors import pad_rows, unpad_rows
 from llmppl.programs.structure import Program, structure, text_sites
@@ -30,7 +30,7 @@ class GFlowNetGuide(AutoregressiveGuide):
         model: Program,
         lm: LM,
         prompt: Mapping[str, Prompt] | None = None,
-        others: Program | None = None,
+        others: Others | None = None,
         rank: int = 16,
         alpha: float | None = None,
         target_modules: list[str] | None = None,

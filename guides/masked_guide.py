@@ -10,7 +10,7 @@ from llmppl.distributions.conditioned_text import ConditionedText
 from llmppl.distributions.parameter_store import register_module
 from llmppl.distributions.process_text import ProcessText
 from llmppl.guides.saved_guide import SavedGuide
-from llmppl.guides.text_guide import Prompt, program_name
+from llmppl.guides.text_guide import Others, Prompt, program_name
 from llmppl.language_model import LM
 from llmppl.masked_lm import MaskedLM
 from llmppl.programs.structure import Program
@@ -33,7 +33,7 @@ class NetworkGuide(SavedGuide):
         model: Program,
         lm: LM,
         prompt: Mapping[str, Prompt] | None = None,
-        others: Program | None = None,
+        others: Others | None = None,
         network: MaskedLM | None = None,
         max_tokens: int = 32,
         rank: int = 16,

@@ -16,7 +16,7 @@ from llmppl.distributions.masked_text import MaskedText
 from llmppl.distributions.process_text import ProcessText
 from llmppl.distributions.refined_text import RefinedText, Refinement
 from llmppl.guides.masked_guide import NetworkGuide, check_filled
-from llmppl.guides.text_guide import Prompt, _Proposer
+from llmppl.guides.text_guide import Others, Prompt, _Proposer
 from llmppl.language_model import LM
 from llmppl.masked_lm import MaskedLM, refuse_truncation
 from llmppl.network.unmasking import Plan, check_count
@@ -101,7 +101,7 @@ class RefinementGuide(NetworkGuide):
         steps: int | None = None,
         order: str = "confidence",
         prompt: Mapping[str, Prompt] | None = None,
-        others: Program | None = None,
+        others: Others | None = None,
         network: MaskedLM | None = None,
         tokens_per_step: int | Sequence[int] | None = None,
         num_orders: int = 1,

@@ -16,7 +16,7 @@ from llmppl.distributions.factorised_text import FactorisedText
 from llmppl.distributions.parameter_store import register_module
 from llmppl.distributions.process_text import ProcessText
 from llmppl.guides.direct import DirectGuide
-from llmppl.guides.text_guide import Prompt, TextGuide
+from llmppl.guides.text_guide import Others, Prompt, TextGuide
 from llmppl.language_model import LM
 from llmppl.masked_lm import MaskedLM
 from llmppl.network.unmasking import check_count
@@ -77,7 +77,7 @@ class SemiAmortizedGuide(DirectGuide):
         num_draws: int = 4,
         hidden: int = 16,
         prompt: Mapping[str, Prompt] | None = None,
-        others: Program | None = None,
+        others: Others | None = None,
         network: MaskedLM | None = None,
         max_tokens: int = 32,
         rank: int = 16,
@@ -302,7 +302,7 @@ class InstanceGuide(TextGuide):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         logits: Mapping[str, Tensor],
-        others: Program | None = None,
+        others: Others | None = None,
     ) -> None:
         super().__init__(model, lm, others=others)
         self._observation = _observation(args, kwargs)

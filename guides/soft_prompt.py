@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmppl.distributions.conditioned_text import ConditionedText
 from llmppl.guides.adapter_guide import AdapterGuide
-from llmppl.guides.text_guide import Prompt
+from llmppl.guides.text_guide import Others, Prompt
 from llmppl.language_model import LM
 from llmppl.network.text_tensors import lengths
 from llmppl.programs.structure import Program
@@ -48,7 +48,7 @@ class SoftPromptGuide(AdapterGuide):
         model: Program,
         lm: LM,
         prompt: Mapping[str, Prompt] | None = None,
-        others: Program | None = None,
+        others: Others | None = None,
         num_virtual_tokens: int = 20,
         initial_text: str | None = None,
         adapter: str | None = None,

@@ -9,9 +9,9 @@ from torch import nn
 
 from llmppl.distributions.autoregressive_text import AutoregressiveText
 from llmppl.distributions.conditioned_text import ConditionedText
-from llmppl.distributions.state_twist import Features, StateTwist
+from llmppl.distributions.state_twist import Features, Start, StateTwist
 from llmppl.distributions.twisted_text import TwistedText
-from llmppl.guides.text_guide import Prompt, _expanded, _Proposer
+from llmppl.guides.text_guide import Others, Prompt, _Proposer
 from llmppl.guides.twisted_guide import TwistedGuide
 from llmppl.language_model import LM
 from llmppl.programs.structure import Program, Site
@@ -33,9 +33,8 @@ class _Steered(_Proposer):
                 f"site {name!r} is a {type(prior).__name__}, which is not written token by token. Leave its features "
                 "out."
             )
-        latents = {**self.computed, **self.given, **self.proposed}
-        pieces = self.telling.pieces(name, guide.told[name], latents, str)
-        told = _expanded(name, prior, guide.lm.context(*pieces)[..., len(guide.lm.codec.start) :])
+        pieces = self.telling.pieces(name, guide.told[name], self._latents(), str)
+        told = self._expanded(name, prior, guide.lm.context(*pieces)[..., len(guide.lm.codec.start) :], msg)
         twist: Any = guide.twist[name]
         return TwistedText(guide.lm.base, context, prior.law, told, twist, prior.adapter, prior._validate_args)
 
@@ -66,6 +65,9 @@ class SteeredGuide(TwistedGuide):
         ``prompt``.
     :param hidden: width of each twist's hidden layer.
     :param seed: of its initial weights; drawn from torch's generator by default.
+    :param start: by site, what a feature counts before any training, nats: two sequences of a number a feature, of
+        texts that go on and of texts that end. Zeros by default: the prior. Where a feature is nats of a likelihood, or
+        of the best that may come, −1 makes a proposal that needs little training.
     :raises ValueError: a site with features and nothing told, or told something without features; more than 256 tokens
         that may come next.
 
@@ -81,17 +83,22 @@ class SteeredGuide(TwistedGuide):
         features: Mapping[str, Features],
         told: Mapping[str, Prompt],
         prompt: Mapping[str, Prompt] | None = None,
-        others: Program | None = None,
+        others: Others | None = None,
         hidden: int = 32,
         seed: int | None = None,
+        start: Mapping[str, Start] | None = None,
     ) -> None:
         if not features or set(features) != set(told):
             raise ValueError(
                 f"features are of the sites {sorted(features)} and told of {sorted(told)}. Give both for each site."
             )
 
+        starts = dict(start or {})
+        if unknown := set(starts) - set(features):
+            raise ValueError(f"start= names {sorted(unknown)}, but features are of the sites {sorted(features)}.")
+
         def twists() -> nn.Module:
-            return nn.ModuleDict({name: StateTwist(own, hidden) for name, own in features.items()})
+            return nn.ModuleDict({name: StateTwist(own, hidden, starts.get(name)) for name, own in features.items()})
 
         super().__init__(model, lm, prompt, others, hidden, seed, twists)
         self.told = checked_prompts(told)

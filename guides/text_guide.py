@@ -24,13 +24,16 @@ from llmppl.programs.structure import (
     is_latent,
     is_observation,
     is_text,
+    plate_nesting,
     signature,
     structure,
 )
-from llmppl.text.prompts import Framework, Telling, checked_prompts, wrong_batch
+from llmppl.text.prompts import Framework, Telling, check_plates, checked_others, checked_prompts, wrong_batch
 from llmppl.text.relations import Relations
 
 Prompt = Callable[..., Sequence[Piece]]
+Others = Program | Mapping[str, Callable[..., Any]]
+"""A guide for other sites, or by site a function that returns its proposal."""
 
 
 class TextGuide(nn.Module):
@@ -55,7 +58,9 @@ class TextGuide(nn.Module):
         by ``lm.encode``. An argument that an observation is made from otherwise is refused: ask for the site. Which
         it is, runs of the program with other values of the argument show, once for each kind of call.
     :param others: a guide for the program's other latent sites, e.g. an AutoGuide of
-        ``poutine.block(model, hide=[...])``. Those sites are sampled first.
+        ``poutine.block(model, hide=[...])``. Those sites are sampled first. Or a mapping: by site, a function that
+        returns the distribution to propose there, with parameters by name as of ``prompt``. Those sites are sampled
+        in program order, and may be told texts before them: ``{"noise": lambda y, formula: LogNormal(...)}``.
     """
 
     exactness = "marginal"
@@ -72,14 +77,14 @@ class TextGuide(nn.Module):
         model: Program,
         lm: LM,
         prompt: Mapping[str, Prompt] | None = None,
-        others: Program | None = None,
+        others: Others | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(lm, LM):
             raise TypeError(f"lm must be an llmppl.LM, got {type(lm).__name__}. Use LM(model, tokenizer).")
         # Not registered as submodules: the frozen transformer is none of the guide's parameters.
         self._program = (model, lm)
-        self.prompt = checked_prompts(prompt)
+        self.prompt, self.proposals = checked_prompts(prompt), checked_others(others)
         self.others = others
         self._relations = Relations()
 
@@ -131,7 +136,7 @@ class TextGuide(nn.Module):
     def _draw_others(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The sites of ``others``."""
         given: dict[str, Any] = {}
-        if self.others is not None:
+        if callable(self.others):
             with _Recorder(given):
                 self.others(*args, **kwargs)
         return given
@@ -182,12 +187,16 @@ class _Proposer(Messenger):
         self.guide, self.given, self.proposed = guide, given, dict[str, Tensor]()
         self.observations, self.computed = observations, dict[str, Any]()
 
-        def dry(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Site]:
+        def traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> poutine.Trace:
             with poutine.block(), poutine.condition(data=given):
-                return dict(structure(guide.model, args, kwargs).nodes)
+                return structure(guide.model, args, kwargs)
 
-        sites = dry(args, kwargs)
-        observed = _PYRO.observed_sites(sites, given, guide.prompt)
+        def dry(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Site]:
+            return dict(traced(args, kwargs).nodes)
+
+        trace = traced(args, kwargs)
+        sites, self.nesting = dict(trace.nodes), plate_nesting(trace)
+        observed = _PYRO.observed_sites(sites, given, guide.prompt, guide.proposals)
         told = {name: observations.get(name, site["value"]) for name, site in observed.items()}
         self.observed = {name: (told[name], site) for name, site in observed.items() if is_text(site)}
         self.places = list(sites)
@@ -216,6 +225,9 @@ class _Proposer(Messenger):
                 msg["value"], msg["done"] = any_text(msg["fn"]), True
             msg["stop"] = True
             return
+        if name in self.guide.proposals:
+            msg["fn"] = self.telling.proposal(name, self.guide.proposals[name], self._latents())
+            return
         msg["fn"] = self._proposal(name, msg["fn"], msg)
         msg["fn"].site = name
 
@@ -225,8 +237,13 @@ class _Proposer(Messenger):
         return self.guide.distribution(name, prior, self._context(name, prior, msg))
 
     def _pyro_post_sample(self, msg: Site) -> None:
-        if is_latent(msg) and msg["name"] not in self.given and is_text(msg):
-            self.proposed[msg["name"]] = msg["value"]
+        name = msg["name"]
+        if is_latent(msg) and name not in self.given and (is_text(msg) or name in self.guide.proposals):
+            self.proposed[name] = msg["value"]
+
+    def _latents(self) -> dict[str, Any]:
+        """What has been sampled or computed before, by site."""
+        return {**self.computed, **self.given, **self.proposed}
 
     def _context(self, name: str, prior: ConditionedText, msg: Site) -> Tensor:
         if name in self.guide.prompt:
@@ -240,7 +257,7 @@ class _Proposer(Messenger):
         else:
             told = [_rows_of(value, site, msg) for value, site in self.observed.values()]
             context = self._before(prior, told)
-        return _expanded(name, prior, context)
+        return self._expanded(name, prior, context, msg)
 
     def _both_sides(self, name: str, prior: ConditionedText, msg: Site) -> tuple[Tensor, Tensor]:
         if name in self.guide.prompt:
@@ -253,7 +270,19 @@ class _Proposer(Messenger):
             left = self._before(prior, before)
             own = getattr(prior, "right", left[..., :0])  # what a masked prior is told itself
             right = self.guide.lm.both_sides(left, ..., left_aligned(own), *behind)[1] if behind else own
-        return _expanded(name, prior, left), _expanded(name, prior, right)
+        return self._expanded(name, prior, left, msg), self._expanded(name, prior, right, msg)
+
+    def _expanded(self, name: str, prior: ConditionedText, context: Tensor, msg: Site) -> Tensor:
+        """A context in the batch shape of its site.
+
+        :raises ValueError: it has another, or rows where the site is in no plate.
+        """
+        try:
+            shape = torch.broadcast_shapes(context.shape[:-1], prior.batch_shape)
+        except RuntimeError:
+            raise wrong_batch(name, tuple(context.shape[:-1]), tuple(prior.batch_shape)) from None
+        check_plates(name, tuple(context.shape[:-1]), tuple(prior.batch_shape), self.nesting, _plate_dims(msg))
+        return context.expand(shape + context.shape[-1:])
 
     def _before(self, prior: ConditionedText, told: list[Tensor]) -> Tensor:
         """Observed texts, then the prior's own context."""
@@ -264,8 +293,7 @@ class _Proposer(Messenger):
         return lm.context(*told, left_aligned(prior.context[..., len(lm.codec.start) :]))
 
     def _call_prompt(self, name: str) -> list[Piece]:
-        latents = {**self.computed, **self.given, **self.proposed}
-        return self.telling.pieces(name, self.guide.prompt[name], latents, _shown)
+        return self.telling.pieces(name, self.guide.prompt[name], self._latents(), _shown)
 
 
 def _shown(value: Any) -> str | None:
@@ -273,16 +301,8 @@ def _shown(value: Any) -> str | None:
     return None if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
-def _expanded(name: str, prior: ConditionedText, context: Tensor) -> Tensor:
-    """A context in the batch shape of its site.
-
-    :raises ValueError: it has another.
-    """
-    try:
-        shape = torch.broadcast_shapes(context.shape[:-1], prior.batch_shape)
-    except RuntimeError:
-        raise wrong_batch(name, tuple(context.shape[:-1]), tuple(prior.batch_shape)) from None
-    return context.expand(shape + context.shape[-1:])
+def _plate_dims(site: Site) -> set[int]:
+    return {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized and frame.dim is not None}
 
 
 def _is_enumerated(site: Site) -> bool:
@@ -296,7 +316,7 @@ _PYRO = Framework(is_latent, is_text, _is_enumerated, is_observation, "poutine",
 def _rows_of(value: Tensor, site: Site, latent: Site) -> Tensor:
     """An observed text as a latent site is told it: rows of plates that do not contain the latent
     follow one another in one text."""
-    own = {f.dim for f in latent["cond_indep_stack"] if f.vectorized}
+    own = _plate_dims(latent)
     foreign = sorted(f.dim for f in site["cond_indep_stack"] if f.vectorized and f.dim not in own and f.dim is not None)
     for dim in foreign:
         # Counted with the token dimension behind; absent where the value does not vary along it.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llmppl.distributions.parameter_store import register_module
 from llmppl.distributions.twisted_text import Twist
 from llmppl.guides.saved_guide import SavedGuide
-from llmppl.guides.text_guide import Prompt, _Proposer, program_name
+from llmppl.guides.text_guide import Others, Prompt, _Proposer, program_name
 from llmppl.language_model import LM
 from llmppl.programs.structure import Program
 
@@ -37,7 +37,7 @@ class TwistedGuide(SavedGuide):
         model: Program,
         lm: LM,
         prompt: Mapping[str, Prompt] | None,
-        others: Program | None,
+        others: Others | None,
         hidden: int,
         seed: int | None,
         make: Callable[[], nn.Module],

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from llmppl.distributions.autoregressive_text import AutoregressiveText
 from llmppl.distributions.conditioned_text import ConditionedText
 from llmppl.distributions.twisted_text import TwistedText, WordTwist
-from llmppl.guides.text_guide import Prompt, _Proposer, _rows_of
+from llmppl.guides.text_guide import Others, Prompt, _Proposer, _rows_of
 from llmppl.guides.twisted_guide import TwistedGuide
 from llmppl.language_model import LM
 from llmppl.programs.structure import Program, Site
@@ -60,7 +60,7 @@ class WordGuide(TwistedGuide):
         lm: LM,
         word: str = "keyword",
         prompt: Mapping[str, Prompt] | None = None,
-        others: Program | None = None,
+        others: Others | None = None,
         hidden: int = 64,
         seed: int | None = None,
     ) -> None:

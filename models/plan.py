@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from llmppl.models.primitives import Maker, kept_number
@@ -153,20 +154,66 @@ def toward_goal(told: str, moves: str) -> list[float]:
         return [0.0] * 6
     maze, goal = told.rsplit("\n", 1)
     rows = _rows(maze)
-    width, place = len(rows[0]), _start(rows)
+    width = len(rows[0])
 
     def distance(there: tuple[int, int]) -> int:
         return abs(there[0] - int(goal) // width) + abs(there[1] - int(goal) % width)
 
-    seen = [place]
-    for word in re.findall(r"[a-z]+", moves.lower()):
-        if word in MOVES:
-            place = _moved(rows, place, word)
-            seen.append(place)
+    seen = _places(rows, moves)
+    place = seen[-1]
     far = distance(place)
     nearer = sum(distance(_moved(rows, place, word)) < far for word in MOVES)
     idle, again = len(seen) > 1 and seen[-2] == place, place in seen[:-2]
     return [far / 4, float(far == 0), float(idle), float(again), float(nearer == 0 and far > 0), nearer / 2]
+
+
+def on_the_way(told: str, moves: str) -> list[float]:
+    """Where moves have led, seen from the goal by somebody with a map, as ``features={"plan": on_the_way}`` of a
+    :class:`~llmppl.guides.SteeredGuide`.
+
+    Four numbers: the fewest moves that are left, by breadth-first search (in fours, two and a half where there is no
+    way); whether the goal is reached; whether the last move went nowhere, or where the robot has been before.
+    """
+    if not told:
+        return [0.0] * 4
+    maze, goal = told.rsplit("\n", 1)
+    rows = _rows(maze)
+    seen = _places(rows, moves)
+    place = seen[-1]
+    far = _moves_left(maze, int(goal)).get(place, 10)
+    idle, again = len(seen) > 1 and seen[-2] == place, place in seen[:-2]
+    return [min(far, 10) / 4, float(far == 0), float(idle), float(again)]
+
+
+def _places(rows: list[str], moves: str) -> list[tuple[int, int]]:
+    """Where a robot has been. A last word that is half written counts: its first letter says which it is."""
+    place = _start(rows)
+    seen = [place]
+    *words, last = re.findall(r"[a-z]+", moves.lower()) or [""]
+    for word in [*words, next((word for word in MOVES if last and word.startswith(last)), last)]:
+        if word in MOVES:
+            place = _moved(rows, place, word)
+            seen.append(place)
+    return seen
+
+
+@lru_cache(1000)
+def _moves_left(maze: str, goal: int) -> dict[tuple[int, int], int]:
+    """The fewest moves from each cell to the goal, of those from which there is a way."""
+    rows = _rows(maze)
+    target = divmod(goal, len(rows[0]))
+    if rows[target[0]][target[1]] == WALL:
+        return {}
+    left, waiting = {target: 0}, deque([target])
+    while waiting:
+        place = waiting.popleft()
+        for row, column in MOVES.values():
+            there = (place[0] + row, place[1] + column)
+            inside = 0 <= there[0] < len(rows) and 0 <= there[1] < len(rows[0])
+            if inside and rows[there[0]][there[1]] != WALL and there not in left:
+                left[there] = left[place] + 1
+                waiting.append(there)
+    return left
 
 
 def _rows(maze: str) -> list[str]:

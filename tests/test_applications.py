@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from llmppl import LM, Grammar, exact_posterior, fit, importance
 from llmppl.guides import AutoregressiveGuide, PromptGuide
 from llmppl.inference.simulated_pairs import score_given
 from llmppl.models import completion, evaluate, formula, run
-from llmppl.models.formula import points_listed, points_told, unexplained
+from llmppl.models.formula import OPERANDS, noise_given, points_listed, points_told, unexplained
 from llmppl.objectives import TrajectoryBalance, WakeSleep
 
 # --- code ----------------------------------------------------------------------------------------
@@ -228,19 +229,56 @@ def test_an_autoguide_beside_the_text_learns_asleep(kind: Any) -> None:
 
 
 def test_what_half_a_formula_leaves_unexplained() -> None:
-    features = unexplained([-1.0, 0.0, 1.0, 2.0, 3.0])
-    y = "-2.00 0.00 2.00 4.00 6.00"
-    own, best, least = features(y, " 2 * x")
-    assert own == best == least == pytest.approx(math.log(0.1) / 3)
-    assert features(y, " 2 *") == pytest.approx([math.log(1e3) / 3, math.log(0.1) / 3, math.log(0.1) / 3])
-    assert features(y, " sin(") == features(y, " sin") == features(y, " sin(x)")
-    assert features(y, "")[1] > features(y, " 2")[1], "one operand explains less than two"
-    assert features("", " x") == [0.0, 0.0, 0.0]
+    x = [-1.0, 0.0, 1.0, 2.0, 3.0]
+    features, y = unexplained(x), "-2.00 0.00 2.00 4.00 6.00"
+    grid = torch.linspace(1e-3, 100.0, 1_000_000, dtype=torch.float64)
+    of_noise = torch.distributions.LogNormal(math.log(0.3), 0.5).log_prob(grid)
+
+    def cost(form: str) -> float:
+        squares = sum((float(own) - evaluate(form, place)) ** 2 for own, place in zip(y.split(), x, strict=True))
+        log_likelihood = -0.5 * squares / grid**2 - 5 * grid.log() - 2.5 * math.log(2 * math.pi)
+        return -float((log_likelihood + of_noise).logsumexp(0)) - math.log(float(grid[1] - grid[0]))
+
+    best = pytest.approx(cost("2 * x"), abs=0.02)
+    assert features(y, " 2 * x") == [best, best], "−log p(y | formula)"
+    assert features(y, " x")[0] == pytest.approx(cost("x"), abs=0.02)
+    assert features(y, " x")[1] == features(y, "")[1] == features(y, " 2 *")[1] == best, "x + x, 2 * x"
+    assert features(y, " 2 *")[0] == 24.0, "no formula yet"
+    assert features(y, " 5 -") == [24.0, pytest.approx(min(cost(f"5 - {one}") for one in OPERANDS), abs=0.02)]
+    for half in (" s", " si", " sin", " sin(", " sin(x"):
+        assert features(y, half) == [24.0, features(y, " sin(x)")[1]], "what it may become"
+    assert features(y, " 2 * ") == [24.0, pytest.approx(min(24.0, cost("2 * x") + 8, cost("2 * 1")), abs=0.02)]
+    assert unexplained(x, signs="-")(y, " 2")[1] > features(y, " 2")[1]
+    assert features("", " x") == [0.0, 0.0]
     lm = character_lm("0123456789.- ")
-    assert lm.decode(lm.context(*points_listed(lm, 2)(torch.tensor([[1.0, -2.5], [0.0, 3.0]])))) == [
-        "1.00 -2.50",
-        "0.00 3.00",
-    ]
+    told = lm.context(*points_listed(lm, 2)(torch.tensor([[1.0, -2.5], [0.0, 3.0]])))
+    assert told.shape[:-1] == (2, 1), "a row for each of two simulations, outside the plate of the points"
+    assert [lm.decode(row) for row in told[:, 0]] == ["1.00 -2.50", "0.00 3.00"]
+
+
+@pytest.mark.parametrize(("form", "slope"), [("x", 1.0), ("x", 4.0), ("exp(x)", 1.0)])
+def test_noise_is_proposed_by_what_a_formula_leaves(form: str, slope: float) -> None:
+    """Of one formula, that fits or not, log Ẑ is the integral over the noise, and most draws count."""
+    lm = character_lm("The data follow the formula y =ep()x.", ".")
+    program = formula(lm, grammar=Grammar.regex(re.escape(form)), max_tokens=8)
+    x = torch.linspace(-1, 2, 5)
+    y = slope * x + 0.1 * torch.tensor([1.0, -1.0, 0.5, 0.0, -0.5])
+    guide = PromptGuide(program, lm, others=noise_given(lm))
+    pyro.set_rng_seed(0)
+    posterior = importance(program, guide, 400, progress=False)(x, y)
+    given = poutine.condition(program, data={"noise": torch.tensor(0.5)})
+    text = exact_posterior(given)(x, y)
+    mean = torch.tensor([evaluate(form, float(v)) for v in x])
+
+    def at(noise: Any) -> Any:
+        likelihood = torch.distributions.Normal(mean, noise[..., None]).log_prob(y).sum(-1)
+        return torch.distributions.LogNormal(math.log(0.3), 0.5).log_prob(noise) + likelihood
+
+    grid = torch.linspace(0.005, 12.0, 8000, dtype=torch.float64)
+    of_text = text.log_evidence - float(at(torch.tensor(0.5)))
+    exact = of_text + float(at(grid).logsumexp(0)) + math.log(float(grid[1] - grid[0]))
+    assert posterior.log_evidence == pytest.approx(exact, abs=4 * posterior.log_evidence_error)
+    assert posterior.ess > 0.85 * 400
 
 
 def test_numpyro_has_the_same_evidence_of_code_and_formulas(tmp_path: Path) -> None:

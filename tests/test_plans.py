@@ -13,7 +13,7 @@ from conftest import character_lm
 from llmppl import LM, exact_posterior, fit, importance
 from llmppl.guides import AutoregressiveGuide, PromptGuide, SteeredGuide
 from llmppl.models import plan, shortest_plans, walk
-from llmppl.models.plan import goal_told, maze_and_goal, toward_goal
+from llmppl.models.plan import goal_told, maze_and_goal, on_the_way, toward_goal
 from llmppl.objectives import WakeSleep
 
 CORNER = "S..\n.#.\n..."
@@ -120,6 +120,20 @@ def test_numpyro_has_the_same_evidence(tmp_path: Path) -> None:
     assert theirs == pytest.approx(ours, abs=1e-3)
 
 
+def test_a_map_says_how_many_moves_are_left() -> None:
+    left, again = 0, 3
+    maze = "S#.\n.#.\n...\n2"
+    assert on_the_way(maze, "") == [6 / 4, 0.0, 0.0, 0.0], "round the wall, where two are as the crow flies"
+    assert on_the_way(maze, " down")[left] == 5 / 4
+    assert on_the_way(maze, " right") == [6 / 4, 0.0, 1.0, 0.0], "into the wall"
+    assert on_the_way(maze, " down up")[again] == 1.0
+    assert on_the_way(maze, " down down right right up u") == [0.0, 1.0, 0.0, 0.0], "half a word counts"
+    assert on_the_way("S#.\n2", "")[left] == 10 / 4, "no way"
+    for n in range(9):
+        plans = shortest_plans(maze[:-2], n, 1)
+        assert on_the_way(f"{maze[:-1]}{n}", "")[left] == (len(plans[0].split()) if plans else 10) / 4
+
+
 def test_features_say_where_moves_have_led() -> None:
     far, there, idle, again, stuck, nearer = range(6)
     maze = "S.#\n...\n2"
@@ -127,7 +141,8 @@ def test_features_say_where_moves_have_led() -> None:
     assert toward_goal(maze, " right")[stuck] == 1.0, "a wall before the goal"
     assert toward_goal(maze, " right right")[idle] == 1.0
     assert toward_goal(maze, " down up")[again] == 1.0
-    assert toward_goal(maze, " down ri") == toward_goal(maze, " down"), "half a word is none"
+    assert toward_goal(maze, " down ri") == toward_goal(maze, " down right"), "its first letter says which word it is"
+    assert toward_goal(maze, " down x") == toward_goal(maze, " down"), "no beginning of a move is none"
     assert toward_goal(maze, " down right right up")[far] == 0.25
     assert toward_goal("S..\n...\n2", " right right")[there] == 1.0
     assert toward_goal(maze, " down")[nearer] == 1.0

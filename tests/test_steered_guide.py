@@ -74,6 +74,41 @@ def test_the_steered_law_sums_to_one_and_is_the_formula(letters: LM) -> None:
             assert float(found) == pytest.approx(expected, abs=1e-9)
 
 
+def test_features_that_count_from_the_start(letters: LM) -> None:
+    """Before any training a law is the prior's with the given coefficients, apart for texts that end, and anew after a
+    reset."""
+    twist = StateTwist(counted, 4, ((0.5, 0.0), (-1.0, 2.0))).double()
+    prior = letters(["m"], grammar=GOALS, max_tokens=4)
+    for again in (False, True):
+        if again:
+            with torch.no_grad():
+                twist.linear.weight.zero_()
+            twist.reset_parameters()
+        fn = TwistedText(letters, prior.context, prior.law, letters.encode(["a"]), twist)
+        first, after = (fn.log_prob(letters.encode([text]))[0].detach() for text in ("a.", "b."))
+        laws = {}
+        for begun in ("a", "b"):
+            context = torch.cat([letters.encode("m"), letters.encode(begun)])
+            law = letters(context, max_tokens=1).log_prob(letters.encode(["a", "b", "."]))
+            laws[begun] = [float(p) for p in law.log_softmax(-1).detach()]
+        begins = letters("m", max_tokens=1).log_prob(letters.encode(["a", "b"])).log_softmax(-1).detach()
+        begins = torch.tensor([float(begins[0]) + 0.5, float(begins[1])]).log_softmax(-1)
+        ends = {
+            "a": torch.tensor([laws["a"][0] + 1.0, laws["a"][1] + 0.5, laws["a"][2] - 1.0 + 2.0]).log_softmax(-1)[2],
+            "b": torch.tensor([laws["b"][0] + 0.5, laws["b"][1], laws["b"][2]]).log_softmax(-1)[2],
+        }
+        assert float(first) == pytest.approx(float(begins[0] + ends["a"]), abs=1e-5)
+        assert float(after) == pytest.approx(float(begins[1] + ends["b"]), abs=1e-5)
+    with pytest.raises(ValueError, match="must be two sequences of 2 numbers"):
+        StateTwist(counted, 4, ((1.0,), (1.0,)))
+    program = letters_counted(letters)
+    with pytest.raises(ValueError, match=r"start= names \['txt'\]"):
+        SteeredGuide(program, letters, {"text": counted}, {"text": lambda: ["a"]}, start={"txt": ((0, 0), (0, 0))})
+    told = {"text": lambda: ["a"]}
+    started = SteeredGuide(program, letters, {"text": counted}, told, start={"text": ((0.5, 0.0), (-1.0, 2.0))})
+    assert started.twist["text"].linear.weight[0, :4].tolist() == [0.5, 0.0, -1.0, 2.0]
+
+
 def test_steered_draws_follow_the_law_and_are_recorded(letters: LM) -> None:
     fn = twisted(letters, ["a", "b"])
     pyro.set_rng_seed(1)

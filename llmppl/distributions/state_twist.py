@@ -19,8 +19,14 @@ from llmppl.text import PAD
 Features = Callable[[str, str], Sequence[float]]
 """From what a row is told, and a text so far, to a few numbers of one length."""
 
+Start = tuple[Sequence[float], Sequence[float]]
+"""What features count at first: of texts that go on, and of texts that end."""
+
 Found = tuple[Tensor, Tensor, Tensor]
 """The tokens that may come next, their log-probabilities by the language model, and what the twist sees of them."""
+
+LARGE = 3.0
+"""What the hidden layer sees numbers as, at most."""
 
 MOST_TOKENS = 256
 """Tokens that may come next, at most: each asks the function once."""
@@ -35,20 +41,28 @@ class StateTwist(Twist):
     ``f`` says where a text has come to: what a half-written plan has reached, what a formula leaves unexplained. A
     network of one hidden layer beside a linear map sees these numbers, apart for a text that goes on and for one that
     token ``v`` ends, the share of ``max_tokens`` that is used, and the log-probability that the language model gives to
-    ``v``. It starts at zero: the language model's own law.
+    ``v``. It starts at zero, the language model's own law, or at coefficients that are given.
 
     :param features: ``f(told, text)``, numbers of about unit size. The text is without the token that ends a grammar.
     :param hidden: width of the hidden layer.
+    :param start: coefficients to start from, nats: of texts that go on, and of those that end, a number a feature each.
+    :raises ValueError: other numbers of coefficients.
     """
 
     goal = "a state"
     most_read = 5_000
 
-    def __init__(self, features: Features, hidden: int = 32) -> None:
+    def __init__(self, features: Features, hidden: int = 32, start: Start | None = None) -> None:
         super().__init__()
         self.features, self.hidden = features, hidden
         self._known: OrderedDict[tuple[str, str], list[float]] = OrderedDict()
         self.count = len(features("", ""))
+        self.start = None if start is None else tuple(tuple(map(float, part)) for part in start)
+        if self.start is not None and [len(part) for part in self.start] != [self.count] * 2:
+            raise ValueError(
+                f"start={start!r} must be two sequences of {self.count} numbers, as many as features: of texts that go "
+                "on, and of texts that end."
+            )
         width = 2 * self.count + 4
         self.linear = nn.Linear(width, 1, bias=False)
         self.layers = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1, bias=False))
@@ -61,6 +75,9 @@ class StateTwist(Twist):
         for last in (self.linear, self.layers[-1]):
             assert isinstance(last, nn.Linear)
             nn.init.zeros_(last.weight)
+        if self.start is not None:
+            with torch.no_grad():
+                self.linear.weight[0, : 2 * self.count] = torch.tensor([*self.start[0], *self.start[1]])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_known": OrderedDict()}
@@ -68,7 +85,8 @@ class StateTwist(Twist):
     def forward(self, seen: Tensor) -> Tensor:
         """Boosts ``(...)`` of tokens, from what :meth:`seen` gives."""
         seen = seen.to(self.linear.weight.dtype)
-        return (self.linear(seen) + self.layers(seen))[..., 0]
+        # Large numbers, such as nats of a likelihood, count in proportion, and do not saturate the hidden layer.
+        return (self.linear(seen) + self.layers(LARGE * torch.tanh(seen / LARGE)))[..., 0]
 
     def seen(self, told: str, before: str, tokens: Sequence[str], base: Tensor, end: str, used: float) -> Tensor:
         """What the network sees of each token that may come next, ``(C, 2F + 4)``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,17 +30,22 @@ class Framework:
     sample: str
 
     def observed_sites(
-        self, sites: Mapping[str, Any], given: Iterable[str], prompts: Iterable[str]
+        self, sites: Mapping[str, Any], given: Iterable[str], prompts: Iterable[str], proposed: Iterable[str] = ()
     ) -> dict[str, dict[str, Any]]:
         """The observed sites of a program that a guide can propose the latents of.
 
         :param sites: of a run of the program.
         :param given: latents that another guide proposes.
         :param prompts: sites that have one.
-        :raises ValueError: no latent text, a latent that nobody proposes, a prompt without its site.
+        :param proposed: latents that have a proposal of their own, by :func:`checked_others`.
+        :raises ValueError: no latent text, a latent that nobody proposes, a prompt or a proposal without its site.
         """
         samples = {name: site for name, site in sites.items() if site["type"] == "sample"}
         own = {n: s for n, s in samples.items() if n not in given and self.is_latent(s) and not self.is_enumerated(s)}
+        free = [name for name, site in own.items() if not self.is_text(site)]
+        if unknown := set(proposed) - set(free):
+            raise ValueError(f"others= names {sorted(unknown)}, but the model's latent sites without text are {free}.")
+        own = {name: site for name, site in own.items() if name not in set(proposed)}
         for name, site in own.items():
             if not self.is_text(site):
                 raise no_guide_for(name, type(site["fn"]).__name__, self.handlers)
@@ -71,6 +76,15 @@ class Telling:
         :param latents: values sampled before, by site.
         :param shown: how a value looks inside a string, or ``None`` where it may stand there.
         """
+        label = f"prompt[{site!r}]"
+        values = called_by_name(label, function, self._known(site, function, latents))
+        return checked_pieces(label, function(**values), values, shown)
+
+    def proposal(self, site: str, function: Callable[..., Any], latents: Mapping[str, Any]) -> Any:
+        """What a proposal of :func:`checked_others` returns for its site."""
+        return function(**called_by_name(f"others[{site!r}]", function, self._known(site, function, latents)))
+
+    def _known(self, site: str, function: Callable[..., Any], latents: Mapping[str, Any]) -> dict[str, Any]:
         asked = set(inspect.signature(function).parameters)
         known = {**self.observed, **latents}
         for name, value in self.arguments.items():
@@ -80,7 +94,7 @@ class Telling:
             known[name] = value
             if self.simulated and name in asked:
                 known[name] = told(site, name, value, self.relation(name), self.simulated)
-        return call_prompt(site, function, known, shown)
+        return known
 
 
 def checked_prompts(prompt: Mapping[str, Callable[..., Any]] | None) -> dict[str, Callable[..., Any]]:
@@ -95,6 +109,22 @@ def checked_prompts(prompt: Mapping[str, Callable[..., Any]] | None) -> dict[str
                 "Write e.g. lambda beginning, ending: [ending, beginning]."
             )
     return dict(prompt or {})
+
+
+def checked_others(others: Any) -> dict[str, Callable[..., Any]]:
+    """The proposals of single sites in ``others=``, functions that return a distribution; none of a guide.
+
+    :raises TypeError: one that is no function.
+    """
+    if not isinstance(others, Mapping):
+        return {}
+    for name, function in others.items():
+        if not callable(function):
+            raise TypeError(
+                f"others[{name!r}] must be a function that returns a distribution, got {function!r}. "
+                "Write e.g. lambda y, formula: LogNormal(...)."
+            )
+    return dict(others)
 
 
 _NUMBERED = re.compile(r"(.*\D)\d+")
@@ -139,16 +169,12 @@ def arguments_of(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Ma
     return dict(bound.arguments)
 
 
-def call_prompt(
-    name: str, function: Callable[..., Any], known: Mapping[str, Any], shown: Callable[[Any], str | None]
-) -> list[Any]:
-    """The pieces that a prompt function returns.
+def called_by_name(label: str, function: Callable[..., Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """What a function is called with: what it asks for, by name.
 
-    :param name: of its site.
-    :param known: what it may ask for, by name.
-    :param shown: how a value looks inside a string, or ``None`` where it may stand there.
+    :param label: of the function, for the error message.
+    :param known: what it may ask for.
     :raises ValueError: it asks for something else.
-    :raises TypeError: it returns no list of pieces, or has written a tensor into a string.
     """
     values = {}
     for parameter in inspect.signature(function).parameters.values():
@@ -156,12 +182,21 @@ def call_prompt(
             values[parameter.name] = known[parameter.name]
         elif parameter.default is inspect.Parameter.empty:
             raise ValueError(
-                f"prompt[{name!r}] asks for {parameter.name!r}, which is neither an argument of the program "
+                f"{label} asks for {parameter.name!r}, which is neither an argument of the program "
                 f"nor an observed site or an earlier latent one; those are {sorted(known)}."
             )
-    pieces = function(**values)
+    return values
+
+
+def checked_pieces(label: str, pieces: Any, values: Mapping[str, Any], shown: Callable[[Any], str | None]) -> list[Any]:
+    """The pieces that a prompt function has returned.
+
+    :param values: that it was called with.
+    :param shown: how a value looks inside a string, or ``None`` where it may stand there.
+    :raises TypeError: no list of pieces, or a tensor is written into a string.
+    """
     if not isinstance(pieces, (list, tuple)) or not pieces:
-        raise TypeError(f"prompt[{name!r}] must return a non-empty list of pieces, got {pieces!r}.")
+        raise TypeError(f"{label} must return a non-empty list of pieces, got {pieces!r}.")
     for argument, value in values.items():
         text = shown(value)
         if text and any(isinstance(piece, str) and text in piece for piece in pieces):
@@ -172,9 +207,7 @@ def call_prompt(
                 if numbers
                 else f"Return it as a piece of its own: ['...', {argument}, '...']."
             )
-            raise TypeError(
-                f"prompt[{name!r}] writes {argument!r}, which is {type(value).__name__} here, into a string. {mend}"
-            )
+            raise TypeError(f"{label} writes {argument!r}, which is {type(value).__name__} here, into a string. {mend}")
     return list(pieces)
 
 
@@ -184,6 +217,24 @@ def wrong_batch(name: str, prompt: tuple[int, ...], site: tuple[int, ...]) -> Va
         f"the prompt of site {name!r} has batch shape {prompt}, the site itself "
         f"{site}. Give the prompt one text, or one a row of the site."
     )
+
+
+def check_plates(
+    name: str, prompt: tuple[int, ...], site: tuple[int, ...], nesting: int, dims: Collection[int]
+) -> None:
+    """Refuse a prompt that has rows along a plate of the program that its site is not in: the site's text would be
+    drawn once a row, and count as often.
+
+    :param nesting: how many dimensions the program's plates take. Those to the left are of particles and data.
+    :param dims: of the plates of the site, negative.
+    """
+    for dim in range(-min(nesting, len(prompt)), 0):
+        if prompt[dim] > 1 and dim not in dims and (len(site) < -dim or site[dim] == 1):
+            raise ValueError(
+                f"the prompt of site {name!r} has batch shape {prompt}, with {prompt[dim]} rows in dimension {dim}, "
+                f"where the site is in no plate. Tell it all rows in one text, and keep the dimension: y[..., :1] in "
+                "place of y[..., 0]."
+            )
 
 
 def check_virtual_tokens(number: Any, longest: int | None) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpyro
 
 from llmppl.numpyro.guides.saved_guide import SavedGuide
-from llmppl.numpyro.guides.text_guide import Context, Prompt, Text, program_name
+from llmppl.numpyro.guides.text_guide import Context, Others, Prompt, Text, program_name
 from llmppl.numpyro.language_model import LM
 from llmppl.numpyro.network.adapters import size
 from llmppl.numpyro.network.decoder import Weights
@@ -41,7 +41,7 @@ class AdapterGuide(SavedGuide):
         model: Program,
         lm: LM,
         prompt: Mapping[str, Prompt] | None,
-        others: Program | None,
+        others: Others | None,
         adapter: str | None,
         seed: int | None,
     ) -> None:

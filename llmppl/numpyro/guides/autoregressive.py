@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from llmppl.numpyro.guides.adapter_guide import AdapterGuide
-from llmppl.numpyro.guides.text_guide import Prompt
+from llmppl.numpyro.guides.text_guide import Others, Prompt
 from llmppl.numpyro.language_model import LM
 from llmppl.numpyro.network import adapters
 from llmppl.numpyro.network.decoder import Weights
@@ -39,7 +39,7 @@ class AutoregressiveGuide(AdapterGuide):
         model: Program,
         lm: LM,
         prompt: Mapping[str, Prompt] | None = None,
-        others: Program | None = None,
+        others: Others | None = None,
         rank: int = 16,
         alpha: float | None = None,
         target_modules: list[str] | None = None,

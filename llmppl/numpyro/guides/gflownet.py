@@ -12,7 +12,7 @@ from jax import Array
 
 from llmppl.numpyro.guides.adapter_guide import _taken
 from llmppl.numpyro.guides.autoregressive import AutoregressiveGuide
-from llmppl.numpyro.guides.text_guide import Prompt
+from llmppl.numpyro.guides.text_guide import Others, Prompt
 from llmppl.numpyro.language_model import LM
 from llmppl.numpyro.network.reading import Reader
 from llmppl.numpyro.programs.tracing import Program, structure, text_sites
@@ -35,7 +35,7 @@ class GFlowNetGuide(AutoregressiveGuide):
         model: Program,
         lm: LM,
         prompt: Mapping[str, Prompt] | None = None,
-        others: Program | None = None,
+        others: Others | None = None,
         rank: int = 16,
         alpha: float | None = None,
         target_modules: list[str] | None = None,

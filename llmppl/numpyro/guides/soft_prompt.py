@@ -12,7 +12,7 @@ import numpy as np
 from jax import random
 
 from llmppl.numpyro.guides.adapter_guide import AdapterGuide
-from llmppl.numpyro.guides.text_guide import Context, Prompt, Text
+from llmppl.numpyro.guides.text_guide import Context, Others, Prompt, Text
 from llmppl.numpyro.language_model import LM
 from llmppl.numpyro.network.decoder import Weights
 from llmppl.numpyro.network.reading import VIRTUAL
@@ -52,7 +52,7 @@ class SoftPromptGuide(AdapterGuide):
         model: Program,
         lm: LM,
         prompt: Mapping[str, Prompt] | None = None,
-        others: Program | None = None,
+        others: Others | None = None,
         num_virtual_tokens: int = 20,
         initial_text: str | None = None,
         adapter: str | None = None,

@@ -24,13 +24,16 @@ from llmppl.numpyro.programs.tracing import (
     is_latent,
     is_observation,
     is_text,
+    plate_nesting,
     signature,
     structure,
 )
-from llmppl.text.prompts import Framework, Telling, checked_prompts, wrong_batch
+from llmppl.text.prompts import Framework, Telling, check_plates, checked_others, checked_prompts, wrong_batch
 from llmppl.text.relations import Relations
 
 Prompt = Callable[..., Sequence[Piece]]
+Others = Program | Mapping[str, Callable[..., Any]]
+"""A guide for other sites, or by site a function that returns its proposal."""
 Context = tuple[Array, ...]
 Text = AutoregressiveText | Choice
 
@@ -56,7 +59,9 @@ class TextGuide:
         from otherwise is refused: ask for the site. Which it is, the program's jaxpr shows, or runs with other values
         of an argument that is not compiled, once for each kind of call.
     :param others: a guide for the program's other latent sites, e.g. an AutoGuide of ``handlers.block(model,
-        hide=[...])``. Those sites are sampled first.
+        hide=[...])``. Those sites are sampled first. Or a mapping: by site, a function that returns the distribution
+        to propose there, with parameters by name as of ``prompt``. Those sites are sampled in program order, and may
+        be told texts before them: ``{"noise": lambda y, formula: LogNormal(...)}``.
     """
 
     exactness = "marginal"
@@ -67,13 +72,14 @@ class TextGuide:
         model: Program,
         lm: LM,
         prompt: Mapping[str, Prompt] | None = None,
-        others: Program | None = None,
+        others: Others | None = None,
     ) -> None:
         if not isinstance(lm, LM):
             raise TypeError(
                 f"lm must be an llmppl.numpyro.LM, got {type(lm).__name__}. Use llmppl.numpyro.LM.from_pretrained()."
             )
         self.model, self.lm, self.prompt, self.others = model, lm, checked_prompts(prompt), others
+        self.proposals = checked_others(others)
         self._relations = Relations()
         self.params: dict[str, Any] = {}
         """Trained values of parameters that are not the guide's own, those of ``others`` say, by their name."""
@@ -112,7 +118,7 @@ class TextGuide:
         """
         registered = self.register()
         given: dict[str, Any] = {}
-        if self.others is not None:
+        if callable(self.others):
             with _Recorder(given), handlers.substitute(data=self.params):
                 self.others(*args, **kwargs)
         proposer = _Proposer(registered, given, args, kwargs, observations or {})
@@ -159,7 +165,9 @@ class _Proposer(Messenger):
         def dry(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
             return structure(handlers.substitute(guide.model, data=given), args, kwargs)
 
-        observed = _NUMPYRO.observed_sites(dry(args, kwargs), given, guide.prompt)
+        sites = dry(args, kwargs)
+        self.nesting = plate_nesting(sites)
+        observed = _NUMPYRO.observed_sites(sites, given, guide.prompt, guide.proposals)
         told = {name: observations.get(name, site["value"]) for name, site in observed.items()}
         self.observed = {name: (told[name], site) for name, site in observed.items() if is_text(site)}
         own = ObservedArrays(guide.lm, observed, signature(guide.model), args, kwargs, dry, guide._relations)
@@ -189,12 +197,19 @@ class _Proposer(Messenger):
                 f"site {name!r} is marked for parallel enumeration, which guides of texts do not have in NumPyro. "
                 "Sum it out by hand with enumerate_support(), or give it as an option to exact_posterior."
             )
+        elif name in self.guide.proposals:
+            msg["fn"] = self.telling.proposal(name, self.guide.proposals[name], self._latents())
         else:
             msg["fn"] = self.guide.distribution(name, msg["fn"], self._context(name, msg["fn"], msg))
 
     def postprocess_message(self, msg: Site) -> None:
-        if is_latent(msg) and msg["name"] not in self.given and is_text(msg):
-            self.proposed[msg["name"]] = msg["value"]
+        name = msg["name"]
+        if is_latent(msg) and name not in self.given and (is_text(msg) or name in self.guide.proposals):
+            self.proposed[name] = msg["value"]
+
+    def _latents(self) -> dict[str, Any]:
+        """What has been sampled or computed before, by site."""
+        return {**self.computed, **self.given, **self.proposed}
 
     def _context(self, name: str, prior: Text, msg: Site) -> Context:
         if name not in self.guide.prompt:
@@ -206,11 +221,12 @@ class _Proposer(Messenger):
             jnp.broadcast_shapes(shape, prior.batch_shape)
         except ValueError:
             raise wrong_batch(name, tuple(shape), tuple(prior.batch_shape)) from None
+        dims = {frame.dim for frame in msg["cond_indep_stack"]}
+        check_plates(name, tuple(shape), tuple(prior.batch_shape), self.nesting, dims)
         return context
 
     def _call_prompt(self, name: str) -> list[Piece]:
-        latents = {**self.computed, **self.given, **self.proposed}
-        return self.telling.pieces(name, self.guide.prompt[name], latents, _shown)
+        return self.telling.pieces(name, self.guide.prompt[name], self._latents(), _shown)
 
 
 def _shown(value: Any) -> str | None:
