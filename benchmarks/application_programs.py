@@ -17,7 +17,7 @@ from llmppl import LM, Grammar, fit, simulate
 from llmppl.guides import AutoregressiveGuide, PromptGuide, SteeredGuide
 from llmppl.models import completion, dialogue, evaluate, formula, plan, record, run, shortest_plans, walk
 from llmppl.models.formula import BY_LIKELIHOOD, noise_given, points_listed, unexplained
-from llmppl.models.plan import goal_told, maze_and_goal, toward_goal
+from llmppl.models.plan import BY_CHANCE, arriving, goal_told, maze_and_goal
 from llmppl.models.record import field as field_of
 from llmppl.models.record import fields_told
 from llmppl.objectives import TrajectoryBalance, WakeSleep
@@ -182,19 +182,20 @@ def maze(source: random.Random, size: int, moves: int = 8, walls: float = 0.2) -
             return drawn, source.choice(near)
 
 
-def plans(lm: LM, steps: int, size: int = 5) -> Application:
+def plans(lm: LM, steps: int, size: int = 5, moves: int = 8) -> Application:
     """Moves through a maze to a goal."""
     source = random.Random(0)
-    program = plan(lm, (size, size), max_moves=8, nearness=6.0)
-    guide = SteeredGuide(program, lm, {"plan": toward_goal}, {"plan": maze_and_goal(lm)}, seed=0)
+    program = plan(lm, (size, size), max_moves=moves, nearness=6.0)
+    told, features = {"plan": maze_and_goal(lm)}, {"plan": arriving((size, size), moves, 6.0)}
+    guide, untrained = (SteeredGuide(program, lm, features, told, start={"plan": BY_CHANCE}, seed=0) for _ in range(2))
     held_out, rows = (
-        [(drawn, torch.tensor(goal)) for drawn, goal in (maze(source, size) for _ in range(count))]
+        [(drawn, torch.tensor(goal)) for drawn, goal in (maze(source, size, moves) for _ in range(count))]
         for count in (16, 400)
     )
 
     def train() -> float:
         return timed(
-            lambda: fit(program, guide, rows, TrajectoryBalance(8), steps, 4, vectorize_data=True, learning_rate=3e-2,
+            lambda: fit(program, guide, rows, TrajectoryBalance(8), steps, 4, vectorize_data=True, learning_rate=1e-2,
                         schedule="cosine", seed=0, progress=False)
         )  # fmt: skip
 
@@ -208,6 +209,7 @@ def plans(lm: LM, steps: int, size: int = 5) -> Application:
         {
             "prior": PromptGuide(program, lm, prompt=plain),
             "zero-shot": PromptGuide(program, lm, prompt={"plan": goal_told(lm, size)}),
+            "steered, untrained": untrained,
             "guide": guide,
         },
         train,
@@ -367,7 +369,8 @@ APPLICATIONS: dict[str, Callable[[LM, int], Application]] = {
     "formats": formats,
     "code": code,
     "plans": plans,
+    "plans-7": lambda lm, steps: plans(lm, steps, 7, 10),
     "dialogue": talks,
     "data": data,
 }
-STEPS = {"formats": 32, "code": 60, "plans": 160, "dialogue": 16, "data": 40}
+STEPS = {"formats": 32, "code": 60, "plans": 20, "plans-7": 20, "dialogue": 16, "data": 40}

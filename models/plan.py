@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 from llmppl.models.primitives import Maker, kept_number
@@ -13,6 +15,9 @@ from llmppl.text.grammar import Grammar
 
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 START, WALL = "S", "#"
+
+BY_CHANCE = ((0.0, -1.0), (-1.0, 0.0))
+"""What the numbers of :func:`arriving` count to start with: the chance where plans go on, the place where they end."""
 
 
 def walk(maze: str, plan: str) -> int:
@@ -96,8 +101,7 @@ def plan(
     sample, distributions = lm.primitives.sample, lm.primitives.distributions
 
     def score(end: float, cell: str) -> float:
-        (row, column), (other_row, other_column) = divmod(int(end), size[1]), divmod(int(cell), size[1])
-        return -nearness * (abs(row - other_row) + abs(column - other_column))
+        return -nearness * _distance(divmod(int(end), size[1]), divmod(int(cell), size[1]))
 
     def reached(maze: str, moves: str) -> float:
         if [len(row) for row in _rows(maze)] != [size[1]] * size[0]:
@@ -154,35 +158,53 @@ def toward_goal(told: str, moves: str) -> list[float]:
         return [0.0] * 6
     maze, goal = told.rsplit("\n", 1)
     rows = _rows(maze)
-    width = len(rows[0])
-
-    def distance(there: tuple[int, int]) -> int:
-        return abs(there[0] - int(goal) // width) + abs(there[1] - int(goal) % width)
-
+    target = divmod(int(goal), len(rows[0]))
     seen = _places(rows, moves)
     place = seen[-1]
-    far = distance(place)
-    nearer = sum(distance(_moved(rows, place, word)) < far for word in MOVES)
+    far = _distance(place, target)
+    nearer = sum(_distance(_moved(rows, place, word), target) < far for word in MOVES)
     idle, again = len(seen) > 1 and seen[-2] == place, place in seen[:-2]
     return [far / 4, float(far == 0), float(idle), float(again), float(nearer == 0 and far > 0), nearer / 2]
 
 
-def on_the_way(told: str, moves: str) -> list[float]:
-    """Where moves have led, seen from the goal by somebody with a map, as ``features={"plan": on_the_way}`` of a
-    :class:`~llmppl.guides.SteeredGuide`.
+def arriving(size: tuple[int, int], max_moves: int = 8, nearness: float = 3.0, ending: float = 0.05) -> Any:
+    """How far moves are from an end at the goal, for somebody who has the map, as ``features={"plan": arriving(size)}``
+    of a :class:`~llmppl.guides.SteeredGuide`.
 
-    Four numbers: the fewest moves that are left, by breadth-first search (in fours, two and a half where there is no
-    way); whether the goal is reached; whether the last move went nowhere, or where the robot has been before.
+    Two numbers, nats: what the goal costs if the plan ends here, and −log of the chance of the goal if it goes on at
+    random, by dynamic programming over cells and moves that are left. A language model does not move at random; what
+    it prefers its own law says. So a guide may start from ``start={"plan": BY_CHANCE}``.
+
+    :param size, max_moves, nearness: as of :func:`plan`.
+    :param ending: how likely a plan is to end after a move.
     """
-    if not told:
-        return [0.0] * 4
-    maze, goal = told.rsplit("\n", 1)
-    rows = _rows(maze)
-    seen = _places(rows, moves)
-    place = seen[-1]
-    far = _moves_left(maze, int(goal)).get(place, 10)
-    idle, again = len(seen) > 1 and seen[-2] == place, place in seen[:-2]
-    return [min(far, 10) / 4, float(far == 0), float(idle), float(again)]
+
+    @lru_cache(1000)
+    def chances(maze: str, goal: int) -> list[dict[tuple[int, int], float]]:
+        """The chance of the goal from each cell, by how many moves are left."""
+        rows, target = _rows(maze), divmod(goal, size[1])
+        cells = list(product(range(size[0]), range(size[1])))
+        here = {cell: math.exp(-nearness * _distance(cell, target)) for cell in cells}
+        found = [here]
+        for _ in range(max_moves):
+            on = {cell: sum(found[-1][_moved(rows, cell, word)] for word in MOVES) / len(MOVES) for cell in cells}
+            found.append({cell: ending * here[cell] + (1 - ending) * on[cell] for cell in cells})
+        return found
+
+    def features(told: str, moves: str) -> list[float]:
+        if not told:
+            return [0.0, 0.0]
+        maze, goal = told.rsplit("\n", 1)
+        seen = _places(_rows(maze), moves)
+        left = max(max_moves - len(seen) + 1, 0)
+        ends = nearness * _distance(seen[-1], divmod(int(goal), size[1]))
+        return [ends, -math.log(chances(maze, int(goal))[left][seen[-1]])]
+
+    return features
+
+
+def _distance(one: tuple[int, int], other: tuple[int, int]) -> int:
+    return abs(one[0] - other[0]) + abs(one[1] - other[1])
 
 
 def _places(rows: list[str], moves: str) -> list[tuple[int, int]]:
@@ -195,25 +217,6 @@ def _places(rows: list[str], moves: str) -> list[tuple[int, int]]:
             place = _moved(rows, place, word)
             seen.append(place)
     return seen
-
-
-@lru_cache(1000)
-def _moves_left(maze: str, goal: int) -> dict[tuple[int, int], int]:
-    """The fewest moves from each cell to the goal, of those from which there is a way."""
-    rows = _rows(maze)
-    target = divmod(goal, len(rows[0]))
-    if rows[target[0]][target[1]] == WALL:
-        return {}
-    left, waiting = {target: 0}, deque([target])
-    while waiting:
-        place = waiting.popleft()
-        for row, column in MOVES.values():
-            there = (place[0] + row, place[1] + column)
-            inside = 0 <= there[0] < len(rows) and 0 <= there[1] < len(rows[0])
-            if inside and rows[there[0]][there[1]] != WALL and there not in left:
-                left[there] = left[place] + 1
-                waiting.append(there)
-    return left
 
 
 def _rows(maze: str) -> list[str]:

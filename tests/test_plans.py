@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from conftest import character_lm
 from llmppl import LM, exact_posterior, fit, importance
 from llmppl.guides import AutoregressiveGuide, PromptGuide, SteeredGuide
 from llmppl.models import plan, shortest_plans, walk
-from llmppl.models.plan import goal_told, maze_and_goal, on_the_way, toward_goal
+from llmppl.models.plan import BY_CHANCE, arriving, goal_told, maze_and_goal, toward_goal
 from llmppl.objectives import WakeSleep
 
 CORNER = "S..\n.#.\n..."
@@ -120,18 +121,41 @@ def test_numpyro_has_the_same_evidence(tmp_path: Path) -> None:
     assert theirs == pytest.approx(ours, abs=1e-3)
 
 
-def test_a_map_says_how_many_moves_are_left() -> None:
-    left, again = 0, 3
-    maze = "S#.\n.#.\n...\n2"
-    assert on_the_way(maze, "") == [6 / 4, 0.0, 0.0, 0.0], "round the wall, where two are as the crow flies"
-    assert on_the_way(maze, " down")[left] == 5 / 4
-    assert on_the_way(maze, " right") == [6 / 4, 0.0, 1.0, 0.0], "into the wall"
-    assert on_the_way(maze, " down up")[again] == 1.0
-    assert on_the_way(maze, " down down right right up u") == [0.0, 1.0, 0.0, 0.0], "half a word counts"
-    assert on_the_way("S#.\n2", "")[left] == 10 / 4, "no way"
-    for n in range(9):
-        plans = shortest_plans(maze[:-2], n, 1)
-        assert on_the_way(f"{maze[:-1]}{n}", "")[left] == (len(plans[0].split()) if plans else 10) / 4
+def test_the_chance_of_arriving() -> None:
+    """Against every way of going on at random, move by move."""
+    maze, size, goal, near, end = "S#.\n...", (2, 3), 2, 1.5, 0.2
+    features = arriving(size, 3, near, end)
+
+    def cost(moves: str) -> float:
+        row, column = divmod(walk(maze, moves), 3)
+        return near * (abs(row - goal // 3) + abs(column - goal % 3))
+
+    def chance(moves: str) -> float:
+        if len(moves.split()) == 3:
+            return math.exp(-cost(moves))
+        on = np.mean([chance(f"{moves} {word}") for word in ("up", "down", "left", "right")])
+        return end * math.exp(-cost(moves)) + (1 - end) * on
+
+    for moves in ("", " down", " right", " down right", " down right right", " down right right up"):
+        expected = -math.log(chance(moves)) if len(moves.split()) < 4 else cost(moves)
+        assert features(f"{maze}\n{goal}", moves) == pytest.approx([cost(moves), expected])
+    assert features(f"{maze}\n{goal}", " down ri") == features(f"{maze}\n{goal}", " down right"), "half a word counts"
+    assert features("", " up") == [0.0, 0.0]
+
+
+def test_a_plan_that_starts_from_the_chance_of_arriving(smollm2: LM) -> None:
+    """Untrained, on the real model: nearly every draw arrives and counts, and log Ẑ is what ``exact_posterior`` finds
+    over all 589 spellings, −2.34."""
+    program = plan(smollm2, (3, 3), max_moves=2, nearness=4.0)
+    features, told = {"plan": arriving((3, 3), 2, 4.0)}, {"plan": maze_and_goal(smollm2)}
+    guide = SteeredGuide(program, smollm2, features, told, start={"plan": BY_CHANCE}, seed=0)
+    maze = "S..\n.#.\n..."
+    pyro.set_rng_seed(0)
+    posterior = importance(program, guide, 32, progress=False)(maze, torch.tensor(2))
+    hits = np.mean([walk(maze, moves) == 2 for moves in posterior.decode("plan")])
+    assert hits > 0.8
+    assert posterior.ess > 24
+    assert posterior.log_evidence == pytest.approx(-2.34, abs=4 * posterior.log_evidence_error + 0.01)
 
 
 def test_features_say_where_moves_have_led() -> None:
