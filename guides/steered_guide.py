@@ -34,7 +34,7 @@ class _Steered(_Proposer):
                 "out."
             )
         pieces = self.telling.pieces(name, guide.told[name], self._latents(), str)
-        told = self._expanded(name, prior, guide.lm.context(*pieces)[..., len(guide.lm.codec.start) :], msg)
+        told = self._expanded(name, prior, guide.lm.context(*pieces)[..., len(guide.lm.codec.start) :])
         twist: Any = guide.twist[name]
         return TwistedText(guide.lm.base, context, prior.law, told, twist, prior.adapter, prior._validate_args)
 

@@ -16,6 +16,7 @@ from llmppl.guides.copies import independent, reduced
 from llmppl.guides.observed_values import ObservedValues, as_tensor
 from llmppl.language_model import LM
 from llmppl.network.text_tensors import Piece, left_aligned
+from llmppl.programs.plates import open_plates
 from llmppl.programs.structure import (
     Program,
     Site,
@@ -257,7 +258,7 @@ class _Proposer(Messenger):
         else:
             told = [_rows_of(value, site, msg) for value, site in self.observed.values()]
             context = self._before(prior, told)
-        return self._expanded(name, prior, context, msg)
+        return self._expanded(name, prior, context)
 
     def _both_sides(self, name: str, prior: ConditionedText, msg: Site) -> tuple[Tensor, Tensor]:
         if name in self.guide.prompt:
@@ -270,9 +271,9 @@ class _Proposer(Messenger):
             left = self._before(prior, before)
             own = getattr(prior, "right", left[..., :0])  # what a masked prior is told itself
             right = self.guide.lm.both_sides(left, ..., left_aligned(own), *behind)[1] if behind else own
-        return self._expanded(name, prior, left, msg), self._expanded(name, prior, right, msg)
+        return self._expanded(name, prior, left), self._expanded(name, prior, right)
 
-    def _expanded(self, name: str, prior: ConditionedText, context: Tensor, msg: Site) -> Tensor:
+    def _expanded(self, name: str, prior: ConditionedText, context: Tensor) -> Tensor:
         """A context in the batch shape of its site.
 
         :raises ValueError: it has another, or rows where the site is in no plate.
@@ -281,7 +282,7 @@ class _Proposer(Messenger):
             shape = torch.broadcast_shapes(context.shape[:-1], prior.batch_shape)
         except RuntimeError:
             raise wrong_batch(name, tuple(context.shape[:-1]), tuple(prior.batch_shape)) from None
-        check_plates(name, tuple(context.shape[:-1]), tuple(prior.batch_shape), self.nesting, _plate_dims(msg))
+        check_plates(name, tuple(context.shape[:-1]), tuple(prior.batch_shape), self.nesting, open_plates())
         return context.expand(shape + context.shape[-1:])
 
     def _before(self, prior: ConditionedText, told: list[Tensor]) -> Tensor:
@@ -301,10 +302,6 @@ def _shown(value: Any) -> str | None:
     return None if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
-def _plate_dims(site: Site) -> set[int]:
-    return {frame.dim for frame in site["cond_indep_stack"] if frame.vectorized and frame.dim is not None}
-
-
 def _is_enumerated(site: Site) -> bool:
     """Whether the objective sums the site out, so that the guide must not have it."""
     return site["infer"].get("enumerate") == "parallel"
@@ -316,7 +313,7 @@ _PYRO = Framework(is_latent, is_text, _is_enumerated, is_observation, "poutine",
 def _rows_of(value: Tensor, site: Site, latent: Site) -> Tensor:
     """An observed text as a latent site is told it: rows of plates that do not contain the latent
     follow one another in one text."""
-    own = _plate_dims(latent)
+    own = {f.dim for f in latent["cond_indep_stack"] if f.vectorized}
     foreign = sorted(f.dim for f in site["cond_indep_stack"] if f.vectorized and f.dim not in own and f.dim is not None)
     for dim in foreign:
         # Counted with the token dimension behind; absent where the value does not vary along it.

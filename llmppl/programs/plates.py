@@ -58,6 +58,11 @@ def outside_plates() -> Iterator[None]:
         _DIM_ALLOCATOR._stack = open_plates
 
 
+def open_plates() -> set[int]:
+    """The dimensions of the plates that are open now, negative."""
+    return {-1 - n for n, name in enumerate(_DIM_ALLOCATOR._stack) if name is not None}
+
+
 def has_data_plate(trace: poutine.Trace) -> bool:
     """Whether the program runs inside the plate over its arguments."""
     return any(

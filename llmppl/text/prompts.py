@@ -226,7 +226,7 @@ def check_plates(
     drawn once a row, and count as often.
 
     :param nesting: how many dimensions the program's plates take. Those to the left are of particles and data.
-    :param dims: of the plates of the site, negative.
+    :param dims: of the plates that are open at the site, negative.
     """
     for dim in range(-min(nesting, len(prompt)), 0):
         if prompt[dim] > 1 and dim not in dims and (len(site) < -dim or site[dim] == 1):

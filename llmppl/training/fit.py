@@ -28,6 +28,7 @@ from llmppl.training.evaluation import Evaluation, HeldOut
 from llmppl.training.history import COLUMNS, HARD, History
 from llmppl.training.minibatches import Minibatches, Rows, checked
 from llmppl.training.optimization import SCHEDULES, make_optimizer, make_scheduler, of_program, trained_parameters
+from llmppl.training.processes import Processes
 from llmppl.training.regularisation import Regularisation, Regularised
 from llmppl.training.resumable import Resumable
 from llmppl.training.run_identity import run_identity
@@ -70,6 +71,11 @@ def fit(
     loses the steps since that checkpoint. The same call with ``resume=True`` starts a run, too, so that
     one command can be repeated until it is through.
 
+    Under ``torchrun`` or ``accelerate launch``, in a script that has started the group
+    (``accelerate.PartialState()``, ``torch.distributed.init_process_group()``), every process takes its share of a
+    step's minibatches: ``accumulate`` a process. Gradients are added up, the history is that of all, the first process
+    writes. A run is the same with as many minibatches a step in any number of processes, and may be resumed so.
+
     :param data: the program's arguments, as tuples or as mappings by name (rows of a ``datasets.Dataset``), each drawn
         once before any is drawn again; or simulated pairs, a set or a stream of :func:`~llmppl.simulate`.
     :param objective: any pyro ``ELBO``. One with ``state_dict()`` and ``load_state_dict(state)``, of
@@ -89,7 +95,7 @@ def fit(
     :param clip_norm: the global gradient norm is clipped at this, the guide's and the program's each on its own.
     :param seed: of every random number of the run; by default Pyro's current state is used.
     :param callback: called as ``callback(step, history)`` after each step.
-    :param accumulate: minibatches a step, one after another in memory; the gradients of all are averaged.
+    :param accumulate: minibatches a step, and a process, one after another in memory; all gradients are averaged.
     :param schedule: of the learning rate after warm-up, ``"constant"`` or ``"cosine"``, which falls to zero
         at ``steps``.
     :param target_temperature: of objectives that can temper the posterior they aim at; a number, or a
@@ -105,11 +111,14 @@ def fit(
     :returns: the history, of the resumed run from its first step.
     :raises TypeError, ValueError: malformed data or numbers; a loss that is not finite; a folder with
         checkpoints without ``resume``, of another run, or with damaged ones only; a regularisation that the
-        program, the guide or the objective cannot have; simulated data, or references and pairs of an evaluation, for
-        a program that learns and is soon another.
+        program, the guide or the objective cannot have; a stream or a replay buffer in several processes; simulated
+        data, or references and pairs of an evaluation, for a program that learns and is soon another.
     """
+    processes = Processes(torch.initial_seed() if seed is None else seed)
+    processes.check(objective, data)
     stream = data if isinstance(data, SimulatedStream) else None
-    readings = steps * batch_size * accumulate / len(data) if isinstance(data, SimulatedSet) else math.nan
+    minibatches = accumulate * processes.size
+    readings = steps * batch_size * minibatches / len(data) if isinstance(data, SimulatedSet) else math.nan
     data = data.described() if isinstance(data, SimulatedStream) else checked(data, program=model)
     _check_numbers(steps=steps, batch_size=batch_size, accumulate=accumulate, checkpoint_every=checkpoint_every)
     if not isinstance(objective, ELBO):
@@ -119,9 +128,9 @@ def fit(
     if resume and folder is None:
         raise ValueError("resume=True needs folder=, where the run's checkpoints are.")
     if seed is not None:
-        pyro.set_rng_seed(seed)
+        pyro.set_rng_seed(processes.seed)
     batches = (
-        Minibatches(data, batch_size, torch.initial_seed() % 2**32 if seed is None else seed)
+        Minibatches(data, batch_size, processes.seed % 2**32 if seed is None else processes.seed)
         if stream is None
         else FreshMinibatches(stream, batch_size)
     )
@@ -147,6 +156,7 @@ def fit(
     if learned:
         _check_learned(data, evaluation, regularised.options)
     model_rate = learning_rate if model_learning_rate is None else model_learning_rate
+    processes.same_start(parameters.values())
     optimizer = make_optimizer(
         parameters, guide, learned, learning_rate, log_partition_learning_rate, model_rate, weight_decay
     )
@@ -166,7 +176,7 @@ def fit(
         objective,
         data,
         batch_size=batches.batch_size,
-        accumulate=accumulate,
+        accumulate=minibatches,
         vectorize_data=vectorize_data,
         schedule=schedule,
         steps="any" if schedule == "constant" else steps,
@@ -180,7 +190,7 @@ def fit(
         evaluation=None if evaluation is None else evaluation.settings(),
         **{f"regularisation's {name}": value for name, value in regularised.options.settings().items()},
     )
-    run = Resumable(identity, parameters, guide, parts, folder)
+    run = Resumable(identity, parameters, guide, parts, folder, processes.writes)
     step = run.open(resume)
     start = time.monotonic() - (history.seconds[-1] if history.seconds else 0.0)
 
@@ -197,7 +207,10 @@ def fit(
         _tempering(objective, target_temperature) as temper,
         run,
         tqdm(
-            total=steps, initial=min(step, steps), desc=f"fit {type(objective).__name__}", disable=not progress
+            total=steps,
+            initial=min(step, steps),
+            desc=f"fit {type(objective).__name__}",
+            disable=not (progress and processes.writes),
         ) as bar,
     ):
         if step == 0:
@@ -205,10 +218,11 @@ def fit(
         while step < steps and not (held_out is not None and held_out.exhausted()):
             temper(step)
             optimizer.zero_grad()
-            loss, reports = _accumulated(objective, regularised, batches, accumulate, vectorize_data, step)
+            loss, reports = _accumulated(objective, regularised, batches, accumulate, vectorize_data, step, processes)
+            processes.sum_gradients(parameters.values())
             for parameter in parameters.values():
                 if parameter.grad is not None:
-                    parameter.grad /= accumulate * batches.batch_size
+                    parameter.grad /= minibatches * batches.batch_size
             norm = nn.utils.clip_grad_norm_([p for n, p in parameters.items() if n not in learned], clip_norm)
             nn.utils.clip_grad_norm_([parameters[name] for name in learned], clip_norm)
             rate = optimizer.param_groups[0]["lr"]
@@ -256,31 +270,43 @@ def _accumulated(
     accumulate: int,
     vectorize_data: bool,
     step: int,
+    processes: Processes,
 ) -> tuple[float, list[dict[str, float]]]:
     """The loss of a step, for one observation, and what the objective reported at each of its calls; the
     summed gradients are left in the parameters.
 
     :raises ValueError: a loss that is not finite.
     """
-    total, reports = 0.0, []
-    simulates = regularised.simulates()
-    for _ in range(accumulate):
+    found = []
+    with processes.randomness(step, -1):
+        simulates = regularised.simulates()
+    for n, own in processes.own(accumulate):
         batch = batches.draw()
-        for args in [collate(batch)] if vectorize_data else batch:
-            with regularised.call(args, simulates) as (model, guide):
-                if isinstance(args, SimulatedPair):
-                    model, guide = _on_pair(model, guide, args, objective)
-                # Some of Pyro's objectives have no differentiable loss, and some return several.
-                loss = float(np.sum(objective.loss_and_grads(model, guide, *args)))
-            if not math.isfinite(loss):
-                raise ValueError(
-                    f"the loss is {loss} at step {step + 1}, on {args!r}. Lower learning_rate, or check the "
-                    "program's factors."
-                )
-            total += loss / (accumulate * len(batch))
-            rows = len(batch) if vectorize_data else 1
-            reports.append(getattr(objective, "diagnostics", None) or {"elbo": -loss / rows})
-    return total, reports
+        if not own:
+            continue
+        losses, reports = [], []
+        with processes.randomness(step, n):
+            for args in [collate(batch)] if vectorize_data else batch:
+                with regularised.call(args, simulates) as (model, guide):
+                    if isinstance(args, SimulatedPair):
+                        model, guide = _on_pair(model, guide, args, objective)
+                    # Some of Pyro's objectives have no differentiable loss, and some return several.
+                    loss = float(np.sum(objective.loss_and_grads(model, guide, *args)))
+                if not math.isfinite(loss):
+                    raise ValueError(
+                        f"the loss is {loss} at step {step + 1}, on {args!r}. Lower learning_rate, or check the "
+                        "program's factors."
+                    )
+                losses.append((loss, len(batch)))
+                rows = len(batch) if vectorize_data else 1
+                reports.append(getattr(objective, "diagnostics", None) or {"elbo": -loss / rows})
+        found.append((n, (losses, reports)))
+    everything = processes.gathered(found)
+    total = 0.0
+    for losses, _ in everything:
+        for loss, rows in losses:
+            total += loss / (len(everything) * rows)
+    return total, [report for _, reports in everything for report in reports]
 
 
 def _on_pair(model: Program, guide: Program, pair: SimulatedPair, objective: ELBO) -> tuple[Program, Program]:

@@ -18,6 +18,7 @@ class Resumable:
     """A run's checkpoints and metrics, or neither where it has no folder.
 
     :param parts: what has ``state_dict()`` and ``load_state_dict(state)``, by name.
+    :param writes: whether this process keeps the folder; others read it.
     """
 
     def __init__(
@@ -27,8 +28,9 @@ class Resumable:
         guide: Program,
         parts: dict[str, Any],
         folder: str | os.PathLike[str] | None,
+        writes: bool = True,
     ) -> None:
-        self.identity, self.parts = identity, parts
+        self.identity, self.parts, self.writes = identity, parts, writes
         self.folder = None if folder is None else RunFolder(folder)
         buffers = dict(guide.named_buffers()) if isinstance(guide, nn.Module) else {}
         self.tensors = {**parameters, **{f"buffer {name}": buffer for name, buffer in buffers.items()}}
@@ -52,11 +54,12 @@ class Resumable:
                 part.load_state_dict(state["parts"][name])
             set_random_state(state["random"])
         step = 0 if state is None else int(state["step"])
-        self.folder.begin(step)
+        if self.writes:
+            self.folder.begin(step)
         return step
 
     def save(self, step: int) -> None:
-        if self.folder is not None:
+        if self.folder is not None and self.writes:
             state = {
                 "identity": self.identity,
                 "step": step,
@@ -67,12 +70,12 @@ class Resumable:
             self.folder.save(step, state)
 
     def record(self, event: str, step: int, values: dict[str, Any]) -> None:
-        if self.folder is not None:
+        if self.folder is not None and self.writes:
             self.folder.record(event, step, values)
 
     def __enter__(self) -> Resumable:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.folder is not None:
+        if self.folder is not None and self.writes:
             self.folder.close()

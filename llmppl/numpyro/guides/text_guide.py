@@ -24,6 +24,7 @@ from llmppl.numpyro.programs.tracing import (
     is_latent,
     is_observation,
     is_text,
+    open_plates,
     plate_nesting,
     signature,
     structure,
@@ -221,8 +222,7 @@ class _Proposer(Messenger):
             jnp.broadcast_shapes(shape, prior.batch_shape)
         except ValueError:
             raise wrong_batch(name, tuple(shape), tuple(prior.batch_shape)) from None
-        dims = {frame.dim for frame in msg["cond_indep_stack"]}
-        check_plates(name, tuple(shape), tuple(prior.batch_shape), self.nesting, dims)
+        check_plates(name, tuple(shape), tuple(prior.batch_shape), self.nesting, open_plates())
         return context
 
     def _call_prompt(self, name: str) -> list[Piece]:

@@ -13,7 +13,7 @@ import numpyro
 from jax import Array, random
 from numpyro import distributions as dist
 from numpyro import handlers
-from numpyro.primitives import Messenger
+from numpyro.primitives import _PYRO_STACK, Messenger
 
 from llmppl.numpyro.distributions.autoregressive_text import AutoregressiveText
 from llmppl.numpyro.distributions.choice import Choice
@@ -125,6 +125,11 @@ def common_axes(*traces: Trace) -> tuple[int, ...]:
 def signature(program: Program) -> inspect.Signature:
     """The parameters of a program, be it a function or a guide."""
     return inspect.signature(program)
+
+
+def open_plates() -> set[int]:
+    """The dimensions of the plates that are open now, negative."""
+    return {handler.dim for handler in _PYRO_STACK if isinstance(handler, numpyro.plate)}
 
 
 def in_data_plate(program: Program) -> Program:
