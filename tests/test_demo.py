@@ -32,9 +32,9 @@ def test_the_stories_are_five_sentences_and_the_held_out_ones_are_not_trained_on
 
 
 def test_the_keyword_demo_trains_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2: LM) -> None:
-    monkeypatch.setattr(keyword_demo, "UNSEEN", 4)
+    monkeypatch.setattr(keyword_demo, "UNSEEN", 2)
     path = str(tmp_path / "guide.safetensors")
-    arguments = ["demo", "--pairs", "4", "--steps", "4", "--samples", "2", "--held-out", "1", "--save", path]
+    arguments = ["demo", "--pairs", "2", "--steps", "2", "--samples", "2", "--held-out", "1", "--save", path]
     result = CliRunner().invoke(app, [*arguments, "--threads", "1"])
     assert result.exit_code == 0, result.output
     for text in (
@@ -51,7 +51,7 @@ def test_the_keyword_demo_trains_and_reports(tmp_path: Path, monkeypatch: pytest
     result = CliRunner().invoke(
         app,
         ["write", "Tom could not find the key. So he could not open the", "--keyword", "Door", "--guide", path,
-         "--samples", "4",
+         "--samples", "2",
          "--threads", "1"],
     )  # fmt: skip
     assert result.exit_code == 0, result.output
