@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from inspect import Parameter, Signature
 from typing import Any
 
@@ -56,8 +57,9 @@ def record(
     ``prose_tokens`` is positive) and ``record``, each a line; observed ``valid`` and each of ``fields``.
 
     ``masked=True`` is the same program with the schema as the law of ``record``, by which each token is drawn among
-    those that the schema permits. That is no conditioning: it forgets how improbable the way was that the mask
-    left open. As the model of a guide it proposes, and the importance weights make up for the rest::
+    those that the schema permits; of a field whose value is given as a string, only that value. That is no
+    conditioning: it forgets how improbable the way was that the mask left open. As the model of a guide it proposes,
+    and the importance weights make up for the rest::
 
         guide = AutoregressiveGuide(record(lm, schema, masked=True), lm)
         posterior = importance(record(lm, schema), guide, 64)(prompt)
@@ -81,11 +83,11 @@ def record(
             raise ValueError(f"fields={list(fields)}: {name!r} is none of the schema's properties {list(known)}.")
         if name in ("prose", "record", "valid"):
             raise ValueError(f"fields={list(fields)}: {name!r} is a site of the program's own. Rename the property.")
-    grammar = schema_grammar(schema)
+    grammar, given = schema_grammar(schema), lru_cache(256)(partial(_given, schema))
     speller: Any = lm
     accepts = grammar.bind(speller).accepts
     widest = 8 * max_tokens  # written out, a value has more tokens than in a record without spaces
-    law = {"max_tokens": max_tokens, "stop": END, **({"grammar": grammar} if masked else {})}
+    law = {"max_tokens": max_tokens, "stop": END}
     sample, distributions = lm.primitives.sample, lm.primitives.distributions
 
     def known_value(name: str) -> Callable[[str], str]:
@@ -97,7 +99,11 @@ def record(
         written = [prompt]
         if prose_tokens:
             written.append(sample("prose", lm(prompt, max_tokens=prose_tokens, stop=END)))
-        text = sample("record", lm(*written, **law))
+        values_given = tuple(
+            (name, value) for name, value in zip(fields, values, strict=True) if isinstance(value, str)
+        )
+        permitted = {"grammar": given(values_given) if values_given else grammar} if masked else {}
+        text = sample("record", lm(*written, **law, **permitted))
         valid = lm.map(lambda line: float(accepts(line)), text, returns=float)
         sample("valid", distributions.Delta(valid), obs=1.0 + 0 * valid)
         for name, value in zip(fields, values, strict=True):
@@ -107,6 +113,24 @@ def record(
         return text
 
     return write
+
+
+def _given(schema: Any, values: tuple[tuple[str, str], ...]) -> Grammar:
+    """The records of a schema with these values of fields, written as :func:`field` gives them."""
+    properties = dict(schema["properties"])
+    for name, value in values:
+        own = properties[name] if isinstance(properties[name], Mapping) else {}
+        options = own.get("enum", [own["const"]] if "const" in own else None)
+        if options is None and own.get("type") == "string":
+            options = [value]
+        if options is None:
+            try:
+                options = [json.loads(value), value]
+            except (ValueError, RecursionError):
+                options = [value]
+        # Where the schema does not permit it nothing does: one that no weight is given to stands for it.
+        properties[name] = {"enum": [o for o in options if field(json.dumps({name: o}), name) == value] or options}
+    return schema_grammar({**schema, "properties": properties})
 
 
 def fields_told(fields: Sequence[str], prose: bool = False) -> dict[str, Callable[..., list[Any]]]:

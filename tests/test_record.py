@@ -39,6 +39,37 @@ def unmasked(lm: LM, texts: list[str]) -> np.ndarray:
     return np.array([float(law.log_prob(lm.encode(text))) for text in texts])
 
 
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        ({"a": "12"}, ['{"a": 12, "b": "a"}\n', '{"a": 12, "b": "b"}\n']),
+        ({"b": "b"}, [f'{{"a": {a}, "b": "b"}}\n' for a in (1, 2, 12)]),
+        ({"a": "2", "b": "a"}, ['{"a": 2, "b": "a"}\n']),
+    ],
+)
+def test_a_field_that_is_given_is_all_that_the_mask_permits(lm: LM, values: dict[str, str], texts: list[str]) -> None:
+    """Every draw has the value, and the weights are exact."""
+    masked = record(lm, SCHEMA, list(values), max_tokens=20, masked=True)
+    law = poutine.trace(masked).get_trace("ab:", *values.values()).nodes["record"]["fn"]
+    assert sorted(lm.decode(law.enumerate_support())) == sorted(texts)
+    program = record(lm, SCHEMA, list(values), max_tokens=20)
+    pyro.set_rng_seed(0)
+    posterior = importance(program, PromptGuide(masked, lm), 200, progress=False)("ab:", *values.values())
+    assert np.isfinite(posterior.log_weights).all()
+    exact = np.logaddexp.reduce(unmasked(lm, texts))
+    assert posterior.log_evidence == pytest.approx(exact, abs=4 * posterior.log_evidence_error + 1e-5)
+
+
+def test_values_of_any_type_are_given() -> None:
+    open_schema = {"type": "object", "properties": {"a": {}}, "required": ["a"]}
+    for value, written in (("1", 1), ("true", True), ("x y", "x y"), ("null", None)):
+        text = json.dumps({"a": written}) + "\n"
+        lm = character_lm(text + '"{}:,.b', ".")
+        masked = record(lm, {**open_schema, "additionalProperties": False}, ["a"], max_tokens=20, masked=True)
+        law = poutine.trace(masked).get_trace("a", value).nodes["record"]["fn"]
+        assert torch.isfinite(law.log_prob(lm.encode(text))), value
+
+
 def test_the_posterior_is_the_unmasked_prior_on_what_the_schema_permits(lm: LM) -> None:
     masked = record(lm, SCHEMA, max_tokens=20, masked=True)
     law = poutine.trace(masked).get_trace("ab:").nodes["record"]["fn"]
