@@ -35,6 +35,7 @@ class Application:
     :param hits: which draws satisfy the condition.
     :param exact: the log evidence of a query, where it can be had.
     :param draws: so many draws of its posterior, likewise: latents, a particle a row.
+    :param beside: what else is said of a proposal's draws: a name, and a number of a query and the draws.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Application:
     hits: Callable[[Query, Posterior], np.ndarray]
     exact: Callable[[Query], float] | None = None
     draws: Callable[[Query, int], dict[str, torch.Tensor]] | None = None
+    beside: tuple[str, Callable[[Query, Posterior], float]] | None = None
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -202,6 +204,13 @@ def plans(lm: LM, steps: int, size: int = 5, moves: int = 8) -> Application:
     def hits(query: Query, posterior: Posterior) -> np.ndarray:
         return np.array([walk(query[0], moves) == int(query[1]) for moves in posterior.decode("plan")])
 
+    def longer(query: Query, posterior: Posterior) -> float:
+        """How many moves longer than the shortest plans that arrive are, in the mean."""
+        arrived = [m for m in posterior.decode("plan") if walk(query[0], m) == int(query[1])]
+        shortest = len(shortest_plans(query[0], int(query[1]), 1)[0].split())
+        lengths = [len(moves.removesuffix(lm.spelling.end).split()) for moves in arrived]
+        return float(np.mean(lengths)) - shortest if lengths else math.nan
+
     plain = {"plan": lambda: ["The moves of the robot through the maze are:"]}
     return Application(
         f"plans, {size} by {size}",
@@ -215,6 +224,7 @@ def plans(lm: LM, steps: int, size: int = 5, moves: int = 8) -> Application:
         train,
         held_out,
         hits,
+        beside=("moves above the shortest", longer),
     )
 
 

@@ -63,7 +63,8 @@ def main() -> None:
             if options.save:
                 app.proposals["guide"].save(options.save / f"{name}.safetensors")
             found = measured(app, options.samples, options.queries)
-            keep(options.out, {"program": name, "training": seconds, "methods": summed(found, seconds)})
+            record = {"program": name, "training": seconds, "methods": summed(found, seconds)}
+            keep(options.out, record | ({"beside": app.beside[0]} if app.beside else {}))
     for record in records(options.out):
         if record["program"] in options.programs:
             print_table(record)
@@ -98,6 +99,7 @@ def measured(app: Application, samples: int, most: int) -> dict[str, list[dict[s
                     "error": abs(few(posterior) - log_z),
                     "seconds": seconds / samples,
                     "reference ess": float(reference.ess),
+                    "beside": app.beside[1](query, posterior) if app.beside else math.nan,
                 }
             )
         budget = rows["guide"][-1]["seconds"] * samples
@@ -160,6 +162,7 @@ def summed(rows: dict[str, list[dict[str, float]]], training: float) -> dict[str
     found = {}
     for name, own in rows.items():
         column = {key: np.array([row[key] for row in own], dtype=float) for key in ("hits", "ess", "error", "seconds")}
+        beside = np.array([row.get("beside", math.nan) for row in own])
         cost = column["seconds"] / column["ess"]
         found[name] = {
             "hits": float(column["hits"].mean()),
@@ -167,6 +170,7 @@ def summed(rows: dict[str, list[dict[str, float]]], training: float) -> dict[str
             "error": float(np.median(column["error"])),
             "cost": float(np.exp(np.log(cost).mean())),
             "mean cost": float(cost.mean()),
+            "beside": float(np.nanmean(beside)) if np.isfinite(beside).any() else math.nan,
         }
     others = min(own["cost"] for name, own in found.items() if name != "guide" and np.isfinite(own["cost"]))
     gain = QUERY_SAMPLES * (others - found["guide"]["cost"])
@@ -182,6 +186,10 @@ def print_table(record: dict[str, Any]) -> None:
     ]
     print(f"\n{record['program']}: {record['training']:.0f} CPU s of training; pays after "
           f"{record['methods']['guide']['break-even']:.2g} queries of {QUERY_SAMPLES} effective samples\n")  # fmt: skip
+    if "beside" in record:
+        header.append(record["beside"])
+        for line, own in zip(body, record["methods"].values(), strict=True):
+            line.append(f"{own['beside']:.1f}")
     print(table(header, body))
 
 

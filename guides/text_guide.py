@@ -29,6 +29,7 @@ from llmppl.programs.structure import (
     signature,
     structure,
 )
+from llmppl.text.arguments import check_programs
 from llmppl.text.prompts import Framework, Telling, check_plates, checked_others, checked_prompts, wrong_batch
 from llmppl.text.relations import Relations
 
@@ -81,6 +82,7 @@ class TextGuide(nn.Module):
         others: Others | None = None,
     ) -> None:
         super().__init__()
+        check_programs(model=model)
         if not isinstance(lm, LM):
             raise TypeError(f"lm must be an llmppl.LM, got {type(lm).__name__}. Use LM(model, tokenizer).")
         # Not registered as submodules: the frozen transformer is none of the guide's parameters.

@@ -30,6 +30,7 @@ from llmppl.network.text_law import TextLaw
 from llmppl.network.text_tensors import Piece, check_text, join, pad_rows
 from llmppl.network.transformer import Network, forget_reading
 from llmppl.text import PAD
+from llmppl.text.arguments import check_name
 from llmppl.text.chat import chat_pieces
 from llmppl.text.row_function import Kind
 from llmppl.text.spelling import Spelling, empty_context, log_probabilities
@@ -82,12 +83,14 @@ class LM(Adaptable):
         :param dtype: of the weights. Half precision shifts log-probabilities; importance weights want float32.
         :raises ModuleNotFoundError: the packaged model is not installed; names the command.
         :raises FileNotFoundError: no such folder.
+        :raises TypeError: no name.
         :raises ValueError: a quantised checkpoint.
         """
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         from llmppl.files.packaged_model import PACKAGED, packaged_folder, quiet_loading
 
+        check_name(name_or_folder)
         name = os.fspath(name_or_folder)
         if name in PACKAGED and not Path(name).is_dir():
             name = str(packaged_folder(name))

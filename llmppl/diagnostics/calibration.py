@@ -19,6 +19,7 @@ from llmppl.posterior.exactness import check_scores_given
 from llmppl.programs.plates import in_data_plate
 from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Program
+from llmppl.text.arguments import check_programs
 
 PROPOSALS = 10
 """Samples of importance sampling for each draw that is taken from them."""
@@ -215,6 +216,7 @@ def calibrate(
     [3] Säilynoja, Bürkner, Vehtari (2022), `Graphical test for discrete uniformity and its applications in
     goodness-of-fit evaluation and multiple sample comparison`.
     """
+    check_programs(model=model, guide=guide)
     if num_draws < 1:
         raise ValueError(f"num_draws must be at least 1, got {num_draws}.")
     if sampler == "importance":
@@ -255,6 +257,7 @@ def expected_coverage(
     [1] Hermans, Delaunoy, Rozet, Wehenkel, Begy, Louppe (2022), `A crisis in simulation-based inference? Beware,
     your posterior approximations can be unfaithful`.
     """
+    check_programs(model=model, guide=guide)
     return _simulating(model, guide, 0, simulations, {}, None, level, seed, vectorize_data, progress)
 
 

@@ -24,6 +24,7 @@ from llmppl.posterior.posterior import Posterior
 from llmppl.programs.particles import common_axes
 from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Program, is_latent, structure
+from llmppl.text.arguments import check_programs
 from llmppl.training.fit import fit
 from llmppl.training.minibatches import Rows, checked
 
@@ -96,6 +97,7 @@ def gap_report(
 
     [1] Cremer, Li, Duvenaud (2018), `Inference suboptimality in variational autoencoders`.
     """
+    check_programs(model=model, guide=guide)
     check_weights(guide)
     data = checked(data, program=model)
     everything = data + ([] if held_out is None else checked(held_out, "held_out", model))

@@ -40,6 +40,7 @@ from llmppl.programs.observations import observing
 from llmppl.programs.plates import in_data_plate
 from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Program, Site, is_latent, structure
+from llmppl.text.arguments import check_programs
 from llmppl.training.collation import collate
 from llmppl.training.minibatches import Rows, checked
 
@@ -155,6 +156,7 @@ def diagnose(
     [2] Kass, Raftery (1995), `Bayes factors`.
     [3] Chatterjee, Diaconis (2018), `The sample size required in importance sampling`.
     """
+    check_programs(model=model, guide=guide)
     start = time.monotonic()
     if num_samples < 2:
         raise ValueError(f"num_samples must be at least 2, got {num_samples}: a standard error takes two.")

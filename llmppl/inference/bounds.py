@@ -19,6 +19,7 @@ from llmppl.programs.observations import observing
 from llmppl.programs.plates import in_data_plate
 from llmppl.programs.simulation import simulate
 from llmppl.programs.structure import Program
+from llmppl.text.arguments import check_programs
 
 METHODS = ("importance", "smc")
 
@@ -68,6 +69,7 @@ def bounds(
     sequential Monte Carlo`, prop. 5.1.
     [3] Andrieu, Doucet, Holenstein (2010), `Particle Markov chain Monte Carlo methods`, sec. 4.3.
     """
+    check_programs(model=model, guide=guide)
     if num_samples < 2:
         raise ValueError(f"num_samples must be at least 2, got {num_samples}: one of them is the simulated latents.")
     if simulations < 0:

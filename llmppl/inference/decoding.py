@@ -27,6 +27,7 @@ from llmppl.programs.plates import in_data_plate, in_particles
 from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Program, Site, is_latent
 from llmppl.text import PAD
+from llmppl.text.arguments import check_programs
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "greedy": (),
@@ -83,6 +84,9 @@ def decode(
     [1] Fan, Lewis, Dauphin (2018), `Hierarchical neural story generation`.
     [2] Holtzman, Buys, Du, Forbes, Choi (2020), `The curious case of neural text degeneration`.
     """
+    check_programs(model=model)
+    if guide is not None:
+        check_programs(guide=guide)
     if method not in OPTIONS:
         raise ValueError(f"method={method!r} must be one of {tuple(OPTIONS)}.")
     given = {

@@ -35,6 +35,7 @@ from llmppl.programs.observations import Given
 from llmppl.programs.particles import Particles, check_finite, common_axes, compute_log_prob, sum_sites
 from llmppl.programs.plates import in_particles
 from llmppl.programs.structure import Program, Site, is_latent, is_text, plate_nesting, structure
+from llmppl.text.arguments import check_programs
 
 BLOCK = 4096
 RUNS = 128
@@ -68,6 +69,7 @@ def exact_posterior(model: Program) -> Callable[..., Posterior]:
     :raises ValueError: a site that does not enumerate, more than a million combinations, more than 20 000 of
         a program that is run for each, or plates that depend on sampled values.
     """
+    check_programs(model=model)
 
     def run(*args: Any, **kwargs: Any) -> Posterior:
         return of_observations(_enumerated(model, args, kwargs), args, data_plate=False)

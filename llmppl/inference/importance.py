@@ -21,6 +21,7 @@ from llmppl.posterior.running_error import RunningError, check_target, plan
 from llmppl.programs.particles import check_finite, log_prior, run_particles
 from llmppl.programs.plates import in_data_plate
 from llmppl.programs.structure import Program, is_latent
+from llmppl.text.arguments import check_count, check_programs
 
 
 def importance(
@@ -72,8 +73,8 @@ def importance(
     [1] Hesterberg (1995), `Weighted average importance sampling and defensive mixture distributions`.
     [2] Veach, Guibas (1995), `Optimally combining sampling techniques for Monte Carlo rendering`.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    check_programs(model=model, guide=guide)
+    check_count(num_samples=num_samples)
     if target_error is not None:
         check_target(target_error, num_samples)
     check_share(defensive)

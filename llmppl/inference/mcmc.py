@@ -28,6 +28,7 @@ from llmppl.programs.particles import Particles, compute_log_prob, run_particles
 from llmppl.programs.plates import in_data_plate
 from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Program, is_latent
+from llmppl.text.arguments import check_programs
 
 KERNELS = ("independence", "suffix", "block", "gibbs")
 
@@ -95,6 +96,9 @@ def mcmc(
     [1] Hastings (1970), `Monte Carlo sampling methods using Markov chains and their applications`.
     [2] Geman and Geman (1984), `Stochastic relaxation, Gibbs distributions, and the Bayesian restoration of images`.
     """
+    check_programs(model=model)
+    if guide is not None:
+        check_programs(guide=guide)
     if kernel not in KERNELS:
         raise ValueError(f"kernel={kernel!r} must be one of {KERNELS}.")
     for name, value, least in (("num_samples", num_samples, 4), ("num_chains", num_chains, 1), ("warmup", warmup, 0)):

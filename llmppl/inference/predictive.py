@@ -15,6 +15,7 @@ from llmppl.distributions.conditioned_text import ConditionedText
 from llmppl.inference.blocks import block_size
 from llmppl.programs.plates import in_data_plate, in_particles
 from llmppl.programs.structure import Program, plate_nesting, structure
+from llmppl.text.arguments import check_count, check_programs
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,10 @@ def predict(
         :func:`~llmppl.importance` does.
     :raises ValueError: no such site, or one whose values cannot be listed.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    check_programs(model=model)
+    if guide is not None:
+        check_programs(guide=guide)
+    check_count(num_samples=num_samples)
     if vectorize_data:
         model, guide = in_data_plate(model), None if guide is None else in_data_plate(guide)
 

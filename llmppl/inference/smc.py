@@ -21,6 +21,7 @@ from llmppl.programs.particles import Particles
 from llmppl.programs.plates import in_data_plate
 from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Program
+from llmppl.text.arguments import check_programs
 
 
 def smc(
@@ -96,6 +97,9 @@ def smc(
     [3] Fearnhead, Clifford (2003), `On-line inference for hidden Markov models via particle filters`.
     [4] Hesterberg (1995), `Weighted average importance sampling and defensive mixture distributions`.
     """
+    check_programs(model=model)
+    if guide is not None:
+        check_programs(guide=guide)
     check_settings(num_samples, num_runs, targets, resampling, ess_threshold, check_every)
     check_share(defensive)
     if defensive and (guide is None or resampling == "optimal"):

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmppl.text.arguments import check_endings
+
 _numbers = itertools.count()
 
 MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
@@ -44,11 +46,21 @@ class Adapters:
         """Add a LoRA adapter (Hu et al. 2022). It starts as the identity.
 
         :param target_modules: name endings of the layers to adapt; every linear one but the head by default.
+        :raises TypeError, ValueError: no list of endings; an ending of no layer.
         """
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self._check_new(name)
+        if target_modules is not None:
+            check_endings(target_modules)
+            known = [key.replace(".base_layer", "") for key, _ in self.transformer.named_modules()]
+            for ending in target_modules:
+                if not any(f".{key}".endswith(f".{ending}") for key in known):
+                    raise ValueError(
+                        f"target_modules names {ending!r}, which is the end of no layer of the model; its linear "
+                        f"layers end in {sorted({key.rsplit('.', 1)[-1] for key in self._linear_layers()})}."
+                    )
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,

@@ -28,6 +28,7 @@ from llmppl.numpyro.network.row_map import map_rows
 from llmppl.numpyro.network.text_arrays import BUCKET, Piece, TextArgument, check_text, is_concrete, pad_rows
 from llmppl.numpyro.network.text_law import TextLaw
 from llmppl.text import PAD
+from llmppl.text.arguments import check_name
 from llmppl.text.chat import chat_pieces
 from llmppl.text.row_function import Kind
 from llmppl.text.spelling import Spelling, describe, empty_context, log_probabilities, too_long, unbroadcastable
@@ -74,6 +75,7 @@ class LM:
         :raises FileNotFoundError: no such folder, or one without a configuration, safetensors or a fast tokenizer.
         :raises ValueError: an architecture without a native decoder; names it.
         """
+        check_name(name_or_folder)
         folder = _folder(os.fspath(name_or_folder))
         architecture = Architecture.of(read_config(folder))
         weights = read_weights(folder, architecture, dtype)

@@ -55,10 +55,16 @@ class Grammar:
 
     @classmethod
     def json_schema(cls, schema: dict[str, Any] | str) -> Grammar:
-        """JSON texts that satisfy a schema."""
+        """JSON texts that satisfy a schema.
+
+        :raises TypeError: a schema that is no JSON.
+        """
         from llguidance import LLMatcher
 
-        text = schema if isinstance(schema, str) else json.dumps(schema)
+        try:
+            text = schema if isinstance(schema, str) else json.dumps(schema)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"schema={schema!r} is no JSON: {error}. Give a dict, or a string of JSON.") from None
         return cls(LLMatcher.grammar_from_json_schema(text), f"JSON schema {text[:40]}")
 
     @classmethod

@@ -23,6 +23,7 @@ from llmppl.programs.plates import in_data_plate
 from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.simulated_pair import SimulatedPair, with_pair
 from llmppl.programs.structure import Program
+from llmppl.text.arguments import check_count, check_programs
 from llmppl.training.collation import collate
 from llmppl.training.evaluation import Evaluation, HeldOut
 from llmppl.training.history import COLUMNS, HARD, History
@@ -114,13 +115,14 @@ def fit(
         program, the guide or the objective cannot have; a stream or a replay buffer in several processes; simulated
         data, or references and pairs of an evaluation, for a program that learns and is soon another.
     """
+    check_programs(model=model, guide=guide)
     processes = Processes(torch.initial_seed() if seed is None else seed)
     processes.check(objective, data)
     stream = data if isinstance(data, SimulatedStream) else None
     minibatches = accumulate * processes.size
     readings = steps * batch_size * minibatches / len(data) if isinstance(data, SimulatedSet) else math.nan
     data = data.described() if isinstance(data, SimulatedStream) else checked(data, program=model)
-    _check_numbers(steps=steps, batch_size=batch_size, accumulate=accumulate, checkpoint_every=checkpoint_every)
+    check_count(steps=steps, batch_size=batch_size, accumulate=accumulate, checkpoint_every=checkpoint_every)
     if not isinstance(objective, ELBO):
         raise TypeError(f"objective must be an ELBO such as TrajectoryBalance(num_particles=16), got {objective!r}.")
     if schedule not in SCHEDULES:
@@ -357,12 +359,6 @@ def _check_learned(data: Any, evaluation: Evaluation | None, regularisation: Reg
             "Regularisation(simulated=, input_noise=) puts other observations in place of the data, and this program "
             f"learns from them. {mend} leave them out; Behaviour(sleep=) simulates for the guide alone."
         )
-
-
-def _check_numbers(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if not value >= 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
 def _mean(reports: list[dict[str, float]], key: str) -> float:

@@ -19,6 +19,7 @@ from llmppl.programs.simulated_pair import SimulatedPair
 from llmppl.programs.simulation import check_simulable
 from llmppl.programs.simulation import simulate as simulate_once
 from llmppl.programs.structure import Program, is_deterministic, structure
+from llmppl.text.arguments import check_count, check_programs
 from llmppl.training.collation import collate
 from llmppl.training.minibatches import Rows, checked
 from llmppl.training.simulated_set import FILE, SimulatedSet
@@ -133,9 +134,8 @@ def simulate(
     :raises ValueError: a program with a factor or without an observation; a damaged set, or one of another number, in
         the folder; a folder for a stream, which is not kept.
     """
-    for name, number in (("num_pairs", num_pairs), ("batch_size", batch_size)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}.")
+    check_programs(program=program)
+    check_count(batch_size=batch_size, **({} if num_pairs is None else {"num_pairs": num_pairs}))
     if num_pairs is None:
         if folder is not None:
             raise ValueError("a stream of fresh pairs is not kept in a folder. Say how many pairs: num_pairs=.")

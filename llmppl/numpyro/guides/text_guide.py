@@ -29,6 +29,7 @@ from llmppl.numpyro.programs.tracing import (
     signature,
     structure,
 )
+from llmppl.text.arguments import check_programs
 from llmppl.text.prompts import Framework, Telling, check_plates, checked_others, checked_prompts, wrong_batch
 from llmppl.text.relations import Relations
 
@@ -75,6 +76,7 @@ class TextGuide:
         prompt: Mapping[str, Prompt] | None = None,
         others: Others | None = None,
     ) -> None:
+        check_programs(model=model)
         if not isinstance(lm, LM):
             raise TypeError(
                 f"lm must be an llmppl.numpyro.LM, got {type(lm).__name__}. Use llmppl.numpyro.LM.from_pretrained()."

@@ -19,6 +19,7 @@ from llmppl.numpyro.programs.particles import Particle, given, layout, run_parti
 from llmppl.numpyro.programs.tracing import Program, Values, in_data_plate, is_latent, observing, simulate, structure
 from llmppl.posterior.brackets import Bounds
 from llmppl.posterior.exactness import check_scores_given
+from llmppl.text.arguments import check_programs
 
 
 def bounds(
@@ -60,6 +61,7 @@ def bounds(
     [2] Zhao, Brekelmans, Makhzani, Grosse (2024), `Probabilistic inference in language models via twisted
     sequential Monte Carlo`, prop. 5.1.
     """
+    check_programs(model=model, guide=guide)
     if num_samples < 2:
         raise ValueError(f"num_samples must be at least 2, got {num_samples}: one of them is the simulated latents.")
     if simulations < 0:

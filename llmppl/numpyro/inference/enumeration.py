@@ -46,6 +46,7 @@ from llmppl.posterior.combinations import (
     support_varies,
 )
 from llmppl.posterior.posterior import Posterior
+from llmppl.text.arguments import check_programs
 
 BLOCK = 1024
 """Combinations that are scored together."""
@@ -73,6 +74,7 @@ def exact_posterior(model: Program) -> Callable[..., Posterior]:
     :raises ValueError: a site that does not enumerate, more than a million combinations, more than 20 000 of
         a program that is run for each, plates that depend on sampled values, or log-probabilities that are NaN.
     """
+    check_programs(model=model)
 
     def run(*args: Any, **kwargs: Any) -> Posterior:
         return _enumerated(model, args, kwargs)

@@ -19,6 +19,7 @@ from llmppl.numpyro.programs.tracing import Program, Trace, in_data_plate, struc
 from llmppl.posterior.exactness import check_weights
 from llmppl.posterior.posterior import Posterior
 from llmppl.posterior.running_error import BLOCK, FEWEST, RunningError, check_target
+from llmppl.text.arguments import check_count, check_programs
 
 BLOCK_BYTES = 2**30
 """Memory of the texts of the particles that are drawn and scored together: their keys and values, and the
@@ -61,8 +62,8 @@ def importance(
         misses sites or has no exact density, no sample of positive weight, or a ``target_error`` that is not
         a positive number or cannot be decided on with so few samples.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    check_programs(model=model, guide=guide)
+    check_count(num_samples=num_samples)
     if target_error is not None:
         check_target(target_error, num_samples)
     exactness = check_weights(guide)

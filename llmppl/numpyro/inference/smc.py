@@ -18,6 +18,7 @@ from llmppl.numpyro.programs.tracing import Program, in_data_plate
 from llmppl.posterior.exactness import check_weights
 from llmppl.posterior.posterior import Posterior
 from llmppl.posterior.smc_runs import check_settings, pooled
+from llmppl.text.arguments import check_programs
 
 
 def smc(
@@ -84,6 +85,9 @@ def smc(
     [2] Hu et al. (2024), `Amortizing intractable inference in large language models`, eq. 3; the flow is that of
     terminable states, F(s) = R(s⊤) / P(⊤|s).
     """
+    check_programs(model=model)
+    if guide is not None:
+        check_programs(guide=guide)
     check_settings(num_samples, num_runs, targets, resampling, ess_threshold, check_every)
     if resampling == "optimal":
         raise ValueError(

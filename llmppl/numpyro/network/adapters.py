@@ -17,16 +17,18 @@ from jax import Array, random
 from llmppl.numpyro.network.architecture import Architecture
 from llmppl.numpyro.network.decoder import Weights
 from llmppl.numpyro.network.folder_weights import layer_places
+from llmppl.text.arguments import check_endings
 
 
 def targets(architecture: Architecture, target_modules: Sequence[str] | None) -> list[str]:
     """Which linear layers of the decoder name endings of Hugging Face layers stand for; all by default.
 
-    :raises ValueError: an ending of no layer.
+    :raises TypeError, ValueError: no list of endings; an ending of no layer.
     """
     places = layer_places(architecture)
     if target_modules is None:
         return list(places)
+    check_endings(target_modules)
     chosen = set()
     for ending in target_modules:
         found = {name for name, place in places.items() if f".{place}".endswith(f".{ending}")}

@@ -23,6 +23,7 @@ from llmppl.numpyro.objectives.particle_objective import ParticleObjective
 from llmppl.numpyro.programs.particles import layout, run_particle
 from llmppl.numpyro.programs.tracing import DummyTexts, Program, in_data_plate
 from llmppl.numpyro.training.data_columns import Columns
+from llmppl.text.arguments import check_count, check_programs
 from llmppl.training.history import HARD, History
 from llmppl.training.minibatches import Minibatches, Rows, checked
 
@@ -72,10 +73,9 @@ def fit(
     :returns: the history.
     :raises TypeError, ValueError: malformed data or numbers; a loss that is not finite, with the sites that make it so.
     """
+    check_programs(model=model, guide=guide)
     data = checked(data, program=model)
-    for name, number in (("steps", steps), ("batch_size", batch_size)):
-        if not number >= 1:
-            raise ValueError(f"{name} must be at least 1, got {number}.")
+    check_count(steps=steps, batch_size=batch_size)
     if not isinstance(objective, ELBO):
         raise TypeError(
             f"objective must be an ELBO of NumPyro such as TrajectoryBalance(num_particles=16), got {objective!r}."
