@@ -63,7 +63,12 @@ def detailed_error(story: Story, guide: GFlowNetGuide) -> Tensor:
     return subtrajectory_error(story, guide, longest=1)
 
 
-def subtrajectory_error(story: Story, guide: GFlowNetGuide, longest: int = 3) -> Tensor:
+def sparse_error(story: Story, guide: GFlowNetGuide) -> Tensor:
+    """The same between every second prefix and the end."""
+    return subtrajectory_error(story, guide, every=2)
+
+
+def subtrajectory_error(story: Story, guide: GFlowNetGuide, longest: int = 3, every: int = 1) -> Tensor:
     """Hu et al. 2024, eq. 3, term by term as the paper writes it, its expectation over q held fixed."""
     texts, log_joint = story.joint()
     log_q = proposal(guide, *story.args).token_log_prob(texts)
@@ -74,6 +79,8 @@ def subtrajectory_error(story: Story, guide: GFlowNetGuide, longest: int = 3) ->
         tokens = tuple(t for t in text if t > 0)  # without the stop token, id 0
         ends = {}
         for t in range(len(tokens) + 1):
+            if t % every and t < len(tokens):
+                continue
             m = row[tokens] if t == 3 else row[(*tokens[:t], 0)]
             ends[t] = (log_joint[m], torch.zeros(()) if t == 3 else log_q[m, t])
         pairs = [(i, j) for i in ends for j in ends if i < j <= i + longest]
@@ -101,6 +108,7 @@ CASES: dict[str, tuple[Callable[[int], object], Callable[[Story, AutoregressiveG
     "vargrad": (lambda k: TrajectoryBalance(k), reverse_kl, 2.0),
     "learned": (lambda k: TrajectoryBalance(k, log_partition="learned"), squared_error, 1.0),
     "subtrajectory": (lambda k: SubTrajectoryBalance(k), subtrajectory_error, 1.0),
+    "every second prefix": (lambda k: SubTrajectoryBalance(k, every=2), sparse_error, 1.0),
     "detailed": (lambda k: DetailedBalance(k), detailed_error, 1.0),
     "leave-one-out": (lambda k: LeaveOneOutELBO(k), reverse_kl, 1.0),
     "wake": (lambda k: WakeSleep(k, insomnia=1.0), forward_kl, 1.0),

@@ -60,6 +60,17 @@ def test_a_field_that_is_given_is_all_that_the_mask_permits(lm: LM, values: dict
     assert posterior.log_evidence == pytest.approx(exact, abs=4 * posterior.log_evidence_error + 1e-5)
 
 
+def test_a_record_with_another_value_has_no_density(lm: LM) -> None:
+    program = record(lm, SCHEMA, ["a", "b"], max_tokens=20)
+    for text in VALID:
+        written = json.loads(text)
+        sites = poutine.trace(poutine.condition(program, data={"record": lm.encode(text)})).get_trace("ab:", "12", "b")
+        sites.compute_log_prob()
+        for name, value in (("a", 12), ("b", "b")):
+            expected = 0.0 if written[name] == value else -np.inf
+            assert float(sites.nodes[name]["log_prob_sum"]) == expected, (text, name)
+
+
 def test_values_of_any_type_are_given() -> None:
     open_schema = {"type": "object", "properties": {"a": {}}, "required": ["a"]}
     for value, written in (("1", 1), ("true", True), ("x y", "x y"), ("null", None)):

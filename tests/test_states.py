@@ -13,7 +13,7 @@ from conftest import Story, kl
 from torch import Tensor
 
 from llmppl import LM, exact_posterior
-from llmppl.guides import AutoregressiveGuide, GFlowNetGuide
+from llmppl.guides import AutoregressiveGuide, GFlowNetGuide, PromptGuide
 from llmppl.network.text_law import TextLaw
 from llmppl.network.text_tensors import lengths
 from llmppl.objectives import DetailedBalance, SubTrajectoryBalance
@@ -23,7 +23,7 @@ from llmppl.programs.particles import propose
 from llmppl.programs.structure import structure
 from llmppl.testing import tiny_lm
 
-OBJECTIVES = [SubTrajectoryBalance(8), DetailedBalance(8)]
+OBJECTIVES = [SubTrajectoryBalance(8), SubTrajectoryBalance(8, every=2), DetailedBalance(8)]
 
 
 def two_texts(lm: LM) -> Callable[..., Tensor]:
@@ -56,8 +56,22 @@ def test_prefixes_of_a_text_are_its_ended_beginnings() -> None:
     assert texts[:, 1].tolist() == [[0, -1, -1], [3, 0, -1], [3, 2, 0], [3, 2, 1]]
     assert valid[:, 1].tolist() == [True] * 4
     assert valid[:, 2].tolist() == [True, False, False, False]
+    texts, valid = prefixes(torch.tensor([[3, 2, 5], [3, 2, 1], [0, -1, -1]]), law, every=2)
+    assert texts[:, 0].tolist() == [[5, -1, -1], [3, 2, 5], [3, 2, 5]]
+    assert valid[:, 0].tolist() == [True, True, False]
+    assert texts[:, 1].tolist() == [[0, -1, -1], [3, 2, 0], [3, 2, 1]]
+    assert valid[:, 1].tolist() == [True] * 3
     _, valid = prefixes(torch.tensor([[3, 2, 0]]), replace(law, min_tokens=2))
     assert valid[:, 0].tolist() == [False, True, True, False]  # a text of one token is too short
+
+
+def test_prefixes_that_are_none(lm: LM) -> None:
+    for wrong, error in ((0, ValueError), (1.5, TypeError), ("2", TypeError)):
+        with pytest.raises(error, match="every must be"):
+            SubTrajectoryBalance(4, every=wrong)  # type: ignore[arg-type]
+    program = two_texts(lm)
+    with pytest.raises(ValueError, match=r"every=3 is beyond the text of site 'first', of max_tokens=2"):
+        SubTrajectoryBalance(4, every=3).loss(program, PromptGuide(program, lm), "ab", "cd")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -103,16 +117,16 @@ def test_the_loss_over_several_texts_is_zero_at_the_posterior_alone(lm: LM, obje
     rows = {(*a, *b): n for n, (a, b) in enumerate(zip(first.tolist(), second.tolist(), strict=True))}
     for a, b in zip(trace.nodes["first"]["value"], trace.nodes["second"]["value"], strict=True):
         chain: list[tuple[int, ...]] = []
-        for t in range(3):
+        for t in range(0, 3, objective.every):
             if t < int(lengths(a)) and (0 not in a[:t].tolist()):
                 chain.append((*[*a[:t].tolist(), 0, -1][:2], *b.tolist()))
         if 0 not in a.tolist():
             chain.append((*a.tolist(), *b.tolist()))
         chain = [pair for pair in chain if pair[:2] != tuple(a.tolist())]
-        for t in range(3):
+        for t in range(0, 3, objective.every):
             if t < int(lengths(b)) and (0 not in b[:t].tolist()):
                 chain.append((*a.tolist(), *[*b[:t].tolist(), 0, -1][:2]))
-        if 0 not in b.tolist():
+        if (*a.tolist(), *b.tolist()) not in chain:
             chain.append((*a.tolist(), *b.tolist()))
         weights = []
         for pair in chain:
@@ -193,7 +207,8 @@ def test_texts_in_a_plate_are_one_configuration(lm: LM, objective: SubTrajectory
     for texts in trace.nodes["middle"]["value"]:
         free = lengths(texts) - (texts == 0).any(-1).long()
         # All three are cut at once, as long as each has so many tokens; the sample as a whole comes last.
-        cut = [t for t in range(int(free.min()) + 1) if t < 3 and not bool(((free == t) & (texts == 0).any(-1)).all())]
+        reached = range(0, int(free.min()) + 1, objective.every)
+        cut = [t for t in reached if t < 3 and not bool(((free == t) & (texts == 0).any(-1)).all())]
         weights = torch.tensor([0.7 * 3 * (t + 1) for t in cut] + [0.7 * float(lengths(texts).sum())])
         pairs = [(a, b) for a in range(len(weights)) for b in range(a + 1, len(weights))]
         chosen = [p for p in pairs if p[1] == p[0] + 1 or not isinstance(objective, DetailedBalance)]

@@ -35,12 +35,13 @@ class States:
         return quantity[-1]
 
 
-def ended_prefixes(trace: poutine.Trace, axes: tuple[int, ...], nesting: int, objective: str) -> States:
+def ended_prefixes(trace: poutine.Trace, axes: tuple[int, ...], nesting: int, objective: str, every: int = 1) -> States:
     """The states of a guide's trace of ``K`` particles.
 
     Texts that a stop token ends and no grammar binds have prefixes; other latents keep their values.
 
-    :raises ValueError: no such text; names an objective that takes the program.
+    :param every: prefixes of multiples of so many tokens alone, and the texts as they are.
+    :raises ValueError: no such text; names an objective that takes the program. ``every`` beyond a text.
     """
     latent = {name: site["value"] for name, site in trace.nodes.items() if is_latent(site)}
     terminable, reasons = {}, []
@@ -62,12 +63,18 @@ def ended_prefixes(trace: poutine.Trace, axes: tuple[int, ...], nesting: int, ob
     before: Tensor | int = 0  # tokens of the former texts
     for name, law in terminable.items():
         assert law.max_tokens is not None
+        if every > law.max_tokens:
+            raise ValueError(
+                f"every={every} is beyond the text of site {name!r}, of max_tokens={law.max_tokens}. Choose less, or "
+                "TrajectoryBalance, which judges whole texts."
+            )
         value = latent[name]
-        texts, reached = prefixes(value, law)
+        texts, reached = prefixes(value, law, every)
         for other, kept in latent.items():
             blocks[other].append(texts if other == name else kept.expand((len(texts), *kept.shape)))
         free = lengths(value) - law.ended(value).any(-1).long()
-        place = torch.arange(len(texts), device=value.device).reshape((-1,) + (1,) * (1 + len(axes)))
+        place = torch.tensor(kept_places(law.max_tokens, every), device=value.device)
+        place = place.reshape((-1,) + (1,) * (1 + len(axes)))
         # The sample as a whole is one state, the last.
         whole = _rows((texts == value).all(-1), axes, nesting, 1, torch.all)
         ends = _rows(reached, axes, nesting, 1, torch.all) & ~whole
@@ -93,14 +100,20 @@ def _rows(
     return reduce(shaped, inner) if inner else shaped
 
 
-def prefixes(value: Tensor, law: TextLaw) -> tuple[Tensor, Tensor]:
+def kept_places(max_tokens: int, every: int) -> list[int]:
+    """The tokens that the states of a text have, and of the text cut at ``max_tokens``."""
+    return [*range(0, max_tokens, every), max_tokens]
+
+
+def prefixes(value: Tensor, law: TextLaw, every: int = 1) -> tuple[Tensor, Tensor]:
     """Every prefix of texts, ended: with the text's own last token where that ends any text, otherwise with one that
     ends the prefix, if there is one.
 
     :param value: ``batch_shape + (T,)`` with ``T = max_tokens``.
-    :returns: texts ``(T + 1,) + batch_shape + (T,)``: entry ``j`` holds the first ``j`` tokens and a stop
-        token, entry ``T`` a text cut at ``max_tokens``; and which of them are texts that the sample
-        passed through, ``(T + 1,) + batch_shape``. Entries that are not repeat the sample itself.
+    :param every: of so many tokens, see :func:`kept_places`.
+    :returns: texts ``(J,) + batch_shape + (T,)``, ``J = T + 1`` of all prefixes: an entry holds its first tokens and a
+        stop token, the last a text cut at ``max_tokens``; and which of them are texts that the sample
+        passed through, ``(J,) + batch_shape``. Entries that are not repeat the sample itself.
     """
     length, max_tokens = lengths(value), law.max_tokens
     assert max_tokens is not None
@@ -110,7 +123,7 @@ def prefixes(value: Tensor, law: TextLaw) -> tuple[Tensor, Tensor]:
     free = length - stopped.long()  # tokens before the stop token
     place = torch.arange(max_tokens, device=value.device)
     texts, valid = [], []
-    for j in range(max_tokens + 1):
+    for j in kept_places(max_tokens, every):
         if j < max_tokens:
             kept = torch.where(place < j, value, PAD)
             closing = torch.where(own, last, law.closers(kept))

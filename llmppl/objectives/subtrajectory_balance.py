@@ -26,6 +26,7 @@ from llmppl.programs.particles import (
 )
 from llmppl.programs.plates import has_data_plate, in_particles
 from llmppl.programs.structure import Program, learns, structure
+from llmppl.text.arguments import check_count
 
 
 class SubTrajectoryBalance(OffPolicyObjective):
@@ -49,13 +50,18 @@ class SubTrajectoryBalance(OffPolicyObjective):
     token, and the later texts, and latents that are no such texts, are those of the sample; every
     state is then a configuration with a joint and a log q of its own, whose weights must all be equal.
 
-    A step scores the program at every prefix; prefixes of one text share their tokens in one pass.
+    A step scores the program at every prefix; prefixes of one text share their tokens in one pass. With ``every=``
+    more than one only prefixes of multiples of so many tokens are states, and the texts as they are: fewer to score
+    where texts are long. The weights of a subset of states are equal where all are, so that the posterior is zero of
+    this loss, too; interpolating rewards between every so many prefixes [3, eq. 8] moves it.
 
     :param num_particles: ``K``.
     :param decay: λ; below 1 short subtrajectories count more.
     :param behaviour: where particles come from, a :class:`~llmppl.Behaviour`; by default from the guide.
     :param floor: nats that stand for a joint that is less, as of a hard condition (−inf), which most prefixes of a text
         may violate; a bias, see :class:`~llmppl.objectives.off_policy.OffPolicyObjective`.
+    :param every: tokens between the prefixes that are states.
+    :raises TypeError, ValueError: ``every`` that is no number, or beyond a text's ``max_tokens``.
 
     References
 
@@ -63,6 +69,7 @@ class SubTrajectoryBalance(OffPolicyObjective):
     GFlowNets from partial episodes for improved convergence and stability`.
     [2] Hu, Jain, Elmoznino, Kaddar, Lajoie, Bengio, Malkin (2024), `Amortizing intractable inference in
     large language models`, eq. 3.
+    [3] Sun et al. (2025), `Latent chain-of-thought for visual reasoning`, arXiv:2510.23925.
     """
 
     # A single particle already has subtrajectories to compare.
@@ -74,8 +81,11 @@ class SubTrajectoryBalance(OffPolicyObjective):
         decay: float = 1.0,
         behaviour: Behaviour | None = None,
         floor: float | None = None,
+        every: int = 1,
     ) -> None:
         super().__init__(num_particles, behaviour, floor)
+        check_count(every=every)
+        self.every = every
         if not decay > 0:
             raise ValueError(f"decay={decay} must be positive.")
         self.decay = float(decay)
@@ -88,7 +98,7 @@ class SubTrajectoryBalance(OffPolicyObjective):
                 call.model, call.guide, args, kwargs, self.num_particles, behaviour=call.handler
             )
         drawn = log_q_drawn(trace, axes, nesting, self.num_particles) if drops(trace) else None
-        states = ended_prefixes(trace, axes, nesting, type(self).__name__)
+        states = ended_prefixes(trace, axes, nesting, type(self).__name__, self.every)
         learning = learns(structure(call.model, args, kwargs))
         with torch.no_grad():
             log_p = self._log_p(call, trace, states, axes, nesting, not learning)  # (J, K) + batch_shape
@@ -117,7 +127,7 @@ class SubTrajectoryBalance(OffPolicyObjective):
         return weight * (states.valid[:, None] & states.valid[None])
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "decay": self.decay}
+        return {**super().settings(), "decay": self.decay, **({} if self.every == 1 else {"every": self.every})}
 
     def _learned(
         self, call: Call, trace: poutine.Trace, log_weights: Tensor, axes: tuple[int, ...], nesting: int
