@@ -19,7 +19,7 @@ from llmppl.models import completion, dialogue, evaluate, formula, plan, record,
 from llmppl.models.formula import BY_LIKELIHOOD, noise_given, points_listed, unexplained
 from llmppl.models.plan import BY_CHANCE, arriving, goal_told, maze_and_goal
 from llmppl.models.record import field as field_of
-from llmppl.models.record import fields_told
+from llmppl.models.record import fields_told, given
 from llmppl.objectives import TrajectoryBalance, WakeSleep
 from llmppl.posterior.posterior import Posterior
 
@@ -80,7 +80,15 @@ BEGINNINGS = ["My uncle", "The new teacher", "A young doctor", "She", "Our neigh
 def formats(lm: LM, steps: int) -> Application:
     """A line about somebody who lives in a given city, and the record of it."""
     program = record(lm, PEOPLE, ["city"], prose_tokens=16)
-    masked = record(lm, PEOPLE, ["city"], prose_tokens=16, masked=True)
+    by_city = {
+        city: record(lm, given(PEOPLE, {"city": city}), ["city"], prose_tokens=16, masked=True)
+        for city in PEOPLE["properties"]["city"]["enum"]
+    }
+
+    def masked(prompt: Any, city: str) -> Any:
+        """What proposes: each record under a mask that permits the known city alone."""
+        return by_city[city](prompt, city)
+
     plain: dict[str, Any] = {"prose": lambda prompt: [prompt], "record": lambda prompt, prose: [prompt, prose]}
     told = fields_told(["city"], prose=True)
     guide = AutoregressiveGuide(masked, lm, prompt=told, rank=8, seed=0)

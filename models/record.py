@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
 from inspect import Parameter, Signature
 from typing import Any
 
@@ -57,9 +56,9 @@ def record(
     ``prose_tokens`` is positive) and ``record``, each a line; observed ``valid`` and each of ``fields``.
 
     ``masked=True`` is the same program with the schema as the law of ``record``, by which each token is drawn among
-    those that the schema permits; of a field whose value is given as a string, only that value. That is no
-    conditioning: it forgets how improbable the way was that the mask left open. As the model of a guide it proposes,
-    and the importance weights make up for the rest::
+    those that the schema permits. That is no conditioning: it forgets how improbable the way was that the mask
+    left open. As the model of a guide it proposes, and the importance weights make up for the rest. Where a value is
+    known, :func:`given` makes a schema of it, whose mask permits that value alone::
 
         guide = AutoregressiveGuide(record(lm, schema, masked=True), lm)
         posterior = importance(record(lm, schema), guide, 64)(prompt)
@@ -83,11 +82,11 @@ def record(
             raise ValueError(f"fields={list(fields)}: {name!r} is none of the schema's properties {list(known)}.")
         if name in ("prose", "record", "valid"):
             raise ValueError(f"fields={list(fields)}: {name!r} is a site of the program's own. Rename the property.")
-    grammar, given = schema_grammar(schema), lru_cache(256)(partial(_given, schema))
+    grammar = schema_grammar(schema)
     speller: Any = lm
     accepts = grammar.bind(speller).accepts
     widest = 8 * max_tokens  # written out, a value has more tokens than in a record without spaces
-    law = {"max_tokens": max_tokens, "stop": END}
+    law = {"max_tokens": max_tokens, "stop": END, **({"grammar": grammar} if masked else {})}
     sample, distributions = lm.primitives.sample, lm.primitives.distributions
 
     def known_value(name: str) -> Callable[[str], str]:
@@ -99,11 +98,7 @@ def record(
         written = [prompt]
         if prose_tokens:
             written.append(sample("prose", lm(prompt, max_tokens=prose_tokens, stop=END)))
-        values_given = tuple(
-            (name, value) for name, value in zip(fields, values, strict=True) if isinstance(value, str)
-        )
-        permitted = {"grammar": given(values_given) if values_given else grammar} if masked else {}
-        text = sample("record", lm(*written, **law, **permitted))
+        text = sample("record", lm(*written, **law))
         valid = lm.map(lambda line: float(accepts(line)), text, returns=float)
         sample("valid", distributions.Delta(valid), obs=1.0 + 0 * valid)
         for name, value in zip(fields, values, strict=True):
@@ -115,10 +110,19 @@ def record(
     return write
 
 
-def _given(schema: Any, values: tuple[tuple[str, str], ...]) -> Grammar:
-    """The records of a schema with these values of fields, written as :func:`field` gives them."""
-    properties = dict(schema["properties"])
-    for name, value in values:
+def given(schema: Mapping[str, Any], values: Mapping[str, str]) -> dict[str, Any]:
+    """A schema of the records that have these values: ``given(schema, {"city": "Rome"})``.
+
+    Of the guide's model, for a proposal that has what is known: ``record(lm, given(schema, {"city": "Rome"}),
+    ["city"], masked=True)``.
+
+    :param values: by property, written as :func:`field` gives them.
+    :raises ValueError: a schema without such a property.
+    """
+    properties = dict(schema.get("properties", {}))
+    for name, value in values.items():
+        if name not in properties:
+            raise ValueError(f"values: {name!r} is none of the schema's properties {list(properties)}.")
         own = properties[name] if isinstance(properties[name], Mapping) else {}
         options = own.get("enum", [own["const"]] if "const" in own else None)
         if options is None and own.get("type") == "string":
@@ -130,7 +134,7 @@ def _given(schema: Any, values: tuple[tuple[str, str], ...]) -> Grammar:
                 options = [value]
         # Where the schema does not permit it nothing does: one that no weight is given to stands for it.
         properties[name] = {"enum": [o for o in options if field(json.dumps({name: o}), name) == value] or options}
-    return schema_grammar({**schema, "properties": properties})
+    return {**schema, "properties": properties}
 
 
 def fields_told(fields: Sequence[str], prose: bool = False) -> dict[str, Callable[..., list[Any]]]:

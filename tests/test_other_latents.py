@@ -89,6 +89,8 @@ def test_bad_proposals_are_named() -> None:
     program, y = mood(lm), torch.tensor(1.5)
     with pytest.raises(TypeError, match=r"others\['kind'\] must be a function that returns a distribution, got 3"):
         PromptGuide(program, lm, others={"kind": 3})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="others must be a function, a module or a guide, got 3"):
+        PromptGuide(program, lm, others=3)  # type: ignore[arg-type]
     for name in ("kin", "text", "y"):
         guide = PromptGuide(program, lm, others={name: lambda y: dist.Categorical(logits=torch.zeros(3))})
         with pytest.raises(ValueError, match=rf"others= names \['{name}'\], but .* without text are \['kind'\]"):

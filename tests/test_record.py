@@ -17,7 +17,7 @@ from llmppl import LM, Grammar, exact_posterior, importance
 from llmppl.guides import PromptGuide
 from llmppl.inference.gathering import NoWeightError
 from llmppl.models import record
-from llmppl.models.record import field, fields_told, schema_grammar
+from llmppl.models.record import field, fields_told, given, schema_grammar
 
 SIGNS = '{"ab": 12,}\n.lue'
 SCHEMA: dict[str, Any] = {
@@ -49,7 +49,7 @@ def unmasked(lm: LM, texts: list[str]) -> np.ndarray:
 )
 def test_a_field_that_is_given_is_all_that_the_mask_permits(lm: LM, values: dict[str, str], texts: list[str]) -> None:
     """Every draw has the value, and the weights are exact."""
-    masked = record(lm, SCHEMA, list(values), max_tokens=20, masked=True)
+    masked = record(lm, given(SCHEMA, values), list(values), max_tokens=20, masked=True)
     law = poutine.trace(masked).get_trace("ab:", *values.values()).nodes["record"]["fn"]
     assert sorted(lm.decode(law.enumerate_support())) == sorted(texts)
     program = record(lm, SCHEMA, list(values), max_tokens=20)
@@ -58,6 +58,18 @@ def test_a_field_that_is_given_is_all_that_the_mask_permits(lm: LM, values: dict
     assert np.isfinite(posterior.log_weights).all()
     exact = np.logaddexp.reduce(unmasked(lm, texts))
     assert posterior.log_evidence == pytest.approx(exact, abs=4 * posterior.log_evidence_error + 1e-5)
+
+
+def test_the_mask_does_not_know_what_is_observed(lm: LM) -> None:
+    """An observed value is no part of the prior, masked or not: its evidence is the share of the records that have
+    it."""
+    masked = record(lm, SCHEMA, ["b"], max_tokens=20, masked=True)
+    law = poutine.trace(masked).get_trace("ab:", "b").nodes["record"]["fn"]
+    share = float(sum(law.log_prob(lm.encode([text])).exp() for text in VALID if '"b": "b"' in text))
+    assert exact_posterior(masked)("ab:", "b").log_evidence == pytest.approx(np.log(share), abs=1e-5)
+    assert share < 0.99
+    with pytest.raises(ValueError, match="'c' is none of the schema's properties"):
+        given(SCHEMA, {"c": "1"})
 
 
 def test_a_record_with_another_value_has_no_density(lm: LM) -> None:
@@ -76,7 +88,8 @@ def test_values_of_any_type_are_given() -> None:
     for value, written in (("1", 1), ("true", True), ("x y", "x y"), ("null", None)):
         text = json.dumps({"a": written}) + "\n"
         lm = character_lm(text + '"{}:,.b', ".")
-        masked = record(lm, {**open_schema, "additionalProperties": False}, ["a"], max_tokens=20, masked=True)
+        own = given({**open_schema, "additionalProperties": False}, {"a": value})
+        masked = record(lm, own, ["a"], max_tokens=20, masked=True)
         law = poutine.trace(masked).get_trace("a", value).nodes["record"]["fn"]
         assert torch.isfinite(law.log_prob(lm.encode(text))), value
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llmppl.text.arguments import check_programs
 from llmppl.text.relations import Relation, told
 
 Site = Mapping[str, Any]
@@ -114,9 +115,11 @@ def checked_prompts(prompt: Mapping[str, Callable[..., Any]] | None) -> dict[str
 def checked_others(others: Any) -> dict[str, Callable[..., Any]]:
     """The proposals of single sites in ``others=``, functions that return a distribution; none of a guide.
 
-    :raises TypeError: one that is no function.
+    :raises TypeError: one that is no function; neither a guide nor a mapping.
     """
     if not isinstance(others, Mapping):
+        if others is not None:
+            check_programs(others=others)
         return {}
     for name, function in others.items():
         if not callable(function):
