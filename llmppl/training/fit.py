@@ -116,13 +116,13 @@ def fit(
         data, or references and pairs of an evaluation, for a program that learns and is soon another.
     """
     check_programs(model=model, guide=guide)
+    check_count(steps=steps, batch_size=batch_size, accumulate=accumulate, checkpoint_every=checkpoint_every)
     processes = Processes(torch.initial_seed() if seed is None else seed)
     processes.check(objective, data)
     stream = data if isinstance(data, SimulatedStream) else None
     minibatches = accumulate * processes.size
     readings = steps * batch_size * minibatches / len(data) if isinstance(data, SimulatedSet) else math.nan
     data = data.described() if isinstance(data, SimulatedStream) else checked(data, program=model)
-    check_count(steps=steps, batch_size=batch_size, accumulate=accumulate, checkpoint_every=checkpoint_every)
     if not isinstance(objective, ELBO):
         raise TypeError(f"objective must be an ELBO such as TrajectoryBalance(num_particles=16), got {objective!r}.")
     if schedule not in SCHEDULES:
@@ -280,28 +280,28 @@ def _accumulated(
     :raises ValueError: a loss that is not finite.
     """
     found = []
-    with processes.randomness(step, -1):
-        simulates = regularised.simulates()
+    processes.seed_minibatch(step, -1)
+    simulates = regularised.simulates()
     for n, own in processes.own(accumulate):
         batch = batches.draw()
         if not own:
             continue
         losses, reports = [], []
-        with processes.randomness(step, n):
-            for args in [collate(batch)] if vectorize_data else batch:
-                with regularised.call(args, simulates) as (model, guide):
-                    if isinstance(args, SimulatedPair):
-                        model, guide = _on_pair(model, guide, args, objective)
-                    # Some of Pyro's objectives have no differentiable loss, and some return several.
-                    loss = float(np.sum(objective.loss_and_grads(model, guide, *args)))
-                if not math.isfinite(loss):
-                    raise ValueError(
-                        f"the loss is {loss} at step {step + 1}, on {args!r}. Lower learning_rate, or check the "
-                        "program's factors."
-                    )
-                losses.append((loss, len(batch)))
-                rows = len(batch) if vectorize_data else 1
-                reports.append(getattr(objective, "diagnostics", None) or {"elbo": -loss / rows})
+        processes.seed_minibatch(step, n)
+        for args in [collate(batch)] if vectorize_data else batch:
+            with regularised.call(args, simulates) as (model, guide):
+                if isinstance(args, SimulatedPair):
+                    model, guide = _on_pair(model, guide, args, objective)
+                # Some of Pyro's objectives have no differentiable loss, and some return several.
+                loss = float(np.sum(objective.loss_and_grads(model, guide, *args)))
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"the loss is {loss} at step {step + 1}, on {args!r}. Lower learning_rate, or check the "
+                    "program's factors."
+                )
+            losses.append((loss, len(batch)))
+            rows = len(batch) if vectorize_data else 1
+            reports.append(getattr(objective, "diagnostics", None) or {"elbo": -loss / rows})
         found.append((n, (losses, reports)))
     everything = processes.gathered(found)
     total = 0.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -64,13 +63,11 @@ class Processes:
         for n in range(count * self.size):
             yield n, n % self.size == self.rank
 
-    @contextmanager
-    def randomness(self, step: int, minibatch: int) -> Iterator[None]:
-        """Random numbers of one minibatch; a process alone goes on with its own."""
+    def seed_minibatch(self, step: int, minibatch: int) -> None:
+        """Start the random numbers of one minibatch; a process that is in no group goes on with its own."""
         if self.grouped:
             key = f"{self.seed} {step} {minibatch}".encode()
             pyro.set_rng_seed(int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big"))
-        yield
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Add the gradients of all processes up; a parameter that none has one of keeps none."""
