@@ -73,8 +73,9 @@ def fit(
     one command can be repeated until it is through.
 
     Under ``torchrun``, in a script that has started the group (``torch.distributed.init_process_group()``, or
-    ``accelerate.PartialState()``), every process takes its share of a step's minibatches: ``accumulate`` a process. Gradients are added up, the history is that of all, the first process
-    writes. A run is the same with as many minibatches a step in any number of processes, and may be resumed so.
+    ``accelerate.PartialState()``), every process takes its share of a step's minibatches: ``accumulate`` a process.
+    Gradients are added up, the history is that of all, the first process writes. A run is the same with as many
+    minibatches a step in any number of processes, and may be resumed so.
 
     :param data: the program's arguments, as tuples or as mappings by name (rows of a ``datasets.Dataset``), each drawn
         once before any is drawn again; or simulated pairs, a set or a stream of :func:`~llmppl.simulate`.
