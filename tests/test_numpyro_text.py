@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -391,3 +392,35 @@ def test_scores_and_draws_are_the_same_inside_another_compiled_function(lm: LM) 
     score, drawn = inside(jnp.zeros(()))
     assert float(score) == pytest.approx(float(text.log_prob(value)), rel=1e-5)
     np.testing.assert_array_equal(drawn, text.sample(key))
+
+
+def test_a_mapped_draw_leaves_the_program_once_and_warns_of_texts_that_are_cut_off(lm: LM) -> None:
+    keys = random.split(random.key(1), 6)
+
+    def drawing(max_tokens: int) -> Callable[[Array], Array]:
+        # A grammar warns once.
+        return lm(CONTEXTS[0], max_tokens=max_tokens, grammar=Grammar.regex("abcde")).sample
+
+    def callbacks(count: int) -> int:
+        lowered = jax.jit(jax.vmap(drawing(2))).lower(keys[:count])
+        return int(lowered.as_text().count("callback"))
+
+    assert callbacks(6) == callbacks(2)
+
+    def gradient(sample: Callable[[Array], Array]) -> Any:
+        return jax.jit(jax.grad(lambda shift: shift**2 * lm(CONTEXTS[0], max_tokens=2).log_prob(sample(keys[0]))))(1.0)
+
+    calls: list[Callable[[Callable[[Array], Array]], Any]] = [
+        lambda sample: jax.vmap(sample)(keys),
+        lambda sample: jax.jit(jax.vmap(sample))(keys),
+        lambda sample: jax.vmap(jax.vmap(sample))(keys.reshape(2, 3)),
+        gradient,
+    ]
+
+    def done(call: Callable[[Callable[[Array], Array]], Any]) -> None:
+        jax.block_until_ready(call(drawing(2)))
+        jax.effects_barrier()
+
+    for call in calls:
+        with pytest.warns(UserWarning, match="max_tokens=2 cuts texts off before .* is complete, such as 'ab'"):
+            done(call)

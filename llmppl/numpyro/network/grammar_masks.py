@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.custom_batching import custom_vmap
 
 from llmppl.text import PAD
 from llmppl.text.grammar import BoundGrammar
@@ -48,4 +51,18 @@ def warn_of_cut(grammar: BoundGrammar, texts: Array, ended: Array) -> None:
         if len(rows):
             grammar.warn_of_cut([[int(token) for token in row if token != PAD] for row in rows], texts.shape[-1])
 
-    jax.debug.callback(warn, texts, ended)
+    @custom_vmap
+    def leave(texts: Array, ended: Array) -> tuple[()]:
+        jax.debug.callback(warn, texts, ended)
+        return ()
+
+    # Of itself a callback is compiled once for each row that it is mapped over; here one has all rows.
+    @leave.def_vmap
+    def _(size: int, mapped: Any, texts: Array, ended: Array) -> tuple[tuple[()], tuple[()]]:
+        every = [
+            value if is_mapped else jnp.broadcast_to(value, (size, *value.shape))
+            for value, is_mapped in zip((texts, ended), mapped, strict=True)
+        ]
+        return leave(*every), ()
+
+    leave(texts, ended)
