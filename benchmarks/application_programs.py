@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import torch
 
 from llmppl import LM, Grammar, fit, simulate
-from llmppl.guides import AutoregressiveGuide, PromptGuide, SteeredGuide
+from llmppl.guides import AutoregressiveGuide, PromptGuide, SteeredGuide, WordGuide
 from llmppl.models import completion, dialogue, evaluate, formula, plan, record, run, shortest_plans, walk
 from llmppl.models.formula import BY_LIKELIHOOD, noise_given, points_listed, unexplained
 from llmppl.models.plan import BY_CHANCE, arriving, goal_told, maze_and_goal
@@ -35,7 +35,8 @@ class Application:
     :param hits: which draws satisfy the condition.
     :param exact: the log evidence of a query, where it can be had.
     :param draws: so many draws of its posterior, likewise: latents, a particle a row.
-    :param beside: what else is said of a proposal's draws: a name, and a number of a query and the draws.
+    :param beside: what else is said of a proposal's draws: by name, a number of a query and the draws.
+    :param searched: what ``smc`` proposes by; the program's own distributions by default.
     """
 
     name: str
@@ -46,7 +47,8 @@ class Application:
     hits: Callable[[Query, Posterior], np.ndarray]
     exact: Callable[[Query], float] | None = None
     draws: Callable[[Query, int], dict[str, torch.Tensor]] | None = None
-    beside: tuple[str, Callable[[Query, Posterior], float]] | None = None
+    beside: dict[str, Callable[[Query, Posterior], float]] = field(default_factory=dict)
+    searched: Any = None
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -74,53 +76,50 @@ Old Mr Brown sells books in London.
 Marie goes to school in Paris.
 {"name": "Marie", "age": 9, "city": "Paris"}
 """
-BEGINNINGS = ["My uncle", "The new teacher", "A young doctor", "She", "Our neighbour", "He", "The old painter", "A boy"]
+RECORDS = "".join(line for line in EXAMPLES.splitlines(keepends=True) if line.startswith("{"))
 
 
-def formats(lm: LM, steps: int) -> Application:
-    """A line about somebody who lives in a given city, and the record of it."""
-    program = record(lm, PEOPLE, ["city"], prose_tokens=16)
-    by_city = {
-        city: record(lm, given(PEOPLE, {"city": city}), ["city"], prose_tokens=16, masked=True)
-        for city in PEOPLE["properties"]["city"]["enum"]
-    }
+def formats(lm: LM, steps: int, prose: bool = False) -> Application:
+    """A record of somebody who lives in a given city; with ``prose``, a line about them before it."""
+    cities, known = PEOPLE["properties"]["city"]["enum"], {"prose_tokens": 16 if prose else 0}
+    prompt = EXAMPLES if prose else RECORDS
+    program = record(lm, PEOPLE, ["city"], **known)
+    by_city = {city: record(lm, given(PEOPLE, {"city": city}), ["city"], masked=True, **known) for city in cities}
 
     def masked(prompt: Any, city: str) -> Any:
         """What proposes: each record under a mask that permits the known city alone."""
         return by_city[city](prompt, city)
 
-    plain: dict[str, Any] = {"prose": lambda prompt: [prompt], "record": lambda prompt, prose: [prompt, prose]}
-    told = fields_told(["city"], prose=True)
-    guide = AutoregressiveGuide(masked, lm, prompt=told, rank=8, seed=0)
-    cities = PEOPLE["properties"]["city"]["enum"]
-    queries: list[Query] = [(EXAMPLES, city) for city in cities]
+    plain: dict[str, Any] = {"record": lambda prompt: [prompt]}
+    if prose:
+        plain = {"prose": lambda prompt: [prompt], "record": lambda prompt, prose: [prompt, prose]}
+    told = fields_told(["city"], prose=prose)
+    local = PromptGuide(masked, lm, prompt=plain)
+    guide = WordGuide(masked, lm, word="city", seed=0)
+    rows: list[Query] = [(prompt, city) for city in cities]
 
     def train() -> float:
-        rows = [(EXAMPLES, city) for city in cities]
-        learn = {"learning_rate": 1e-3, "seed": 0, "progress": False}
-
-        def work() -> None:
-            # What the masked program writes of itself, then the balance with the program that is meant.
-            fit(masked, guide, rows, WakeSleep(8, insomnia=0.0), steps, batch_size=2, **learn)
-            fit(program, guide, rows, TrajectoryBalance(8, floor=-60.0), steps // 2, batch_size=2, **learn)
-
-        return timed(work)
+        return timed(
+            lambda: fit(program, guide, rows, TrajectoryBalance(8, floor=-60.0), steps, batch_size=2,
+                        learning_rate=1e-2, schedule="cosine", seed=0, progress=False)
+        )  # fmt: skip
 
     def hits(query: Query, posterior: Posterior) -> np.ndarray:
         return np.array([field_of(text, "city") == query[1] for text in posterior.decode("record")])
 
     return Application(
-        "formats",
+        "formats, prose before" if prose else "formats",
         program,
         {
             "prior": PromptGuide(program, lm, prompt=plain),
-            "local masking": PromptGuide(masked, lm, prompt=plain),
+            "local masking": local,
             "local masking, told the city": PromptGuide(masked, lm, prompt=told),
             "guide": guide,
         },
         train,
-        queries,
+        rows,
         hits,
+        searched=local,
     )
 
 
@@ -173,7 +172,19 @@ def code(lm: LM, steps: int) -> Application:
         train,
         [(PREFIX, "", *outputs(body)) for body in BODIES],
         hits,
+        beside={
+            "pass@10, %": lambda query, posterior: 100 * pass_at(hits(query, posterior), 10),
+            "distinct correct programs": lambda query, posterior: float(
+                len({body for body, hit in zip(posterior.decode("body"), hits(query, posterior), strict=True) if hit})
+            ),
+        },
     )
+
+
+def pass_at(hits: np.ndarray, count: int) -> float:
+    """That one of so many draws is right, without bias (Chen et al. 2021, eq. 1)."""
+    wrong = int((~hits).sum())
+    return 1.0 - math.comb(wrong, count) / math.comb(len(hits), count)
 
 
 # --- plans ---------------------------------------------------------------------------------------
@@ -232,7 +243,7 @@ def plans(lm: LM, steps: int, size: int = 5, moves: int = 8) -> Application:
         train,
         held_out,
         hits,
-        beside=("moves above the shortest", longer),
+        beside={"moves above the shortest": longer},
     )
 
 
@@ -385,10 +396,11 @@ def data(lm: LM, steps: int) -> Application:
 
 APPLICATIONS: dict[str, Callable[[LM, int], Application]] = {
     "formats": formats,
+    "formats-prose": lambda lm, steps: formats(lm, steps, prose=True),
     "code": code,
     "plans": plans,
     "plans-7": lambda lm, steps: plans(lm, steps, 7, 10),
     "dialogue": talks,
     "data": data,
 }
-STEPS = {"formats": 32, "code": 60, "plans": 20, "plans-7": 20, "dialogue": 16, "data": 40}
+STEPS = {"formats": 20, "formats-prose": 40, "code": 60, "plans": 20, "plans-7": 20, "dialogue": 16, "data": 40}

@@ -35,6 +35,9 @@ from llmppl.programs.structure import is_latent, is_text, plate_nesting, structu
 FEW = 10
 """Draws of which log Ẑ is compared with the reference."""
 
+MEASURED = ("hits", "ess", "error", "seconds")
+"""Of every method and query."""
+
 QUERY_SAMPLES = 100
 """Effective samples that a query asks for, in the break-even."""
 
@@ -63,8 +66,8 @@ def main() -> None:
             if options.save:
                 app.proposals["guide"].save(options.save / f"{name}.safetensors")
             found = measured(app, options.samples, options.queries)
-            record = {"program": name, "training": seconds, "methods": summed(found, seconds)}
-            keep(options.out, record | ({"beside": app.beside[0]} if app.beside else {}))
+            keep(options.out, {"program": name, "training": seconds, "methods": summed(found, seconds),
+                               "beside": list(app.beside)})  # fmt: skip
     for record in records(options.out):
         if record["program"] in options.programs:
             print_table(record)
@@ -99,13 +102,13 @@ def measured(app: Application, samples: int, most: int) -> dict[str, list[dict[s
                     "error": abs(few(posterior) - log_z),
                     "seconds": seconds / samples,
                     "reference ess": float(reference.ess),
-                    "beside": app.beside[1](query, posterior) if app.beside else math.nan,
+                    **{what: of(query, posterior) for what, of in app.beside.items()},
                 }
             )
         budget = rows["guide"][-1]["seconds"] * samples
         asked = app.proposals.get("zero-shot", app.proposals["prior"])
         for name, make in (
-            ("smc", lambda count: smc(app.program, None, count, progress=False)),
+            ("smc", lambda count: smc(app.program, app.searched, count, progress=False)),
             ("best of n", lambda count, asked=asked: importance(app.program, asked, count, progress=False)),
         ):
             rows[name].append(searched(app, make, query, budget, samples, log_z, n))
@@ -128,8 +131,8 @@ def searched(
         count = int(max(samples // 4, 2) * budget / max(seconds, 1e-6))
         if count > samples // 4:
             posterior, seconds = drawn(make(count), query, seed + 1)
-    except ValueError as error:
-        return {"hits": math.nan, "ess": math.nan, "error": math.nan, "seconds": math.nan, "why": str(error)[:80]}  # type: ignore[dict-item]
+    except ValueError:
+        return dict.fromkeys(MEASURED, math.nan)
     found = app.hits(query, posterior) & (posterior.weights > 0)
     return {
         "hits": float(found.any()),
@@ -161,8 +164,8 @@ def summed(rows: dict[str, list[dict[str, float]]], training: float) -> dict[str
     """Means over queries; costs in geometric mean."""
     found = {}
     for name, own in rows.items():
-        column = {key: np.array([row[key] for row in own], dtype=float) for key in ("hits", "ess", "error", "seconds")}
-        beside = np.array([row.get("beside", math.nan) for row in own])
+        column = {key: np.array([row[key] for row in own], dtype=float) for key in MEASURED}
+        others = {key: np.array([row.get(key, math.nan) for row in own]) for key in own[0] if key not in MEASURED}
         cost = column["seconds"] / column["ess"]
         found[name] = {
             "hits": float(column["hits"].mean()),
@@ -170,10 +173,10 @@ def summed(rows: dict[str, list[dict[str, float]]], training: float) -> dict[str
             "error": float(np.median(column["error"])),
             "cost": float(np.exp(np.log(cost).mean())),
             "mean cost": float(cost.mean()),
-            "beside": float(np.nanmean(beside)) if np.isfinite(beside).any() else math.nan,
+            **{key: float(np.nanmean(own)) for key, own in others.items() if np.isfinite(own).any()},
         }
-    others = min(own["cost"] for name, own in found.items() if name != "guide" and np.isfinite(own["cost"]))
-    gain = QUERY_SAMPLES * (others - found["guide"]["cost"])
+    cheapest = min(own["cost"] for name, own in found.items() if name != "guide" and np.isfinite(own["cost"]))
+    gain = QUERY_SAMPLES * (cheapest - found["guide"]["cost"])
     found["guide"]["break-even"] = training / gain if gain > 0 else math.inf
     return found
 
@@ -186,10 +189,10 @@ def print_table(record: dict[str, Any]) -> None:
     ]
     print(f"\n{record['program']}: {record['training']:.0f} CPU s of training; pays after "
           f"{record['methods']['guide']['break-even']:.2g} queries of {QUERY_SAMPLES} effective samples\n")  # fmt: skip
-    if "beside" in record:
-        header.append(record["beside"])
+    for what in record["beside"]:
+        header.append(what)
         for line, own in zip(body, record["methods"].values(), strict=True):
-            line.append(f"{own['beside']:.1f}")
+            line.append(f"{own[what]:.1f}" if what in own else "")
     print(table(header, body))
 
 

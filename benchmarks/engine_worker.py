@@ -6,8 +6,9 @@ Reads one JSON request a line from standard input and answers each with one JSON
 ``{"beginning": text, "ending": token ids, "prompt": token ids or null, "stop": token ids, "max_tokens": T,
 "num_samples": K, "seed": int}``; the answer holds the log-weights in nats, the token ids of the middles and the
 CPU seconds. With ``"keyword": word`` in place of the ending the observation is that one of the middle's content words,
-drawn uniformly, is this one, and ``"temperature"`` is that of the middle. Needs the engine alone, not llmppl, whose
-list of words it reads as a file.
+drawn uniformly, is this one, and ``"temperature"`` is that of the middle. With ``"regex"`` in place of the ending the
+middle is a line that matches it, by genlm-control's adaptive weighted rejection sampling, resampled where the effective
+sample size is below half. Needs the engine alone, not llmppl, whose list of words it reads as a file.
 
 Both engines get what their users would give them: the beginning's key-value cache is kept, as many queries a batch
 as there are particles, and the ending's probabilities come from one query for each middle, not one for each token.
@@ -38,7 +39,7 @@ Particles = tuple[list[float], list[list[int]]]
 
 def genlm_control(folder: str) -> Callable[[Request], Awaitable[Particles]]:
     """The middle is sampled by ``DirectTokenSampler``, a critic weighs the ending; a proposal is another prompt."""
-    from genlm.control import SMC, Potential, PromptedLLM, direct_token_sampler
+    from genlm.control import AWRS, SMC, BoolFSA, Potential, PromptedLLM, direct_token_sampler
 
     # A text may hold the model's end token, and does not end there. The engine wants one all the same: the least
     # probable token, below e^-20 after a story.
@@ -69,6 +70,16 @@ def genlm_control(folder: str) -> Callable[[Request], Awaitable[Particles]]:
         base.model.batch_size = request["num_samples"]
         base.temperature = request.get("temperature", 1.0)
         llm = base.spawn(prompt_ids=base.model.tokenizer.encode(request["beginning"]))
+        if "regex" in request:
+            llm = llm.spawn_new_eos([b"\n"])
+            line = BoolFSA.from_regex(request["regex"]).coerce(llm, f=b"".join)
+            sequences = await SMC(AWRS(llm, line, seed=request["seed"]))(
+                n_particles=request["num_samples"], ess_threshold=0.5, max_tokens=request["max_tokens"]
+            )
+            # Their last token is the end, which is the line's.
+            return list(sequences.log_weights), [
+                llm.encode_tokens(c[:-1]) + llm.model.tokenizer.encode("\n") for c in sequences.contexts
+            ]
         proposal = None
         base.model.cache_kv(llm.prompt_ids)
         if request["prompt"] is not None:

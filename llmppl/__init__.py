@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llmppl.inference.smc import smc
     from llmppl.language_model import LM
     from llmppl.masked_lm import MaskedLM
+    from llmppl.network.embedded import Embedded
     from llmppl.objectives.behaviour import Behaviour
     from llmppl.objectives.replay_buffer import ReplayBuffer
     from llmppl.posterior.inference_gap import inference_gap
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from llmppl.training.evaluation import Evaluation
     from llmppl.training.fit import fit
     from llmppl.training.gain import held_out_gain
+    from llmppl.training.ray_samplers import RaySamplers
     from llmppl.training.regularisation import Regularisation
     from llmppl.training.simulated_set import SimulatedSet
     from llmppl.training.simulated_stream import SimulatedStream, simulate
@@ -34,11 +36,13 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Behaviour": "llmppl.objectives.behaviour",
+    "Embedded": "llmppl.network.embedded",
     "Evaluation": "llmppl.training.evaluation",
     "Grammar": "llmppl.text.grammar",
     "LM": "llmppl.language_model",
     "MaskedLM": "llmppl.masked_lm",
     "Posterior": "llmppl.posterior.posterior",
+    "RaySamplers": "llmppl.training.ray_samplers",
     "Regularisation": "llmppl.training.regularisation",
     "ReplayBuffer": "llmppl.objectives.replay_buffer",
     "SimulatedSet": "llmppl.training.simulated_set",
@@ -63,10 +67,12 @@ _PUBLIC = {
 __all__ = [
     "LM",
     "Behaviour",
+    "Embedded",
     "Evaluation",
     "Grammar",
     "MaskedLM",
     "Posterior",
+    "RaySamplers",
     "Regularisation",
     "ReplayBuffer",
     "SimulatedSet",

@@ -86,6 +86,11 @@ class AutoregressiveText(ProcessText):
         shape = torch.Size(sample_shape) + self.batch_shape
         context = self.context.expand(shape + self.context.shape[-1:])
         rows = unpad_rows(context.reshape(-1, context.shape[-1]))
+        if self.sampling_dtype is not None and self.lm.arrays.stand_in(context):
+            raise ValueError(
+                f"sampling_dtype={self.sampling_dtype}: a copy of the model reads no arrays. Leave it out where a "
+                "context has an Embedded piece."
+            )
         heat = None if temperature is None else temperature.to(context.device).expand(shape).reshape(-1)
         try:
             with self.lm.drawing(self.adapter, self.sampling_dtype) as transformer:
@@ -136,7 +141,7 @@ class AutoregressiveText(ProcessText):
     def pending(self, value: Tensor) -> Pending | None:
         value = check_text(value, "value", self.law.vocabulary)
         flat, context, shape = self._broadcast(value)
-        if self._memo.holds(value, shape, self.lm.version(self.adapter), self._wants_gradient):
+        if self._memo.holds(value, shape, self._version(), self._wants_gradient):
             return None
         if self._validate_args:
             self._validate_text(value)
@@ -183,6 +188,8 @@ class AutoregressiveText(ProcessText):
     def _law_key(self) -> tuple[Any, ...] | None:
         """The law by value, of the frozen model; ``None`` where draws are not kept."""
         law = self.law
+        if self.lm.arrays.stand_in(self.context):  # their encoders may be trained
+            return None
         if self.adapter is not None or law.allowed is not None or law.grammar is not None or law.max_tokens is None:
             return None
         ends = tuple(law.stop.tolist()), law.automaton
@@ -194,7 +201,7 @@ class AutoregressiveText(ProcessText):
 
     def remember(self, value: Tensor, scores: Tensor) -> None:
         self._memo.value, self._memo.scores = value.clone(), scores
-        self._memo.version = self.lm.version(self.adapter)
+        self._memo.version = self._version()
 
     def __repr__(self) -> str:
         parts = self._described()

@@ -92,7 +92,7 @@ class Choice(ConditionedText, TorchDistribution):
             score_together([(self, self.pending(self.options[0]))])
         logits = self._cached_logits
         assert logits is not None
-        if self.lm.trains(self.adapter):
+        if self._trains:
             self._cached_logits = None  # the adapter may change, and a graph serves one backward pass
         return logits
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmppl.network.adapters import Adapters
+from llmppl.network.embedded import EmbeddedArrays
 from llmppl.network.scoring import Request
 
 
@@ -22,6 +23,7 @@ class LanguageModel(Protocol):
     transformer: Any
     vocabulary: int
     adapters: Adapters
+    arrays: EmbeddedArrays
     drawn: OrderedDict[Any, Tensor]
 
     @property
@@ -126,8 +128,17 @@ class ConditionedText:
         return twin
 
     @property
+    def _trains(self) -> bool:
+        """Whether a parameter that can get gradients is read: the adapter's, or that of an array's encoder."""
+        return self.lm.trains(self.adapter) or self.lm.arrays.train(self.context)
+
+    @property
     def _wants_gradient(self) -> bool:
-        return torch.is_grad_enabled() and self.lm.trains(self.adapter)
+        return torch.is_grad_enabled() and self._trains
+
+    def _version(self) -> int:
+        """A number that grows whenever such a parameter changes in place."""
+        return self.lm.version(self.adapter) + self.lm.arrays.version(self.context)
 
     def _broadcast(self, value: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
         """``(N, T)`` values and ``(N, L)`` contexts row by row, and the batch shape they come from."""

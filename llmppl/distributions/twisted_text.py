@@ -158,6 +158,11 @@ class TwistedText(AutoregressiveText):
         adapter: str | None = None,
         validate_args: bool | None = None,
     ) -> None:
+        if lm.arrays.train(context):
+            raise ValueError(
+                "a twist reads a network that stays as it is, and an encoder of this context trains. Freeze it, "
+                "encoder.requires_grad_(False), or take an AutoregressiveGuide."
+            )
         self.told, self.twist = told, twist
         self._walk: Any = None
         shape = torch.broadcast_shapes(context.shape[:-1], told.shape[:-1])
@@ -186,7 +191,7 @@ class TwistedText(AutoregressiveText):
         return twisted or super()._wants_gradient
 
     def _version(self) -> int:
-        return self.lm.version(self.adapter) + self.twist.version()
+        return super()._version() + self.twist.version()
 
     @torch.no_grad()
     def sample_with_log_prob(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -80,6 +80,9 @@ class Adapters:
             for key, parameter in self.transformer.named_parameters()
             if "lora_" in key and f".{name}." in key
         }
+        # Small steps are lost in half precision, and peft takes that of the layers.
+        for parameter in self._parameters[name].values():
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         # Looked up once: a walk over all modules at every switch takes longer than the switch.
         self._layers = [m for m in self.transformer.modules() if isinstance(m, BaseTunerLayer)]
         self._switch(None)
@@ -154,6 +157,11 @@ class Adapters:
             yield
         finally:
             self._switch(before)
+
+    def as_now(self) -> Callable[[], AbstractContextManager[None]]:
+        """Blocks in which the adapter that is on now is on again: in a backward pass, say."""
+        name = self._active
+        return lambda: self.active(name)
 
     def lora_layers(self, name: str) -> list[Any]:
         """The layers that an adapter adapts."""

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llmppl.network.embedded import Embedded
 from llmppl.text import PAD
 from llmppl.text.spelling import unbroadcastable
 
-Piece = str | Sequence[str] | Tensor
+Piece = str | Sequence[str] | Tensor | Embedded
 
 
 def lengths(value: Tensor) -> Tensor:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from llmppl.network.forked_rows import forks
@@ -31,6 +33,9 @@ class Network:
 
     def __init__(self, transformer: Any) -> None:
         self.transformer = transformer
+        self.recomputed: Callable[[], Callable[[], AbstractContextManager[None]]] | None = None
+        """Where it is set, passes that record gradients keep no activations and are run again in the backward pass, in
+        the block that it gives when they are run first (gradient checkpointing)."""
         self.windows = Windows.of(transformer.config)
 
     @property
@@ -78,8 +83,14 @@ class Network:
                 "positions, e.g. of the llama, qwen2, qwen3, mistral or gpt2 family, with "
                 "attn_implementation='sdpa' or 'eager'."
             ) from reading_of(self.transformer).reason
-        splits = self.splits
-        return self._run(splits, tokens, positions, visible, keep, past, caches)
+        return self._kept_or_not(self._run, self.splits, tokens, positions, visible, keep, past, caches)
+
+    def _kept_or_not(self, run: Callable[..., Any], *arguments: Any) -> Any:
+        """A forward pass whose activations are kept for the backward pass, or made again there."""
+        if self.recomputed is None or not torch.is_grad_enabled():
+            return run(*arguments)
+        again = self.recomputed()
+        return checkpoint(run, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
 
     def logits(self, states: Tensor) -> Tensor:
         """The logits ``(N, V)`` of ``N`` states."""
@@ -120,9 +131,12 @@ class Network:
         :param keep: row and place of the states that are wanted.
         :returns: what :meth:`logits` takes, ``(len(keep), V)``.
         """
-        found = self.transformer(input_ids=_filled(rows, self.device), use_cache=False).logits
+        found = self._kept_or_not(self._logits, _filled(rows, self.device))
         row, place = torch.tensor(keep, dtype=torch.long, device=self.device).reshape(-1, 2).T
         return found[row, place]
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        return self.transformer(input_ids=tokens, use_cache=False).logits
 
 
 @dataclass(frozen=True)

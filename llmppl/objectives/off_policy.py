@@ -32,6 +32,7 @@ class Call:
     :param observations: keys of the observations in the buffer; empty for simulated ones.
     :param known: log p of the first particles, which are replayed, where the buffer has it: for each observation those
         of its entries, ``(J,)`` and the rows that belong to it.
+    :param staleness: steps since the guide drew the replayed particles, in the mean; NaN without any.
     """
 
     model: Program
@@ -42,6 +43,7 @@ class Call:
     on_policy: Tensor
     observations: list[str]
     known: list[list[Tensor]] = field(default_factory=list)
+    staleness: float = math.nan
 
     def known_log_p(self, states: int, rows: torch.Size, split: bool) -> Tensor | None:
         """log p of the first ``n`` particles at each of ``states`` states, ``(states, n) + batch_shape``.
@@ -89,6 +91,7 @@ class OffPolicyObjective(ParticleObjective):
         observations: list[str] = []
         known: list[list[Tensor]] = []
         taken = torch.zeros((count, *batch)) > 0
+        staleness = math.nan
         if behaviour.simulates():
             given, seen = simulate(model, args, kwargs)
             model, guide = observing(model, guide, seen)
@@ -102,9 +105,11 @@ class OffPolicyObjective(ParticleObjective):
                 sizes = {name: sites.nodes[name]["fn"].event_shape for name in events}
                 given, taken = _stack([[e.values for e in own] for own in drawn], sizes, count, nesting, data_plate)
                 known = _known(drawn, count - 1)
+                ages = [behaviour.buffer.step - entry.step for own in drawn for entry in own]
+                staleness = sum(ages) / len(ages) if ages else math.nan
         handler = Mixed(temperatures, given, taken)
         on_policy = (temperatures == 1.0) & ~taken.reshape(count, -1).any(1)
-        return Call(model, guide, args, kwargs, handler, on_policy, observations, known)
+        return Call(model, guide, args, kwargs, handler, on_policy, observations, known, staleness)
 
     def remember(
         self, call: Call, trace: poutine.Trace, log_p: Tensor, log_weights: Tensor, states: Tensor | None
@@ -149,6 +154,7 @@ class OffPolicyObjective(ParticleObjective):
             allow_zero=self.floor is not None,
             known=lambda rows, split: None if (own := call.known_log_p(1, rows, split)) is None else own[0],
         )
+        self.diagnostics["staleness"] = call.staleness
         states = None if particles.log_p.requires_grad else particles.log_p[None]
         self.remember(call, particles.guide_trace, particles.log_p, particles.log_weights, states)
         particles.log_p = self._floored(particles.log_p)

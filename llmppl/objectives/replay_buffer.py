@@ -30,6 +30,8 @@ class ReplayBuffer:
 
     :param capacity: most configurations of one observation; the one of least priority leaves.
     :param observations: most observations; the one least recently seen leaves with all its own.
+    :param max_staleness: training steps after which a configuration is replayed no more, counted from the step whose
+        guide has drawn it; no bound by default.
     :param priority: what is drawn more often and kept longer, by rank (a draw's probability falls as
         one over the rank): ``"log_joint"``, likely texts; ``"log_weight"``, texts that the guide
         underrates most; ``"uniform"``, all alike, the oldest leaving first.
@@ -38,6 +40,9 @@ class ReplayBuffer:
     capacity: int = 64
     observations: int = 10_000
     priority: str = "log_weight"
+    max_staleness: int | None = None
+    step: int = field(default=0, repr=False)
+    """The step that training is at, set by ``fit``."""
     _entries: OrderedDict[str, dict[str, Entry]] = field(default_factory=OrderedDict, repr=False)
     _clock: int = field(default=0, repr=False)
 
@@ -112,6 +117,7 @@ class ReplayBuffer:
         log_joint: float,
         log_weight: float,
         log_p: Tensor | None = None,
+        step: int | None = None,
     ) -> None:
         """Take a configuration in, or renew the scores of one that is there.
 
@@ -119,15 +125,19 @@ class ReplayBuffer:
         :param values: by site, one configuration.
         :param log_p: log p(x, z) of each state of the configuration, ``(J,)`` and the rows that belong to the
             observation, the configuration itself last; ``None`` where it has to be computed when it is replayed.
+        :param step: of training, whose guide has drawn it; by default the present one, or, of what is there, that at
+            which it was drawn.
         """
         self._clock += 1
         own = self._entries.setdefault(observation, {})
         self._entries.move_to_end(observation)
         name = _fingerprint(values)
         added = own[name].added if name in own else self._clock
+        if step is None:
+            step = own[name].step if name in own else self.step
         kept = {k: v.detach().cpu().clone() for k, v in values.items()}
         log_p = None if log_p is None else log_p.detach().cpu().clone()
-        own[name] = Entry(kept, log_joint, log_weight, added, log_p)
+        own[name] = Entry(kept, log_joint, log_weight, added, log_p, step)
         if len(own) > self.capacity:
             del own[min(own, key=lambda n: self._rank_by(own[n]))]
         if len(self._entries) > self.observations:
@@ -159,8 +169,9 @@ class ReplayBuffer:
             self.put(key(args), values, math.inf, math.inf)
 
     def draw(self, observation: str, count: int) -> list[Entry]:
-        """Up to ``count`` configurations of an observation, by priority, none twice."""
-        ranked = self._ranked(observation)
+        """Up to ``count`` configurations of an observation, by priority, none twice and none too stale."""
+        oldest = -math.inf if self.max_staleness is None else self.step - self.max_staleness
+        ranked = [entry for entry in self._ranked(observation) if entry.step >= oldest]
         if not ranked or count < 1:
             return []
         weights = torch.ones(len(ranked))
@@ -181,7 +192,7 @@ class ReplayBuffer:
     def state_dict(self) -> dict[str, Any]:
         """All entries, as tensors and numbers."""
         rows = {
-            o: [(e.values, e.log_joint, e.log_weight, e.added, e.log_p) for e in own.values()]
+            o: [(e.values, e.log_joint, e.log_weight, e.added, e.log_p, e.step) for e in own.values()]
             for o, own in self._entries.items()
         }
         return {"clock": self._clock, "entries": rows}
@@ -202,7 +213,7 @@ class ReplayBuffer:
 
 @dataclass
 class Entry:
-    """One latent configuration of an observation, with its scores when last seen; ``log_p`` as of
+    """One latent configuration of an observation, with its scores when last seen; ``log_p`` and ``step`` as of
     :meth:`ReplayBuffer.put`."""
 
     values: dict[str, Tensor]
@@ -210,6 +221,7 @@ class Entry:
     log_weight: float
     added: int
     log_p: Tensor | None = None
+    step: int = 0
 
 
 def _fingerprint(values: dict[str, Tensor]) -> str:

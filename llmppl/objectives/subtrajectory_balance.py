@@ -109,7 +109,7 @@ class SubTrajectoryBalance(OffPolicyObjective):
             self._checked = original(model)
         chosen = call.on_policy.to(log_p.device)
         sampled = (sampled_p - (sampled_q if drawn is None else drawn)).detach()
-        self.diagnostics = diagnostics(sampled[chosen])
+        self.diagnostics = {**diagnostics(sampled[chosen]), "staleness": call.staleness}
         self.remember(call, trace, sampled_p, sampled, None if learning else log_p)
         learned = self._learned(call, trace, sampled, axes, nesting) if learning else 0.0
         log_p = self._floored(log_p)

@@ -27,9 +27,11 @@ from llmppl.text.arguments import check_count, check_programs
 from llmppl.training.collation import collate
 from llmppl.training.evaluation import Evaluation, HeldOut
 from llmppl.training.history import COLUMNS, HARD, History
+from llmppl.training.memory import warn_where_memory_is_short
 from llmppl.training.minibatches import Minibatches, Rows, checked
 from llmppl.training.optimization import SCHEDULES, make_optimizer, make_scheduler, of_program, trained_parameters
 from llmppl.training.processes import Processes
+from llmppl.training.ray_samplers import RaySamplers
 from llmppl.training.regularisation import Regularisation, Regularised
 from llmppl.training.resumable import Resumable
 from llmppl.training.run_identity import run_identity
@@ -64,6 +66,7 @@ def fit(
     checkpoint_every: int = 50,
     resume: bool = False,
     regularisation: Regularisation | None = None,
+    samplers: RaySamplers | None = None,
 ) -> History:
     """Train a guide, and the program where it has parameters, on minibatches of data with AdamW.
 
@@ -109,6 +112,8 @@ def fit(
         constant schedule.
     :param regularisation: input noise, adapter dropout and simulated observations against overfitting, see
         :class:`~llmppl.Regularisation`; none by default.
+    :param samplers: processes that fill the objective's replay buffer, see :class:`~llmppl.RaySamplers`; none by
+        default.
     :returns: the history, of the resumed run from its first step.
     :raises TypeError, ValueError: malformed data or numbers; a loss that is not finite; a folder with
         checkpoints without ``resume``, of another run, or with damaged ones only; a regularisation that the
@@ -154,6 +159,9 @@ def fit(
     with randomness_kept():
         parameters = trained_parameters(program, proposal, guide, first)
         learned = of_program(parameters, program, guide, first)
+        warn_where_memory_is_short(
+            program, getattr(guide, "lm", None), first, int(getattr(objective, "num_particles", 1))
+        )
         regularised = Regularised(regularisation, program, proposal, guide, objective, first)
     if learned:
         _check_learned(data, evaluation, regularised.options)
@@ -194,6 +202,10 @@ def fit(
     )
     run = Resumable(identity, parameters, guide, parts, folder, processes.writes)
     step = run.open(resume)
+    buffer = getattr(getattr(objective, "behaviour", None), "buffer", None)
+    sampling = (samplers or RaySamplers(0)).drawing(
+        model, guide, parameters, learned, batches, objective, vectorize_data, processes.seed
+    )
     start = time.monotonic() - (history.seconds[-1] if history.seconds else 0.0)
 
     def evaluate(step: int) -> None:
@@ -208,6 +220,7 @@ def fit(
     with (
         _tempering(objective, target_temperature) as temper,
         run,
+        sampling as exchange,
         tqdm(
             total=steps,
             initial=min(step, steps),
@@ -219,6 +232,9 @@ def fit(
             evaluate(0)
         while step < steps and not (held_out is not None and held_out.exhausted()):
             temper(step)
+            if buffer is not None:
+                buffer.step = step
+            sampled = exchange(step)
             optimizer.zero_grad()
             loss, reports = _accumulated(objective, regularised, batches, accumulate, vectorize_data, step, processes)
             processes.sum_gradients(parameters.values())
@@ -238,6 +254,8 @@ def fit(
                 ess=_mean(reports, "ess"),
                 gradient_norm=float(norm),
                 learning_rate=rate,
+                staleness=_mean([report for report in reports if report.get("staleness", math.nan) >= 0], "staleness"),
+                sampled=sampled,
                 seconds=time.monotonic() - start,
                 **{name: sum(report.get(name, 0) for report in reports) for name in HARD},
             )
@@ -362,4 +380,4 @@ def _check_learned(data: Any, evaluation: Evaluation | None, regularisation: Reg
 
 
 def _mean(reports: list[dict[str, float]], key: str) -> float:
-    return float(np.mean([report.get(key, math.nan) for report in reports]))
+    return float(np.mean([report.get(key, math.nan) for report in reports] or [math.nan]))

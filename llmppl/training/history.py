@@ -10,10 +10,13 @@ import numpy as np
 
 from llmppl.display.plots import plot_history
 
-COLUMNS = ("loss", "elbo", "log_evidence", "ess", "gradient_norm", "learning_rate", "floored", "skipped", "seconds")
-
 HARD = ("floored", "skipped")
 """Counts that objectives without hard conditions do not report."""
+
+COUNTS = (*HARD, "sampled")
+"""Columns that are zero where nothing is said of them."""
+
+COLUMNS = ("loss", "elbo", "log_evidence", "ess", "gradient_norm", "learning_rate", "staleness", *COUNTS, "seconds")
 
 
 @dataclass
@@ -62,6 +65,9 @@ class History:
     :param seconds: since the start, without the pauses between a stop and its resumption.
     :param learning_rate: of the step.
     :param floored: joints of the step that counted as the balance objective's ``floor``.
+    :param staleness: steps since the guide was what it was when it drew the step's replayed particles, in the mean;
+        NaN where none was replayed.
+    :param sampled: configurations of samplers that were taken into the replay buffer before the step.
     :param skipped: observations of the step of which no particle of wake-φ was possible.
     :param evaluations: on held-out data, where ``fit`` was given an :class:`~llmppl.Evaluation`.
     :param learned: names of the program's own parameters, where it has any that learn.
@@ -79,6 +85,8 @@ class History:
     learning_rate: list[float] = field(default_factory=list)
     floored: list[float] = field(default_factory=list)
     skipped: list[float] = field(default_factory=list)
+    staleness: list[float] = field(default_factory=list)
+    sampled: list[float] = field(default_factory=list)
     evaluations: list[Evaluated] = field(default_factory=list)
     learned: tuple[str, ...] = ()
     readings: float = math.nan
@@ -88,7 +96,7 @@ class History:
     def append(self, **values: float) -> None:
         """Add a step's numbers."""
         for name in COLUMNS:
-            default = 0.0 if name in HARD else math.nan
+            default = 0.0 if name in COUNTS else math.nan
             getattr(self, name).append(float(values.get(name, default)))
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,8 +104,9 @@ class History:
         return {**columns, "evaluations": [asdict(item) for item in self.evaluations], "parted": self.parted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in COLUMNS:
-            setattr(self, name, list(state[name]))
+        steps = len(state["loss"])
+        for name in COLUMNS:  # checkpoints of before a column was there have none of it
+            setattr(self, name, list(state.get(name, [0.0 if name in COUNTS else math.nan] * steps)))
         self.parted = state["parted"]
         # In place: the evaluations of a run go on in this list.
         self.evaluations[:] = [Evaluated(**item) for item in state["evaluations"]]
@@ -121,6 +130,8 @@ class History:
             text += f"; {np.mean(self.floored):.3g} joints a step counted as the floor"
         if sum(self.skipped):
             text += f"; {sum(self.skipped):.0f} times no particle of an observation was possible, and it was skipped"
+        if sum(self.sampled):
+            text += f"; {sum(self.sampled):.0f} texts of samplers, replayed {np.nanmean(self.staleness):.1f} steps old"
         if self.evaluations:
             first, newest = self.evaluations[0], self.evaluations[-1]
             steps = f"at step {first.step}", f"at step {newest.step}"

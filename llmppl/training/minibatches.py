@@ -31,14 +31,18 @@ class Minibatches:
 
     def upcoming(self) -> list[tuple[Any, ...]]:
         """The minibatch that :meth:`draw` returns next."""
-        while len(self.queue) < self.batch_size:
-            self.queue.extend(self.order.permutation(len(self.data)).tolist())
-        return [self.data[n] for n in self.queue[: self.batch_size]]
+        return self.ahead(1)
 
     def draw(self) -> list[tuple[Any, ...]]:
         batch = self.upcoming()
         self.queue = self.queue[self.batch_size :]
         return batch
+
+    def ahead(self, count: int) -> list[tuple[Any, ...]]:
+        """The tuples of the next ``count`` minibatches, which are none the later for it."""
+        while len(self.queue) < count * self.batch_size:
+            self.queue.extend(self.order.permutation(len(self.data)).tolist())
+        return [self.data[n] for n in self.queue[: count * self.batch_size]]
 
     def state_dict(self) -> dict[str, Any]:
         # As text: the generator's state has whole numbers of 128 bits.
