@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import torch
 
@@ -88,14 +89,16 @@ def formats(lm: LM, steps: int, prose: bool = False) -> Application:
 
     def masked(prompt: Any, city: str) -> Any:
         """What proposes: each record under a mask that permits the known city alone."""
-        return by_city[city](prompt, city)
+        text = by_city[city](prompt, city)
+        pyro.sample("known", lm.echo(text), obs=lm.encode(city))  # tells a guide; it is never weighed
+        return text
 
     plain: dict[str, Any] = {"record": lambda prompt: [prompt]}
     if prose:
         plain = {"prose": lambda prompt: [prompt], "record": lambda prompt, prose: [prompt, prose]}
     told = fields_told(["city"], prose=prose)
     local = PromptGuide(masked, lm, prompt=plain)
-    guide = WordGuide(masked, lm, word="city", seed=0)
+    guide = WordGuide(masked, lm, word="known", prompt=plain, seed=0)
     rows: list[Query] = [(prompt, city) for city in cities]
 
     def train() -> float:

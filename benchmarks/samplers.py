@@ -37,6 +37,8 @@ from llmppl.training.history import History
 
 PARTICLES = 16
 REFRESH = 8
+AHEAD = 2
+"""Tasks that a sampler has before it: with so many drawn and not taken in it waits."""
 LINK = 10e9 / 8
 """Bytes a second."""
 
@@ -158,7 +160,8 @@ def simulated(measured: Measured, count: int, steps: int = 400) -> list[Any]:
     version_sent = [0] * count  # the step of the weights that each sampler has
     events = [(source.choice(measured.task) * source.random(), n) for n in range(count)]
     heapq.heapify(events)
-    waiting: list[tuple[int, int]] = []  # the step of the weights, and the sampler, which waits until it is taken in
+    waiting: list[tuple[int, int]] = []  # what is drawn and not taken in: the step of the weights, and the sampler
+    unread = [0] * count
     now, ages, texts, link_free = 0.0, list[int](), 0, 0.0
     sends: list[tuple[float, int, int]] = []
     half, since, intake_time = steps // 2, 0.0, 0.0
@@ -173,10 +176,13 @@ def simulated(measured: Measured, count: int, steps: int = 400) -> list[Any]:
         while events and events[0][0] <= end:
             at, n = heapq.heappop(events)
             waiting.append((version_sent[n], n))
+            unread[n] += 1
+            if unread[n] < AHEAD:
+                heapq.heappush(events, (at + source.choice(measured.task), n))
             for sent, who, version in [s for s in sends if s[1] == n and s[0] <= at]:
                 version_sent[n] = max(version_sent[n], version)
                 sends.remove((sent, who, version))
-        # The newest first, for a share of the learner's time. A sampler has a task before it while one is taken in.
+        # The newest first, for a share of the learner's time.
         waiting.sort(reverse=True)
         most = max(1, int(ray_samplers.INTAKE * (end - now) / measured.intake))
         taken, waiting = waiting[:most], waiting[most:]
@@ -185,7 +191,9 @@ def simulated(measured: Measured, count: int, steps: int = 400) -> list[Any]:
         ages += [step + 1 - version for version, _ in taken]
         texts += PARTICLES * len(taken)
         for _, n in taken:
-            heapq.heappush(events, (now + source.choice(measured.task), n))
+            if unread[n] == AHEAD:
+                heapq.heappush(events, (now + source.choice(measured.task), n))
+            unread[n] -= 1
     seconds = now - since
     able = count * PARTICLES / mean(measured.task) * 60
     of_network = count * measured.weights / LINK / (REFRESH * seconds / (steps - half))
@@ -215,7 +223,7 @@ def plot(found: list[list[Any]], measured: Measured, path: Path) -> None:
     left.loglog(counts, [row[1] for row in found], "o-", label="drawn")
     left.loglog(counts, [row[3] * PARTICLES for row in found], "--", label="replayed by the learner")
     left.set(xlabel="samplers", ylabel="texts a minute")
-    left.legend()
+    left.legend(loc="upper left")
     middle.semilogx(counts, [row[3] for row in found], "o-")
     middle.set(xlabel="samplers", ylabel="learner steps a minute", ylim=(0, None))
     right.semilogx(counts, [row[4] for row in found], "o-")

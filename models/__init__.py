@@ -2,8 +2,10 @@
 
 from llmppl.models.arithmetic import arithmetic
 from llmppl.models.calculator import calculate
+from llmppl.models.captioned import captioned
 from llmppl.models.completion import completion
 from llmppl.models.continuation import continuation
+from llmppl.models.described_series import described, described_series, descriptions
 from llmppl.models.dialogue import dialogue
 from llmppl.models.formula import evaluate, formula
 from llmppl.models.infilling import ending_first, infilling
@@ -16,8 +18,12 @@ from llmppl.models.record import record
 __all__ = [
     "arithmetic",
     "calculate",
+    "captioned",
     "completion",
     "continuation",
+    "described",
+    "described_series",
+    "descriptions",
     "dialogue",
     "ending_first",
     "evaluate",

@@ -1,0 +1,104 @@
+"""A series that a sentence describes: "rises until May, then falls"."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from llmppl.models.primitives import Maker
+from llmppl.text.grammar import Grammar
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
+MOVES = {"rises sharply": 2.0, "rises": 1.0, "stays flat": 0.0, "falls": -1.0, "falls sharply": -2.0}
+"""What a description calls a slope, units a month."""
+
+PROMPT = "Over the year the number of visitors"
+
+_SENTENCE = re.compile(
+    rf"\s*({'|'.join(MOVES)})(?: until ({'|'.join(MONTHS)}), then ({'|'.join(MOVES)})| all year)\.?\s*"
+)
+
+
+def described(text: str) -> list[float]:
+    """The twelve monthly values of a description, zero in January: ``described(" rises until May, then falls.")``.
+
+    :raises ValueError: no such description.
+    """
+    found = _SENTENCE.fullmatch(text)
+    if found is None:
+        raise ValueError(
+            f"{text!r} is no description. Write e.g. ' rises until May, then falls.' or ' stays flat all year.', of "
+            f"{list(MOVES)}."
+        )
+    first, month, second = found.groups()
+    turn = len(MONTHS) - 1 if month is None else MONTHS.index(month)
+    later = MOVES[second or first]
+    return [MOVES[first] * min(n, turn) + later * max(n - turn, 0) for n in range(len(MONTHS))]
+
+
+def descriptions() -> list[str]:
+    """All that the grammar writes."""
+    inner = [f" {a} until {m}, then {b}." for a, m, b in product(MOVES, MONTHS[1:-1], MOVES) if a != b]
+    return [*(f" {move} all year." for move in MOVES), *inner]
+
+
+def described_series(lm: Maker, prompt: str = PROMPT, noise: float = 1.0, max_tokens: int = 16) -> Callable[[Any], Any]:
+    r"""The program in which a sentence describes a year's series:
+
+    .. math:: d \sim \text{lm}(\text{prompt}), \quad y_n \sim \mathcal N(\text{described}(d)_n, \text{noise}),
+              \quad n = 1, \dots, 12
+
+    under a grammar of sentences with at most one turn (:func:`descriptions`, 205 of them). Sites: latent
+    ``description``, observed ``y``, ``(12,)``, or in a plate one series a row.
+
+    :param lm: a :class:`llmppl.LM`, or a :class:`llmppl.numpyro.LM`: the program is then one of NumPyro's.
+    :param prompt: stands before the description.
+    :param noise: standard deviation.
+    :param max_tokens: most tokens of a description.
+    :raises ValueError: ``noise`` that is not positive.
+    """
+    if not noise > 0:
+        raise ValueError(f"noise must be positive, got {noise}.")
+    pattern = "|".join(re.escape(text) for text in descriptions())
+    law = {"grammar": Grammar.regex(pattern), "max_tokens": max_tokens}
+    primitives, known = lm.primitives, {text: described(text) for text in descriptions()}
+
+    def value(text: str, month: float) -> float:
+        # A text that the guide's law cuts off is no description, and lies far from all data.
+        series = known.get(text.removesuffix(lm.spelling.end))
+        return 1e6 if series is None else series[int(month)]
+
+    def series(y: Any) -> Any:
+        text = primitives.sample("description", lm(prompt, **law))
+        mean = level(lm, value, text)
+        primitives.sample("y", primitives.distributions.Normal(mean, noise).to_event(1), obs=y)
+        return text
+
+    return series
+
+
+def series_told(encoder: nn.Module, prompt: str = PROMPT) -> dict[str, Callable[..., list[Any]]]:
+    """What a guide of :func:`described_series` is told, as its ``prompt=``: the series, by an encoder; the prompt."""
+    from llmppl.network.embedded import Embedded
+
+    return {"description": lambda y: [Embedded(encoder, y, 1), prompt]}
+
+
+def level(lm: Maker, value: Callable[[str, float], float], text: Any) -> Any:
+    """The series of each row, ``batch_shape + (12,)``."""
+    columns = [lm.map(value, text, float(month), returns=float) for month in range(len(MONTHS))]
+    if lm.primitives.__name__ == "numpyro":
+        import jax.numpy as jnp
+
+        return jnp.stack(columns, -1)
+    import torch
+
+    return torch.stack(columns, -1)

@@ -1,0 +1,61 @@
+"""Small encoders of arrays, for guides that see them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class SmallEye(nn.Module):
+    """A small convolutional encoder of images ``(N, height, width)``: one embedding of a language model's width.
+
+    :param width: of the language model, ``lm.transformer.config.hidden_size``.
+    :param channels: of its two layers.
+    :param scale: of the embeddings to start with; those of tokens are about 0.1.
+    :param seed: of the initial weights.
+    """
+
+    def __init__(self, width: int, channels: int = 32, scale: float = 0.1, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.layers = nn.Sequential(
+                nn.Conv2d(1, channels, 3, padding=1), nn.SiLU(),
+                nn.Conv2d(channels, channels, 3, stride=2, padding=1), nn.SiLU(),
+                nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * channels, width),
+            )  # fmt: skip
+            self.norm = nn.LayerNorm(width)
+            nn.init.constant_(self.norm.weight, scale)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.norm(self.layers(images[:, None]))
+
+
+class SmallEar(nn.Module):
+    """A small convolutional encoder of series ``(N, length)``: ``count`` embeddings of a language model's width.
+
+    :param width: of the language model, ``lm.transformer.config.hidden_size``.
+    :param unit: what the series are divided by first.
+    :param count: embeddings of a series.
+    :param channels: of its two layers.
+    :param scale: of the embeddings to start with; those of tokens are about 0.1.
+    :param seed: of the initial weights.
+    """
+
+    def __init__(
+        self, width: int, unit: float = 1.0, count: int = 1, channels: int = 32, scale: float = 0.1, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.unit, self.count = unit, count
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.layers = nn.Sequential(
+                nn.Conv1d(1, channels, 3, padding=1), nn.SiLU(),
+                nn.Conv1d(channels, channels, 3, padding=1), nn.SiLU(),
+                nn.AdaptiveAvgPool1d(12), nn.Flatten(), nn.Linear(12 * channels, count * width),
+            )  # fmt: skip
+            self.norm = nn.LayerNorm(width)
+            nn.init.constant_(self.norm.weight, scale)
+
+    def forward(self, series: Tensor) -> Tensor:
+        return self.norm(self.layers(series[:, None] / self.unit).unflatten(-1, (self.count, -1)))

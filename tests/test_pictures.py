@@ -1,0 +1,183 @@
+"""Programs whose text explains what is no text: pictures with captions, series with descriptions."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+from conftest import character_lm, kl
+from pyro import poutine
+from torch import Tensor
+
+from llmppl import LM, Grammar, exact_posterior, fit, importance, simulate
+from llmppl.guides import AutoregressiveGuide
+from llmppl.models import captioned, described, described_series, descriptions
+from llmppl.models.captioned import ImageMixtures, image_told
+from llmppl.models.described_series import MONTHS, series_told
+from llmppl.models.encoders import SmallEar, SmallEye
+from llmppl.objectives import TrajectoryBalance, WakeSleep
+from llmppl.programs.plates import in_data_plate
+
+CAPTIONS = ["a", "bc", "d"]
+
+
+def mixtures(seed: int = 0) -> ImageMixtures:
+    source = torch.Generator().manual_seed(seed)
+    means = torch.randn(3, 2, 4, 4, generator=source)
+    return ImageMixtures(torch.tensor([[0.0, 1.0], [0.5, 0.0], [2.0, 0.0]]), means, torch.full((3, 2, 4, 4), 1.5))
+
+
+def images(count: int, seed: int = 1) -> Tensor:
+    pyro.set_rng_seed(seed)
+    return mixtures()(torch.arange(count) % 3).sample()
+
+
+def exact(lm: LM, seen: Tensor) -> Tensor:
+    """Log-posterior of each caption, ``(N, 3)``, from the parts."""
+    prior = lm.choice("A", options=CAPTIONS).logits.detach().float()
+    return (prior + mixtures().log_probs(seen)).log_softmax(-1)
+
+
+@pytest.fixture
+def characters() -> LM:
+    return character_lm("A" + "abcd.")
+
+
+def test_the_mixtures_are_those_of_their_parts_and_are_fitted_class_by_class() -> None:
+    found = mixtures()
+    seen = images(5)
+    expected = torch.stack([
+        torch.logsumexp(torch.stack([
+            found.logits[c, m] + torch.distributions.Normal(found.means[c, m], 1.5).log_prob(seen).sum((1, 2))
+            for m in range(2)
+        ]), 0)
+        for c in range(3)
+    ], -1)  # fmt: skip
+    torch.testing.assert_close(found.log_probs(seen), expected)
+    pytest.importorskip("sklearn")
+    labels = torch.arange(90) % 3
+    fitted = ImageMixtures.fitted(images(90), labels, components=2, variance=0.1)
+    held = images(60, seed=5)
+    right = (fitted.log_probs(held).argmax(-1) == torch.arange(60) % 3).float().mean()
+    assert right > 0.8  # 0.88; by chance 0.33
+    assert repr(fitted) == "ImageMixtures(3 classes of 2 components, images of 4 × 4)"
+    with pytest.raises(ValueError, match="class 1 has 1 images, fewer than components=2"):
+        ImageMixtures.fitted(images(3), torch.tensor([0, 0, 1]), components=2)
+
+
+def test_the_posterior_over_captions_is_enumerated_and_simulated(characters: LM) -> None:
+    program = captioned(characters, CAPTIONS, mixtures(), prompt="A")
+    seen = images(3)
+    for image, log_p in zip(seen, exact(characters, seen), strict=True):
+        found = exact_posterior(program)(image)
+        texts = [str(t) for t in found.decode("caption")]
+        weights = {text: float(w) for text, w in zip(texts, found.weights, strict=True)}
+        assert [weights[c] for c in CAPTIONS] == pytest.approx(log_p.exp().tolist(), abs=1e-5)
+    pairs = simulate(program, [(seen[0],)], 200, seed=0, progress=False)
+    drawn = [characters.decode(pair.latents["caption"]) for pair in pairs]
+    labels = torch.tensor([CAPTIONS.index(text) for text in drawn])
+    shown = torch.stack([pair.observations["image"] for pair in pairs])
+    # Images of their own captions: the most probable class of most.
+    assert (mixtures().log_probs(shown).argmax(-1) == labels).float().mean() > 0.9
+
+
+def test_a_guide_that_sees_the_image_reaches_the_posterior_on_images_it_has_not_seen(characters: LM) -> None:
+    program = captioned(characters, CAPTIONS, mixtures(), prompt="A")
+    eye = SmallEye(characters.transformer.config.hidden_size, channels=8, scale=1.0)
+    guide = AutoregressiveGuide(program, characters, prompt=image_told(eye, prompt="A"), rank=4, seed=0)
+    rows = [(image,) for image in images(96, seed=2)]
+    fit(program, guide, rows, WakeSleep(16, insomnia=1.0), 150, batch_size=16, vectorize_data=True,
+        learning_rate=1e-2, schedule="cosine", seed=0, progress=False)  # fmt: skip
+    held = images(60, seed=3)
+    with torch.no_grad():
+        found = poutine.trace(in_data_plate(guide)).get_trace(held).nodes["caption"]["fn"].logits.reshape(60, 3)
+    log_p = exact(characters, held)
+    prior = characters.choice("A", options=CAPTIONS).logits.detach()
+    gaps = [(kl(p, q) + kl(q, p)) / 120 for p, q in ((log_p, found.float()), (log_p, prior.expand(60, 3).float()))]
+    assert gaps[0] < 0.25 < gaps[1]
+    posterior = importance(program, guide, 300, progress=False)(held[0])
+    assert float(posterior.log_evidence) == pytest.approx(
+        float(
+            (characters.choice("A", options=CAPTIONS).logits.detach() + mixtures().log_probs(held[:1])).logsumexp(-1)
+        ),
+        abs=0.15,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        (" rises until May, then falls.", [0, 1, 2, 3, 4, 3, 2, 1, 0, -1, -2, -3]),
+        (" stays flat all year.", [0] * 12),
+        ("falls sharply all year", [-2 * n for n in range(12)]),
+        (" stays flat until November, then rises sharply.", [0] * 11 + [2]),
+    ],
+)
+def test_descriptions_have_their_series(text: str, values: list[float]) -> None:
+    assert described(text) == values
+
+
+def test_all_descriptions_are_described_and_what_is_none_is_said() -> None:
+    texts = descriptions()
+    assert len(texts) == len(set(texts)) == 205
+    assert all(len(described(text)) == 12 for text in texts)
+    assert len({tuple(described(text)) for text in texts}) == 205
+    for wrong in ("", " rises until Mai, then falls.", " rises until May, then falls sharply and rises.", " soars."):
+        with pytest.raises(ValueError, match="is no description. Write e.g."):
+            described(wrong)
+
+
+@pytest.fixture
+def letters() -> LM:
+    return character_lm("".join(sorted({c for text in descriptions() for c in text} | set("N,.\n"))) + "$", end="$")
+
+
+def test_a_series_is_explained_by_the_exact_posterior_and_in_rows(letters: LM) -> None:
+    program = described_series(letters, prompt="N", max_tokens=60)
+    y = torch.tensor(described(" rises until May, then falls.")) + 0.5
+    pattern = "|".join(text.replace(".", r"\.") for text in descriptions())
+    law = letters("N", grammar=Grammar.regex(pattern), max_tokens=60)
+    texts = law.enumerate_support()
+    strings = [text.removesuffix("$") for text in letters.decode(texts)]
+    assert sorted(strings) == sorted(descriptions())
+    means = torch.tensor([described(text) for text in strings])
+    joint = law.log_prob(texts) + torch.distributions.Normal(means, 1.0).log_prob(y).sum(-1)
+    exact_z = float(joint.logsumexp(0))
+    assert float(exact_posterior(program)(y).log_evidence) == pytest.approx(exact_z, abs=1e-4)
+    ear = SmallEar(letters.transformer.config.hidden_size, unit=4.0, channels=8)
+    guide = AutoregressiveGuide(program, letters, prompt=series_told(ear, prompt="N"), rank=2, seed=0)
+    rows = torch.stack([y, -y])
+    posterior = importance(program, guide, 40, vectorize_data=True, progress=False)(rows)
+    assert posterior.batch_shape == (2,)
+    TrajectoryBalance(4).loss_and_grads(program, guide, y)
+    assert all(p.grad is not None for p in ear.parameters())
+
+
+def test_numpyro_describes_series_with_the_same_evidence(letters: LM, tmp_path: Path) -> None:
+    from llmppl.numpyro import LM as Twin
+    from llmppl.numpyro import exact_posterior as twin_posterior
+    from llmppl.numpyro.models import described_series as twin_series
+
+    letters.transformer.float().save_pretrained(tmp_path)
+    letters.tokenizer.save_pretrained(tmp_path)
+    y = torch.tensor(described(" falls until June, then rises.")) - 0.3
+    ours = exact_posterior(described_series(letters, prompt="N", max_tokens=60))(y).log_evidence
+    twin = twin_series(Twin.from_pretrained(tmp_path), prompt="N", max_tokens=60)
+    assert twin_posterior(twin)(y.numpy()).log_evidence == pytest.approx(ours, abs=1e-3)
+
+
+def test_what_makes_no_sense_is_named(characters: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="noise must be positive, got 0"):
+        described_series(characters, noise=0)
+    good = mixtures()
+    with pytest.raises(ValueError, match=r"must be \(classes, components\) and twice"):
+        ImageMixtures(good.logits[0], good.means, good.scales)
+    with pytest.raises(ValueError, match="scales must be positive"):
+        ImageMixtures(good.logits, good.means, 0 * good.scales)
+    monkeypatch.setitem(sys.modules, "sklearn.mixture", None)
+    with pytest.raises(ImportError, match="pip install scikit-learn"):
+        ImageMixtures.fitted(images(6), torch.arange(6) % 3)
+    assert len(MONTHS) == 12
