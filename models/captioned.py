@@ -88,7 +88,7 @@ class ImageMixtures:
             import torch
             from sklearn.mixture import GaussianMixture  # type: ignore[import-untyped]
         except ModuleNotFoundError as error:
-            raise ImportError("ImageMixtures.fitted needs scikit-learn: pip install scikit-learn.") from error
+            raise ImportError("ImageMixtures.fitted needs scikit-learn: pip install 'pyro-llmppl[pictures]'.") from error
         pixels, classes = torch.as_tensor(images).double(), torch.as_tensor(labels)
         found = []
         for label in range(int(classes.max()) + 1):

@@ -178,6 +178,6 @@ def test_what_makes_no_sense_is_named(characters: LM, monkeypatch: pytest.Monkey
     with pytest.raises(ValueError, match="scales must be positive"):
         ImageMixtures(good.logits, good.means, 0 * good.scales)
     monkeypatch.setitem(sys.modules, "sklearn.mixture", None)
-    with pytest.raises(ImportError, match="pip install scikit-learn"):
+    with pytest.raises(ImportError, match=r"pip install 'pyro-llmppl\[pictures\]'"):
         ImageMixtures.fitted(images(6), torch.arange(6) % 3)
     assert len(MONTHS) == 12
