@@ -16,7 +16,22 @@ import torch
 
 from llmppl import LM, Grammar, fit, simulate
 from llmppl.guides import AutoregressiveGuide, PromptGuide, SteeredGuide, WordGuide
-from llmppl.models import completion, dialogue, evaluate, formula, plan, record, run, shortest_plans, walk
+from llmppl.models import (
+    completion,
+    described,
+    described_series,
+    descriptions,
+    dialogue,
+    evaluate,
+    formula,
+    plan,
+    record,
+    run,
+    shortest_plans,
+    walk,
+)
+from llmppl.models.described_series import PROMPT
+from llmppl.models.encoders import SmallEar, series_told
 from llmppl.models.formula import BY_LIKELIHOOD, noise_given, points_listed, unexplained
 from llmppl.models.plan import BY_CHANCE, arriving, goal_told, maze_and_goal
 from llmppl.models.record import field as field_of
@@ -397,6 +412,56 @@ def data(lm: LM, steps: int) -> Application:
     )
 
 
+# --- described series ----------------------------------------------------------------------------
+
+
+def year(source: random.Random) -> torch.Tensor:
+    """The series of a description drawn uniformly, with noise."""
+    return torch.tensor([value + source.gauss(0, 1) for value in described(source.choice(descriptions()))])
+
+
+def series(lm: LM, steps: int) -> Application:
+    """A sentence for a year's twelve values; the guide sees them by a small convolutional encoder."""
+    source, told = random.Random(2), SmallEar(lm.transformer.config.hidden_size, unit=4.0)
+    program = described_series(lm)
+    listed = {
+        "description": lambda y: [
+            lm.map(lambda *v: "Visitors: " + ", ".join(f"{o:.0f}" for o in v) + "\n", *(y[..., n] for n in range(12))),
+            PROMPT,
+        ]
+    }
+    guide = AutoregressiveGuide(program, lm, prompt=series_told(told), rank=8, seed=0)
+    held_out, rows = ([(year(source),) for _ in range(count)] for count in (16, 400))
+
+    def train() -> float:
+        def work() -> None:
+            fit(program, guide, rows, WakeSleep(1, insomnia=0.0), steps, 16, vectorize_data=True, learning_rate=1e-3,
+                seed=0, progress=False)  # fmt: skip
+            fit(program, guide, rows, WakeSleep(16, insomnia=1.0), 2 * steps, 4, vectorize_data=True,
+                learning_rate=1e-3, schedule="cosine", seed=1, progress=False)  # fmt: skip
+
+        return timed(work)
+
+    def hits(query: Query, posterior: Posterior) -> np.ndarray:
+        texts = [text.removesuffix(lm.spelling.end) for text in posterior.decode("description")]
+        values = torch.tensor([described(text) if text in known else [1e3] * 12 for text in texts])
+        return ((values - query[0]).square().mean(-1).sqrt() < 1.5).numpy()
+
+    known = set(descriptions())
+    return Application(
+        "described series",
+        program,
+        {
+            "prior": PromptGuide(program, lm, prompt={"description": lambda: [PROMPT]}),
+            "zero-shot": PromptGuide(program, lm, prompt=listed),
+            "guide": guide,
+        },
+        train,
+        held_out,
+        hits,
+    )
+
+
 APPLICATIONS: dict[str, Callable[[LM, int], Application]] = {
     "formats": formats,
     "formats-prose": lambda lm, steps: formats(lm, steps, prose=True),
@@ -405,5 +470,15 @@ APPLICATIONS: dict[str, Callable[[LM, int], Application]] = {
     "plans-7": lambda lm, steps: plans(lm, steps, 7, 10),
     "dialogue": talks,
     "data": data,
+    "series": series,
 }
-STEPS = {"formats": 20, "formats-prose": 40, "code": 60, "plans": 20, "plans-7": 20, "dialogue": 16, "data": 40}
+STEPS = {
+    "formats": 20,
+    "formats-prose": 40,
+    "code": 60,
+    "plans": 20,
+    "plans-7": 20,
+    "dialogue": 16,
+    "data": 40,
+    "series": 40,
+}

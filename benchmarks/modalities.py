@@ -1,15 +1,12 @@
-"""Text that explains a picture or a series: a guide that sees it, against the enumerated posterior.
+"""Text that explains a picture: a guide that sees it, against the enumerated posterior.
 
-    python benchmarks/modalities.py [--programs digits series]
+    python benchmarks/modalities.py
 
-*digits*: the handwritten digits of scikit-learn (1,797 of 8 × 8), ten captions ("a seven"), class-conditional Gaussian
+The handwritten digits of scikit-learn (1,797 of 8 × 8), ten captions ("a seven"), class-conditional Gaussian
 mixtures fitted to 1,200 of them. The guide is an adapter of rank 4 that sees the image by a small convolutional
 encoder; asleep first, then wake-φ on the training images without their labels. On 300 images that nothing has seen: KL
 both ways from the enumerated posterior, accuracy against the labels, expected calibration error (15 bins) of captions
 against the *posterior's* draws and against the labels, and CPU time of one pass against ten likelihoods.
-
-*series*: a year's twelve values described by a sentence under a grammar of 205; held-out series are of descriptions
-drawn uniformly. Relative effective sample size, Z / E_posterior[w], by enumeration: of the prior and of the guide.
 """
 
 from __future__ import annotations
@@ -19,18 +16,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import pyro
 import torch
 from measure import machine, table
 from pyro import poutine
 from torch import Tensor
 
-from llmppl import LM, Grammar, fit
+from llmppl import LM, fit
 from llmppl.guides import AutoregressiveGuide
-from llmppl.models import captioned, described, described_series, descriptions
-from llmppl.models.captioned import ImageMixtures, image_told
-from llmppl.models.described_series import PROMPT, series_told
-from llmppl.models.encoders import SmallEar, SmallEye
+from llmppl.models import captioned
+from llmppl.models.encoders import SmallEye, image_told
+from llmppl.models.image_mixtures import ImageMixtures
 from llmppl.objectives import WakeSleep
 from llmppl.programs.plates import in_data_plate
 
@@ -40,7 +35,6 @@ CAPTIONS = [f" an {name}" if name == "eight" else f" a {name}" for name in NAMES
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--programs", nargs="+", choices=["digits", "series"], default=["digits", "series"])
     parser.add_argument("--asleep", type=int, default=60, help="steps")
     parser.add_argument("--awake", type=int, default=250, help="steps")
     parser.add_argument("--variance", type=float, default=0.1, help="added to each pixel's, of digits")
@@ -48,9 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(machine(), flush=True)
-    lm = LM.from_pretrained("smollm2-135m")
-    for name in options.programs:
-        {"digits": digits, "series": series}[name](lm, options)
+    digits(LM.from_pretrained("smollm2-135m"), options)
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -80,9 +72,6 @@ def trained(program: Any, guide: Any, rows: list[Any], options: Any, told: Calla
 def laws(guide: Any, rows: Tensor, site: str) -> Any:
     with torch.no_grad():
         return poutine.trace(in_data_plate(guide)).get_trace(rows).nodes[site]["fn"]
-
-
-# --- digits --------------------------------------------------------------------------------------
 
 
 def digits(lm: LM, options: Any) -> None:
@@ -134,51 +123,6 @@ def calibration(log_probs: Tensor, truth: Tensor, bins: int = 15) -> float:
         if bool(own.any()):
             total += float(own.float().mean() * abs(right[own].mean() - confidence[own].mean()))
     return 100 * total
-
-
-# --- series --------------------------------------------------------------------------------------
-
-
-def series(lm: LM, options: Any) -> None:
-    program = described_series(lm)
-    pattern = "|".join(text.replace(".", r"\.") for text in descriptions())
-    law = lm(PROMPT, grammar=Grammar.regex(pattern), max_tokens=16)
-    texts = law.enumerate_support()
-    strings = [text.removesuffix(lm.spelling.end) for text in lm.decode(texts)]
-    with torch.no_grad():
-        prior = law.log_prob(texts)
-    means = torch.tensor([described(text) for text in strings])
-    pyro.set_rng_seed(0)
-
-    def rows(count: int) -> Tensor:
-        chosen = descriptions()
-        picked = torch.randint(len(chosen), (count,))
-        return torch.tensor([described(chosen[n]) for n in picked.tolist()]) + torch.randn(count, 12)
-
-    training, held = rows(400), rows(24)
-    joint = prior[:, None] + torch.distributions.Normal(means[:, None], 1.0).log_prob(held).sum(-1)  # (texts, rows)
-    log_z = joint.logsumexp(0)
-    ear = SmallEar(lm.transformer.config.hidden_size, unit=4.0)
-    guide = AutoregressiveGuide(program, lm, prompt=series_told(ear), rank=8, seed=0)
-
-    def ess(log_q: Tensor) -> Tensor:
-        """Z / E[w] with the expectation over the posterior."""
-        return (log_z - (joint.log_softmax(0) + joint - log_q).logsumexp(0)).exp()
-
-    def guessed() -> Tensor:
-        with torch.no_grad():
-            return torch.cat([laws(guide, y[None], "description").log_prob(texts[:, None]) for y in held], -1)
-
-    def said() -> str:
-        found = guessed()
-        forward = (joint.softmax(0) * (joint.log_softmax(0) - found)).sum(0)
-        own = ess(found)
-        return f"relative ESS {own.mean():.3f} (median {own.median():.3f}), KL(p‖q) {forward.mean():.2f}"
-
-    print(f"series: {len(texts)} spellings of {len(set(strings))} descriptions", flush=True)
-    print(f"prior {ess(prior[:, None]).mean():.4f}; untrained {said()}", flush=True)
-    cpu = trained(program, guide, [(y,) for y in training], options, said, 16)
-    print(f"\nseries: {said()}; {cpu:.0f} CPU s of training")
 
 
 if __name__ == "__main__":

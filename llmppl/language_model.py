@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,10 +27,12 @@ from llmppl.network.low_precision import Sampler
 from llmppl.network.pickling import packed, unpacked
 from llmppl.network.row_map import map_rows
 from llmppl.network.scoring import Request, score
-from llmppl.network.servable import check_config, check_servable
+from llmppl.network.servable import check_config, check_reachable, check_servable
 from llmppl.network.text_law import TextLaw
 from llmppl.network.text_tensors import Piece, check_text, join, pad_rows
 from llmppl.network.transformer import Network, forget_reading
+from llmppl.network.vision import Vision, load_vision, reads_images
+from llmppl.network.vision import pieces as image_pieces
 from llmppl.text import PAD
 from llmppl.text.arguments import check_name
 from llmppl.text.chat import chat_pieces
@@ -103,12 +106,20 @@ class LM(Adaptable):
                 f"name_or_folder={name!r} is no folder. Pass a folder made by save_pretrained, a hub "
                 f"name such as 'organisation/model', or the packaged {sorted(PACKAGED)[0]!r}."
             )
+        check_reachable(name)
         with quiet_loading():
-            check_config(AutoConfig.from_pretrained(name, trust_remote_code=False))
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+            config, vision = AutoConfig.from_pretrained(name, trust_remote_code=False), None
+            check_config(config)
+            if reads_images(config):
+                model, vision = load_vision(name, config, dtype)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         lm = cls(model.to(device), tokenizer)
         lm.gradient_checkpointing = gradient_checkpointing
+        if vision is not None:
+            vision.tower.to(device)
+            lm.vision = vision
         return lm
 
     # --- copies --------------------------------------------------------------------------------
@@ -120,12 +131,17 @@ class LM(Adaptable):
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin._become(*(copy.deepcopy(part, memo) for part in (self.transformer, self.tokenizer, self.adapters)))
-        twin.gradient_checkpointing = self.gradient_checkpointing
+        twin.gradient_checkpointing, twin.vision = self.gradient_checkpointing, self.vision
         return twin
 
     def __reduce__(self) -> Any:
         if self.adapter is not None:
             return _readapted, (self.base, self.adapter)
+        if self.vision is not None:
+            raise pickle.PicklingError(
+                "a checkpoint of images and text does not pickle: parts of transformers' image models do not. "
+                "Load it in each process, LM.from_pretrained(...)."
+            )
         parts = packed((self.transformer, self.tokenizer, self.adapters))
         return _unpickled, (type(self), parts, self.gradient_checkpointing)
 
@@ -137,6 +153,7 @@ class LM(Adaptable):
         forget_reading(self.transformer)
         self.network = Network(self.transformer)
         self.arrays = EmbeddedArrays(self.transformer)
+        self.vision: Vision | None = None
         self._samplers: dict[tuple[str | None, torch.dtype], Sampler] = {}
         self.drawn: OrderedDict[Any, Tensor] = OrderedDict()
         self._frozen = [p for name, p in model.named_parameters() if "lora_" not in name]
@@ -311,6 +328,17 @@ class LM(Adaptable):
             prompt = lm.map("{:.1f} degrees".format, temperature)
         """
         return map_rows(self.spelling, self.decode, self.device, function, values, max_tokens, returns)
+
+    def image(self, images: Any) -> list[Piece]:
+        """A picture, or a list of them, one a row, as pieces: ``lm(*lm.image(picture), " A caption:")``.
+
+        By the image part of the checkpoint, which is frozen, and between the control tokens that it was trained with.
+        Pictures are not cut into parts, whatever their size.
+
+        :param images: a PIL image or an array ``(height, width, 3)``, or a list.
+        :raises TypeError, ValueError: no pictures; a checkpoint of text alone.
+        """
+        return list(image_pieces(self.vision, images, lambda text: self.encode(text, special=True)))
 
     def context(self, *pieces: Piece) -> Tensor:
         """The joined pieces as a context: a text tensor with padding anywhere, behind whatever the

@@ -5,13 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llmppl.models.primitives import Maker
+from llmppl.models.primitives import Maker, stacked
 from llmppl.text.grammar import Grammar
-
-if TYPE_CHECKING:
-    from torch import nn
 
 MONTHS = (
     *("January", "February", "March", "April", "May", "June"),
@@ -78,27 +75,8 @@ def described_series(lm: Maker, prompt: str = PROMPT, noise: float = 1.0, max_to
 
     def series(y: Any) -> Any:
         text = primitives.sample("description", lm(prompt, **law))
-        mean = level(lm, value, text)
+        mean = stacked(lm, [lm.map(value, text, float(month), returns=float) for month in range(len(MONTHS))])
         primitives.sample("y", primitives.distributions.Normal(mean, noise).to_event(1), obs=y)
         return text
 
     return series
-
-
-def series_told(encoder: nn.Module, prompt: str = PROMPT) -> dict[str, Callable[..., list[Any]]]:
-    """What a guide of :func:`described_series` is told, as its ``prompt=``: the series, by an encoder; the prompt."""
-    from llmppl.network.embedded import Embedded
-
-    return {"description": lambda y: [Embedded(encoder, y, 1), prompt]}
-
-
-def level(lm: Maker, value: Callable[[str, float], float], text: Any) -> Any:
-    """The series of each row, ``batch_shape + (12,)``."""
-    columns = [lm.map(value, text, float(month), returns=float) for month in range(len(MONTHS))]
-    if lm.primitives.__name__ == "numpyro":
-        import jax.numpy as jnp
-
-        return jnp.stack(columns, -1)
-    import torch
-
-    return torch.stack(columns, -1)

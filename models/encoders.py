@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from llmppl.models.captioned import PROMPT as PICTURE
+from llmppl.models.described_series import PROMPT as YEAR
+from llmppl.network.embedded import Embedded
+
+
+def image_told(encoder: nn.Module, event_dim: int = 2, prompt: str = PICTURE) -> dict[str, Callable[..., list[Any]]]:
+    """What a guide of :func:`llmppl.models.captioned` is told: the image, by an encoder, and the prompt."""
+    return {"caption": lambda image: [Embedded(encoder, image, event_dim), prompt]}
+
+
+def series_told(encoder: nn.Module, prompt: str = YEAR) -> dict[str, Callable[..., list[Any]]]:
+    """What a guide of :func:`llmppl.models.described_series` is told: the series, by an encoder, and the prompt."""
+    return {"description": lambda y: [Embedded(encoder, y, 1), prompt]}
 
 
 class SmallEye(nn.Module):

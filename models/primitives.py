@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 
@@ -36,3 +38,9 @@ def kept_number(lm: Maker, name: str, value: Any) -> Any:
 def _kept(lm: Maker, name: str, value: Any, event_dim: int) -> Any:
     events = {"event_dim": event_dim} if lm.primitives.__name__ == "pyro" else {}
     return lm.primitives.deterministic(name, value, **events)
+
+
+def stacked(lm: Maker, columns: Sequence[Any]) -> Any:
+    """Numbers of the framework, each ``batch_shape``, as one array ``batch_shape + (len(columns),)``."""
+    arrays = {"pyro": "torch", "numpyro": "jax.numpy"}[lm.primitives.__name__]
+    return importlib.import_module(arrays).stack(list(columns), -1)

@@ -15,9 +15,9 @@ from torch import Tensor
 from llmppl import LM, Grammar, exact_posterior, fit, importance, simulate
 from llmppl.guides import AutoregressiveGuide
 from llmppl.models import captioned, described, described_series, descriptions
-from llmppl.models.captioned import ImageMixtures, image_told
-from llmppl.models.described_series import MONTHS, series_told
-from llmppl.models.encoders import SmallEar, SmallEye
+from llmppl.models.described_series import MONTHS
+from llmppl.models.encoders import SmallEar, SmallEye, image_told, series_told
+from llmppl.models.image_mixtures import ImageMixtures
 from llmppl.objectives import TrajectoryBalance, WakeSleep
 from llmppl.programs.plates import in_data_plate
 

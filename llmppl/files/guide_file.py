@@ -11,6 +11,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from llmppl.files.folders import made
+
 FORMAT = "llmppl-adapter-1"
 
 
@@ -38,7 +40,7 @@ def written_whole(
 
     :param save_file: of ``safetensors.torch`` or ``safetensors.numpy``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    made(path.parent)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".tmp-")
     os.close(handle)
     try:

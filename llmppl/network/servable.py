@@ -1,8 +1,12 @@
-"""Which loaded models are served: those whose numbers and adapters can be vouched for."""
+"""Which models are served: those that can be had, and whose numbers and adapters can be vouched for."""
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 
 def check_servable(model: Any) -> None:
@@ -38,3 +42,29 @@ def check_config(config: Any) -> None:
         "are those of another model, and adapters are not trained through its layers. Load the checkpoint that it was "
         "made from, in bfloat16 if memory is short."
     )
+
+
+def check_reachable(name: str) -> None:
+    """Refuse a name of the hub at once where there is no way to the hub and no copy in its cache: its client would try
+    again for half a minute.
+
+    :raises FileNotFoundError: with the mend.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if constants.HF_HUB_OFFLINE or Path(name).is_dir() or getproxies():
+        return
+    try:
+        known = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        return  # no name of the hub, as transformers will say
+    host = urlsplit(constants.ENDPOINT).hostname or "huggingface.co"
+    try:
+        if not known:
+            socket.getaddrinfo(host, 443)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"name_or_folder={name!r} is no folder here, the hub's cache has no copy of it, and {host} cannot be "
+            f"reached ({error}). Pass a folder made by save_pretrained, or the packaged 'smollm2-135m'."
+        ) from error

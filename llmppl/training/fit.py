@@ -26,7 +26,7 @@ from llmppl.programs.structure import Program
 from llmppl.text.arguments import check_count, check_programs
 from llmppl.training.collation import collate
 from llmppl.training.evaluation import Evaluation, HeldOut
-from llmppl.training.history import COLUMNS, HARD, History
+from llmppl.training.history import COLUMNS, HARD, REPLAYED, History
 from llmppl.training.memory import warn_where_memory_is_short
 from llmppl.training.minibatches import Minibatches, Rows, checked
 from llmppl.training.optimization import SCHEDULES, make_optimizer, make_scheduler, of_program, trained_parameters
@@ -201,7 +201,7 @@ def fit(
         **{f"regularisation's {name}": value for name, value in regularised.options.settings().items()},
     )
     run = Resumable(identity, parameters, guide, parts, folder, processes.writes)
-    step = run.open(resume)
+    step = begun = run.open(resume)
     buffer = getattr(getattr(objective, "behaviour", None), "buffer", None)
     sampling = (samplers or RaySamplers(0)).drawing(
         model, guide, parameters, learned, batches, objective, vectorize_data, processes.seed
@@ -236,7 +236,14 @@ def fit(
                 buffer.step = step
             sampled = exchange(step)
             optimizer.zero_grad()
-            loss, reports = _accumulated(objective, regularised, batches, accumulate, vectorize_data, step, processes)
+            try:
+                loss, reports = _accumulated(
+                    objective, regularised, batches, accumulate, vectorize_data, step, processes
+                )
+            except ValueError as error:
+                if step == begun or "NaN" not in str(error):
+                    raise
+                raise _too_fast(run, step, str(error), optimizer) from error
             processes.sum_gradients(parameters.values())
             for parameter in parameters.values():
                 if parameter.grad is not None:
@@ -245,6 +252,9 @@ def fit(
             nn.utils.clip_grad_norm_([parameters[name] for name in learned], clip_norm)
             rate = optimizer.param_groups[0]["lr"]
             optimizer.step()
+            wrong = [name for name, parameter in parameters.items() if not bool(parameter.isfinite().all())]
+            if wrong:
+                raise _too_fast(run, step, f"{wrong[0]!r} is not finite any more.", optimizer)
             scheduler.step()
             step += 1
             history.append(
@@ -259,7 +269,8 @@ def fit(
                 seconds=time.monotonic() - start,
                 **{name: sum(report.get(name, 0) for report in reports) for name in HARD},
             )
-            run.record("step", step, {name: getattr(history, name)[-1] for name in COLUMNS})
+            columns = COLUMNS if buffer is None else (*COLUMNS, *REPLAYED)
+            run.record("step", step, {name: getattr(history, name)[-1] for name in columns})
             evaluate(step)
             stopped = held_out is not None and held_out.exhausted()
             if step % checkpoint_every == 0 or step == steps or stopped:
@@ -281,6 +292,15 @@ def fit(
             history.restored = held_out.best_step
             bar.set_postfix_str(f"stopped early, back to step {held_out.best_step}")
     return history
+
+
+def _too_fast(run: Resumable, step: int, what: str, optimizer: torch.optim.Optimizer) -> ValueError:
+    """Weights that training has made useless: at which step, by which learning rate, and what is left."""
+    rates = ", ".join(sorted({f"{group['lr']:.3g}" for group in optimizer.param_groups}))
+    return ValueError(
+        f"step {step + 1}: the learning rate ({rates} at this step) is too high, for the weights were finite when "
+        f"training began: {what.splitlines()[0]} Lower learning_rate, or clip_norm. {run.last_good()}"
+    )
 
 
 def _accumulated(

@@ -13,10 +13,14 @@ from llmppl.display.plots import plot_history
 HARD = ("floored", "skipped")
 """Counts that objectives without hard conditions do not report."""
 
+COLUMNS = ("loss", "elbo", "log_evidence", "ess", "gradient_norm", "learning_rate", *HARD, "seconds")
+"""Of every run."""
+
+REPLAYED = ("staleness", "sampled")
+"""Of runs with a replay buffer, beside those."""
+
 COUNTS = (*HARD, "sampled")
 """Columns that are zero where nothing is said of them."""
-
-COLUMNS = ("loss", "elbo", "log_evidence", "ess", "gradient_norm", "learning_rate", "staleness", *COUNTS, "seconds")
 
 
 @dataclass
@@ -95,17 +99,17 @@ class History:
 
     def append(self, **values: float) -> None:
         """Add a step's numbers."""
-        for name in COLUMNS:
+        for name in (*COLUMNS, *REPLAYED):
             default = 0.0 if name in COUNTS else math.nan
             getattr(self, name).append(float(values.get(name, default)))
 
     def state_dict(self) -> dict[str, Any]:
-        columns = {name: list(getattr(self, name)) for name in COLUMNS}
+        columns = {name: list(getattr(self, name)) for name in (*COLUMNS, *REPLAYED)}
         return {**columns, "evaluations": [asdict(item) for item in self.evaluations], "parted": self.parted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         steps = len(state["loss"])
-        for name in COLUMNS:  # checkpoints of before a column was there have none of it
+        for name in (*COLUMNS, *REPLAYED):  # checkpoints of before a column was there have none of it
             setattr(self, name, list(state.get(name, [0.0 if name in COUNTS else math.nan] * steps)))
         self.parted = state["parted"]
         # In place: the evaluations of a run go on in this list.

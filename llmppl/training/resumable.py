@@ -39,6 +39,8 @@ class Resumable:
         """The step to go on from: 0, or that of the newest whole checkpoint, whose state is put in place."""
         if self.folder is None:
             return 0
+        if self.writes:
+            self.folder.claim()
         if not resume and self.folder.checkpoints():
             raise ValueError(
                 f"{self.folder.path} holds the checkpoints of a run already. Pass resume=True to go on with it, or "
@@ -68,6 +70,15 @@ class Resumable:
                 "random": random_state(),
             }
             self.folder.save(step, state)
+
+    def last_good(self) -> str:
+        """What is left of a run that has gone wrong."""
+        kept = [] if self.folder is None else self.folder.checkpoints()
+        if self.folder is None:
+            return "The run has no folder=, and nothing of it is left."
+        if not kept:
+            return f"{self.folder.path} has no checkpoint yet."
+        return f"The last good checkpoint is {kept[0]}."
 
     def record(self, event: str, step: int, values: dict[str, Any]) -> None:
         if self.folder is not None and self.writes:

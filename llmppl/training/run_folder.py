@@ -20,7 +20,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
+
+from llmppl.files.folders import made
 
 FORMAT = "llmppl-run-1"
 KEPT = 2
@@ -31,13 +34,27 @@ class RunFolder:
     """The folder of a run. Made if it does not exist; what an interrupted write left behind is removed."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.path = made(path)
         for leftover in self.path.glob("*.tmp-*"):
             leftover.unlink(missing_ok=True)
         self._board: Any = None
+        self._lock: Any = None
         self._complained = False
         self._readable = False
+
+    def claim(self) -> None:
+        """Make the folder this process's until it is closed, or the process ends, however it ends.
+
+        :raises ValueError: another run is writing to it.
+        """
+        self._lock = filelock.FileLock(self.path / ".lock", timeout=0)
+        try:
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise ValueError(
+                f"{self.path} is in use: another run is writing to it now. Wait for it or stop it, or choose another "
+                "folder."
+            ) from None
 
     def checkpoints(self) -> list[Path]:
         """The newest first."""
@@ -168,6 +185,9 @@ class RunFolder:
         if self._board is not None:
             self._board.close()
             self._board = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def _complain(self, error: OSError) -> None:
         if not self._complained:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmppl.files.folders import made
 from llmppl.files.guide_file import written_whole
 from llmppl.programs.simulated_pair import SimulatedPair
 
@@ -53,8 +54,7 @@ class SimulatedSet(Sequence[SimulatedPair]):
 
         :raises TypeError: arguments other than strings and numbers, which a file cannot hold.
         """
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
+        path = made(folder)
         for n, row in enumerate(self.args):
             if not all(isinstance(value, (str, int, float)) for value in row):
                 raise TypeError(f"pair {n} has arguments {row!r}; only strings and numbers can be saved.")
