@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from llmppl.diagnostics.calibration import calibrate, expected_coverage
     from llmppl.diagnostics.gap_report import gap_report
     from llmppl.diagnostics.verdict import diagnose
+    from llmppl.inference.answering import answer
     from llmppl.inference.bounds import bounds
     from llmppl.inference.decoding import decode
     from llmppl.inference.enumeration import exact_posterior
@@ -47,6 +48,7 @@ _PUBLIC = {
     "ReplayBuffer": "llmppl.objectives.replay_buffer",
     "SimulatedSet": "llmppl.training.simulated_set",
     "SimulatedStream": "llmppl.training.simulated_stream",
+    "answer": "llmppl.inference.answering",
     "bounds": "llmppl.inference.bounds",
     "calibrate": "llmppl.diagnostics.calibration",
     "diagnose": "llmppl.diagnostics.verdict",
@@ -78,6 +80,7 @@ __all__ = [
     "SimulatedSet",
     "SimulatedStream",
     "__version__",
+    "answer",
     "bounds",
     "calibrate",
     "decode",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,16 +76,14 @@ def predict(
 
     def run(*args: Any, **kwargs: Any) -> Prediction:
         sites = structure(model, args, kwargs)
-        nesting = plate_nesting(sites)
         _check_site(sites, site)
-        parts, fn, left = [], None, num_samples
+        parts, fn = [], None
         with torch.no_grad():
-            while left:
-                count = min(left, block_size(model, args, kwargs))
-                left -= count
-                fn = _drawn(model, guide, count, nesting, args, kwargs).nodes[site]["fn"]
+            for trace in drawn_traces(model, guide, site, num_samples, block_size(model, args, kwargs), args, kwargs):
+                fn = trace.nodes[site]["fn"]
                 values = fn.enumerate_support(expand=False)
                 probabilities = fn.log_prob(values).exp()  # (n, K) + batch_shape
+                count = fn.batch_shape[0]
                 parts.append(probabilities.expand(len(values), count, *probabilities.shape[2:]).movedim(0, -1))
         drawn = torch.cat(parts).double().cpu().numpy()
         return Prediction(_options(fn), drawn.mean(0), _error(drawn), num_samples)
@@ -93,14 +91,27 @@ def predict(
     return run
 
 
-def _drawn(
-    model: Program, guide: Program | None, count: int, nesting: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> poutine.Trace:
-    program = in_particles(model, count, nesting)
-    if guide is not None:
-        proposed = poutine.trace(in_particles(guide, count, nesting)).get_trace(*args, **kwargs)
-        program = poutine.replay(program, trace=proposed)
-    return poutine.trace(program).get_trace(*args, **kwargs)
+def drawn_traces(
+    model: Program,
+    guide: Program | None,
+    site: str,
+    num_samples: int,
+    block: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Iterator[poutine.Trace]:
+    """Runs of the program on latents that it, or a guide, has drawn, at most ``block`` particles in each; ``site`` is
+    the program's own in any case."""
+    nesting = plate_nesting(structure(model, args, kwargs))
+    for first in range(0, num_samples, block):
+        count = min(block, num_samples - first)
+        program = in_particles(model, count, nesting)
+        if guide is not None:
+            proposed = poutine.trace(in_particles(guide, count, nesting)).get_trace(*args, **kwargs)
+            if site in proposed.nodes:
+                proposed.remove_node(site)
+            program = poutine.replay(program, trace=proposed)
+        yield poutine.trace(program).get_trace(*args, **kwargs)
 
 
 def _check_site(sites: poutine.Trace, name: str) -> None:

@@ -1,0 +1,127 @@
+"""Answers by evidence and by draws, against enumeration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyro
+import pytest
+import torch
+from pyro.distributions import Normal
+
+from llmppl import LM, answer
+from llmppl.guides import AutoregressiveGuide
+
+OPTIONS = ["a.", "b.", "cd."]
+
+
+def asked(lm: LM) -> Any:
+    """A question, a thought, and an answer that is drawn where none is given."""
+
+    def program(question: Any, reply: Any = None) -> Any:
+        thought = pyro.sample("thought", lm(question, max_tokens=2, stop="."))
+        if reply is None:
+            return pyro.sample("answer", lm(question, thought, max_tokens=3, stop="."))
+        return pyro.sample("answer", lm(question, thought), obs=lm.encode(reply))
+
+    return program
+
+
+def exact(lm: LM, question: str, replies: list[str]) -> np.ndarray:
+    """p(reply) by enumerating thoughts."""
+    prior = lm(question, max_tokens=2, stop=".")
+    thoughts = prior.enumerate_support()
+    with torch.no_grad():
+        log_p = prior.log_prob(thoughts)
+        law = lm(question, thoughts, max_tokens=3, stop=".")
+        found = [float((log_p + law.log_prob(lm.encode(reply))).logsumexp(0).exp()) for reply in replies]
+    return np.array(found)
+
+
+def test_options_have_the_share_of_their_evidence_with_honest_errors(lm: LM) -> None:
+    evidence = exact(lm, "ab", OPTIONS)
+    expected = evidence / evidence.sum()
+    scores = []
+    for seed in range(40):
+        pyro.set_rng_seed(seed)
+        found = answer(asked(lm), options=OPTIONS, num_samples=50)("ab")
+        assert found.options == OPTIONS
+        assert found.probabilities.sum() == pytest.approx(1.0)
+        scores.append((found.probabilities - expected) / found.error)
+    # A ratio of means is biased by 1/K; over 40 seeds the mean score has a standard error of 0.16.
+    assert abs(np.mean(scores, 0)).max() < 0.7
+    assert 0.6 < np.std(scores, 0).mean() < 1.5
+
+
+def test_draws_are_grouped_by_what_they_are_once_normalised(lm: LM) -> None:
+    found = answer(asked(lm), normalise=lambda text: text.strip(".")[:1], num_samples=4000)("ab")
+    shares = dict(zip(found.options, found.probabilities, strict=True))
+    law_by_first: dict[str, float] = {}
+    prior = lm("ab", max_tokens=2, stop=".")
+    thoughts = prior.enumerate_support()
+    with torch.no_grad():
+        first = lm("ab", thoughts, max_tokens=1)
+        for token, letter in enumerate(".abcde"):
+            value = torch.tensor([token])
+            law_by_first[letter.strip(".")] = float(
+                (prior.log_prob(thoughts) + first.log_prob(value)).logsumexp(0).exp()
+            )
+    for letter, share in shares.items():
+        assert share == pytest.approx(law_by_first[letter], abs=4 * (0.25 / 4000) ** 0.5)
+    assert list(found.probabilities) == sorted(found.probabilities, reverse=True)
+    assert found.best == found.options[0]
+    np.testing.assert_allclose(found.error, np.sqrt(found.probabilities * (1 - found.probabilities) / 3999))
+
+
+def test_rows_have_answers_of_their_own_and_a_guide_may_think(lm: LM) -> None:
+    program = asked(lm)
+    both = answer(program, options=OPTIONS, num_samples=3000, vectorize_data=True)(["ab", "e"])
+    assert both.probabilities.shape == (2, 3)
+    for row, question in enumerate(("ab", "e")):
+        evidence = exact(lm, question, OPTIONS)
+        np.testing.assert_allclose(both.probabilities[row], evidence / evidence.sum(), atol=0.03)
+    drawn = answer(program, normalise=str, num_samples=200, vectorize_data=True)(["ab", "e"])
+    np.testing.assert_allclose(drawn.probabilities.sum(-1), 1.0)
+    # A guide that proposes the answer, too, and another one: the answer is the program's.
+    told = {"thought": lambda question: [question], "answer": lambda: ["e"]}
+    guide = AutoregressiveGuide(program, lm, prompt=told, rank=2, seed=0)
+    grouped = answer(program, normalise=str, guide=guide, num_samples=4000)("ab")
+    for text, share in list(zip(grouped.options, grouped.probabilities, strict=True))[:5]:
+        assert share == pytest.approx(float(exact(lm, "ab", [text])[0]), abs=0.03)
+
+    def thinks(question: Any, reply: Any = None) -> None:
+        pyro.sample("thought", lm("e", max_tokens=2, stop="."))
+
+    found = answer(program, options=OPTIONS, guide=thinks, num_samples=4000)("ab")
+    prior = lm("e", max_tokens=2, stop=".")
+    thoughts = prior.enumerate_support()
+    with torch.no_grad():
+        law = lm("ab", thoughts, max_tokens=3, stop=".")
+        own = np.array([float((prior.log_prob(thoughts) + law.log_prob(lm.encode(o))).exp().sum()) for o in OPTIONS])
+    np.testing.assert_allclose(found.probabilities, own / own.sum(), atol=0.03)
+
+
+def test_what_cannot_be_answered_is_named(lm: LM) -> None:
+    program = asked(lm)
+
+    def of_number() -> None:
+        pyro.sample("number", Normal(0.0, 1.0))
+        pyro.sample("text", lm("a", max_tokens=1))
+
+    calls: list[tuple[Any, str]] = [
+        (lambda: answer(program), "by options= or by normalise=. Give one of them"),
+        (lambda: answer(program, options=["a."], normalise=str), "Give one of them"),
+        (lambda: answer(program, options=[]), "at least one"),
+        (lambda: answer(program, options="a."), "must be a list of answers"),
+        (lambda: answer(program, "reply", options=OPTIONS)("ab"), r"is no site of the program, which has \['thought'"),
+        (lambda: answer(program, options=["a"])("ab"), "'a' is no text of site 'answer'.* with its stop token"),
+        (lambda: answer(program, options=OPTIONS)("ab", "c"), "is observed. Leave the argument out"),
+        (lambda: answer(of_number, "number", options=OPTIONS)(), "is a Normal and no text. Name one of"),
+        (lambda: answer(program, normalise=lambda text: [text])("ab"), "fails on the answer '.*unhashable"),
+        (lambda: answer(program, normalise=int)("ab"), "normalise='int' fails on the answer .*ValueError"),
+        (lambda: answer(program, options=OPTIONS, num_samples=0), "num_samples"),
+    ]
+    for call, message in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
