@@ -17,6 +17,9 @@ MONTHS = (
 MOVES = {"rises sharply": 2.0, "rises": 1.0, "stays flat": 0.0, "falls": -1.0, "falls sharply": -2.0}
 """What a description calls a slope, units a month."""
 
+FAR = 100.0
+"""Where a text that is no description lies, units: far from all data, at a finite density."""
+
 PROMPT = "Over the year the number of visitors"
 
 _SENTENCE = re.compile(
@@ -47,7 +50,7 @@ def descriptions() -> list[str]:
     return [*(f" {move} all year." for move in MOVES), *inner]
 
 
-def described_series(lm: Maker, prompt: str = PROMPT, noise: float = 1.0, max_tokens: int = 16) -> Callable[[Any], Any]:
+def described_series(lm: Maker, prompt: str = PROMPT, noise: float = 1.0, max_tokens: int = 24) -> Callable[[Any], Any]:
     r"""The program in which a sentence describes a year's series:
 
     .. math:: d \sim \text{lm}(\text{prompt}), \quad y_n \sim \mathcal N(\text{described}(d)_n, \text{noise}),
@@ -69,9 +72,9 @@ def described_series(lm: Maker, prompt: str = PROMPT, noise: float = 1.0, max_to
     primitives, known = lm.primitives, {text: described(text) for text in descriptions()}
 
     def value(text: str, month: float) -> float:
-        # A text that the guide's law cuts off is no description, and lies far from all data.
+        # A text that max_tokens cuts off is no description.
         series = known.get(text.removesuffix(lm.spelling.end))
-        return 1e6 if series is None else series[int(month)]
+        return FAR if series is None else series[int(month)]
 
     def series(y: Any) -> Any:
         text = primitives.sample("description", lm(prompt, **law))
