@@ -121,7 +121,7 @@ def calibration(log_probs: Tensor, truth: Tensor, bins: int = 15) -> float:
     for n in range(bins):
         own = place == n
         if bool(own.any()):
-            total += float(own.float().mean() * abs(right[own].mean() - confidence[own].mean()))
+            total += float(own.float().mean() * abs(right[own].mean() - confidence[own].mean()).detach())
     return 100 * total
 
 
