@@ -444,7 +444,7 @@ class LM(Adaptable):
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether passes that train keep no activations: each chunk of some hundred tokens is run again in the backward
-        pass. The numbers are the same, a step takes about a third longer, and its memory no more grows with the tokens
+        pass. The numbers are the same, a step takes up to a third longer, and its memory no more grows with the tokens
         of all particles (Chen et al. 2016, `Training deep nets with sublinear memory cost`). Can be set at any time.
         """
         return self.network.recomputed is not None
