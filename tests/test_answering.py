@@ -42,16 +42,19 @@ def exact(lm: LM, question: str, replies: list[str]) -> np.ndarray:
 def test_options_have_the_share_of_their_evidence_with_honest_errors(lm: LM) -> None:
     evidence = exact(lm, "ab", OPTIONS)
     expected = evidence / evidence.sum()
-    scores = []
-    for seed in range(40):
+    scores, shares, errors = [], [], []
+    for seed in range(100):
         pyro.set_rng_seed(seed)
         found = answer(asked(lm), options=OPTIONS, num_samples=50)("ab")
         assert found.options == OPTIONS
         assert found.probabilities.sum() == pytest.approx(1.0)
         scores.append((found.probabilities - expected) / found.error)
-    # A ratio of means is biased by 1/K; over 40 seeds the mean score has a standard error of 0.16.
-    assert abs(np.mean(scores, 0)).max() < 0.7
-    assert 0.6 < np.std(scores, 0).mean() < 1.5
+        shares.append(found.probabilities)
+        errors.append(found.error)
+    # A ratio of means is biased by 1/K; over 100 seeds the mean score has a standard error of 0.1.
+    assert abs(np.mean(scores, 0)).max() < 0.5
+    # What the estimates vary by over seeds is known to 7 %.
+    assert np.std(shares, 0) == pytest.approx(np.mean(errors, 0), rel=0.25)
 
 
 def test_draws_are_grouped_by_what_they_are_once_normalised(lm: LM) -> None:
