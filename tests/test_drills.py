@@ -56,6 +56,24 @@ def test_a_program_that_is_wrong_from_the_start_is_not_blamed_on_it(lm: LM) -> N
         assert "learning rate" not in str(caught.value)
 
 
+def test_a_programs_own_nan_of_a_later_step_is_not_blamed_on_it(lm: LM) -> None:
+    import pyro
+
+    calls = []
+
+    def program() -> None:
+        calls.append(1)
+        pyro.sample("text", lm("a", max_tokens=2))
+        pyro.factor("wrong", torch.tensor(0.0 if len(calls) < 12 else torch.nan))
+
+    guide = AutoregressiveGuide(program, lm, rank=2, seed=0)
+    steps: list[int] = []
+    with pytest.raises(ValueError, match="(?i)nan") as caught:
+        fit(program, guide, [()], TrajectoryBalance(4), 20, progress=False, callback=lambda n, history: steps.append(n))
+    assert steps, "it was wrong from the start"
+    assert "learning rate" not in str(caught.value)
+
+
 def test_a_second_run_on_a_folder_is_refused_while_the_first_lives(story: Story, tmp_path: Path) -> None:
     def second(step: int, history: Any) -> None:
         with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))} is in use: another run is writing"):

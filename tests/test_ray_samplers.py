@@ -249,9 +249,12 @@ def test_what_samplers_cannot_do_is_said(story: Story, monkeypatch: pytest.Monke
     with pytest.raises(ValueError, match="data= is a stream"):
         fit(story.program, guide, simulate(story.program, DATA), replaying(), 2, samplers=RaySamplers(1),
             progress=False)  # fmt: skip
-    for wrong in ({"num": -1}, {"num": 1.5}, {"max_staleness": -1}, {"num": True}):
-        with pytest.raises(ValueError, match="must be a whole number, 0 or more"):
-            RaySamplers(**wrong)
+    for name in ("num", "max_staleness"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 0, got -1"):
+            RaySamplers(**{name: -1})
+        for wrong in (1.5, True):
+            with pytest.raises(TypeError, match=f"{name} must be a whole number, got {wrong}"):
+                RaySamplers(**{name: wrong})
     for name in ("refresh_every", "num_samples", "threads"):
         with pytest.raises((TypeError, ValueError), match=name):
             RaySamplers(1, **{name: 0})

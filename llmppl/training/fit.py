@@ -241,7 +241,8 @@ def fit(
                     objective, regularised, batches, accumulate, vectorize_data, step, processes
                 )
             except ValueError as error:
-                if step == begun or "NaN" not in str(error):
+                # A program's own NaN, of one row or one step, is none of the learning rate's.
+                if step == begun or "the network's log-probabilities are NaN" not in str(error):
                     raise
                 raise _too_fast(run, step, str(error), optimizer) from error
             processes.sum_gradients(parameters.values())

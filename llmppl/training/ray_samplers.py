@@ -82,10 +82,7 @@ class RaySamplers:
 
     def __post_init__(self) -> None:
         check_count(refresh_every=self.refresh_every, num_samples=self.num_samples, threads=self.threads)
-        for name in ("num", "max_staleness"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name}={value!r} must be a whole number, 0 or more.")
+        check_count(least=0, num=self.num, max_staleness=self.max_staleness)
         if not callable(self.draws) and self.draws not in KINDS:
             raise ValueError(f"draws={self.draws!r} must be one of {KINDS}, or a function of program and guide.")
         if self.num:
