@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llmppl.language_model import LM
     from llmppl.masked_lm import MaskedLM
     from llmppl.network.embedded import Embedded
+    from llmppl.network.vllm_engine import VLLM
     from llmppl.objectives.behaviour import Behaviour
     from llmppl.objectives.replay_buffer import ReplayBuffer
     from llmppl.posterior.inference_gap import inference_gap
@@ -48,6 +49,7 @@ _PUBLIC = {
     "ReplayBuffer": "llmppl.objectives.replay_buffer",
     "SimulatedSet": "llmppl.training.simulated_set",
     "SimulatedStream": "llmppl.training.simulated_stream",
+    "VLLM": "llmppl.network.vllm_engine",
     "answer": "llmppl.inference.answering",
     "bounds": "llmppl.inference.bounds",
     "calibrate": "llmppl.diagnostics.calibration",
@@ -68,6 +70,7 @@ _PUBLIC = {
 
 __all__ = [
     "LM",
+    "VLLM",
     "Behaviour",
     "Embedded",
     "Evaluation",

@@ -45,6 +45,7 @@ from llmppl.text.words import SHORTEST
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from llmppl.network.vllm_engine import VLLM
     from llmppl.text.grammar import Grammar
 
 
@@ -156,6 +157,7 @@ class LM(Adaptable):
         self.vision: Vision | None = None
         self._samplers: dict[tuple[str | None, torch.dtype], Sampler] = {}
         self.drawn: OrderedDict[Any, Tensor] = OrderedDict()
+        self.engine: VLLM | None = None
         self._frozen = [p for name, p in model.named_parameters() if "lora_" not in name]
 
     # --- strings and tensors -----------------------------------------------------------------

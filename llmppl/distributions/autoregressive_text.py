@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from llmppl.network.drawing import NotFiniteError, draw
 from llmppl.network.scoring import Request, check_length
 from llmppl.network.text_law import TextLaw
 from llmppl.network.text_tensors import check_text, lengths, pad_scores, unpad_rows
+
+if TYPE_CHECKING:
+    from llmppl.network.vllm_engine import VLLM
 
 MOST_RECALLED = 4096
 """Draws of the frozen model whose log-probabilities are kept, at most."""
@@ -92,6 +95,10 @@ class AutoregressiveText(ProcessText):
                 "context has an Embedded piece."
             )
         heat = None if temperature is None else temperature.to(context.device).expand(shape).reshape(-1)
+        if self.lm.engine is not None:
+            if self.sampling_dtype is None and self.lm.engine.draws(self.law, rows, self.adapter, heat):
+                return self._drawn_by(self.lm.engine, rows, heat, shape)
+            self.lm.engine.left += len(rows)
         try:
             with self.lm.drawing(self.adapter, self.sampling_dtype) as transformer:
                 tokens, token_log_probs = draw(transformer, self.law, rows, heat)
@@ -103,6 +110,18 @@ class AutoregressiveText(ProcessText):
         token_log_probs = token_log_probs.reshape(tokens.shape)
         self.remember(tokens, token_log_probs)
         return tokens, token_log_probs.sum(-1)
+
+    @torch.no_grad()
+    def _drawn_by(
+        self, engine: VLLM, rows: list[list[int]], heat: Tensor | None, shape: torch.Size
+    ) -> tuple[Tensor, Tensor]:
+        """Texts that an engine draws, with the log-probabilities of the model itself."""
+        tokens, theirs = engine.draw(self.law, rows, self.adapter, heat)
+        tokens = tokens.reshape(shape + self.event_shape)
+        log_probs = self.token_log_prob(tokens).sum(-1)
+        if heat is None:
+            engine.drift.add(log_probs.reshape(-1) - theirs)
+        return tokens, log_probs
 
     def next_log_probs(self, logits: Tensor, begun: Tensor, rows: Tensor | None = None) -> Tensor:
         """The law of the next token of texts that have begun, ``(P, V)``, nats.

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch import Tensor
 from llmppl.network.adapters import Adapters
 from llmppl.network.embedded import EmbeddedArrays
 from llmppl.network.scoring import Request
+
+if TYPE_CHECKING:
+    from llmppl.network.vllm_engine import VLLM
 
 
 class LanguageModel(Protocol):
@@ -25,6 +28,7 @@ class LanguageModel(Protocol):
     adapters: Adapters
     arrays: EmbeddedArrays
     drawn: OrderedDict[Any, Tensor]
+    engine: VLLM | None
 
     @property
     def max_length(self) -> int | None: ...
