@@ -16,6 +16,7 @@ from llmppl.objectives import DetailedBalance, LeaveOneOutELBO, SubTrajectoryBal
 from llmppl.objectives.behaviour import Behaviour
 from llmppl.programs.structure import structure
 
+OF_PRIOR = Behaviour(prior=0.5)
 HOTTER = Behaviour(tempered=0.75, temperatures=(1.5, 3.0))
 
 
@@ -112,6 +113,8 @@ CASES: dict[str, tuple[Callable[[int], object], Callable[[Story, AutoregressiveG
     "detailed": (lambda k: DetailedBalance(k), detailed_error, 1.0),
     "leave-one-out": (lambda k: LeaveOneOutELBO(k), reverse_kl, 1.0),
     "wake": (lambda k: WakeSleep(k, insomnia=1.0), forward_kl, 1.0),
+    "wake, half of the prior": (lambda k: WakeSleep(k, insomnia=1.0, behaviour=OF_PRIOR), forward_kl, 1.0),
+    "wake, all of the prior": (lambda k: WakeSleep(k, insomnia=1.0, behaviour=Behaviour(prior=1.0)), forward_kl, 1.0),
     "sleep": (lambda k: WakeSleep(k, insomnia=0.0), simulated_forward_kl, 1.0),
 }
 
@@ -215,6 +218,8 @@ TRAINED = {
     "leave-one-out": (LeaveOneOutELBO(32), 0.5),
     # With 64 particles wake-φ loses a mode on most seeds: its self-normalised weights are biased by 1/K.
     "wake": (WakeSleep(128, insomnia=1.0), 0.2),
+    "wake, half of the prior": (WakeSleep(64, insomnia=1.0, behaviour=OF_PRIOR), 0.05),
+    "vargrad, half of the prior": (TrajectoryBalance(32, behaviour=OF_PRIOR), 0.05),
 }
 
 

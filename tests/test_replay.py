@@ -13,9 +13,9 @@ from conftest import Story
 
 from llmppl import Behaviour, ReplayBuffer, exact_posterior, fit, importance, mcmc, smc
 from llmppl.guides import AutoregressiveGuide, GFlowNetGuide, PromptGuide
-from llmppl.objectives import SubTrajectoryBalance, TrajectoryBalance
+from llmppl.objectives import SubTrajectoryBalance, TrajectoryBalance, WakeSleep
 from llmppl.programs.observation_keys import key
-from llmppl.programs.particles import run_particles
+from llmppl.programs.particles import propose, run_particles
 from llmppl.programs.plates import in_data_plate
 
 DATA = [("ab", "cd"), ("cde", "a"), ("d", "eb")]
@@ -111,6 +111,53 @@ def test_replayed_particles_are_the_buffers_and_the_rest_the_guides(story: Story
     # They are scored as any other: by the guide's own distribution.
     fn = particles.guide_trace.nodes["middle"]["fn"]
     torch.testing.assert_close(fn.with_context(fn.context, fn.adapter).log_prob(middles), particles.log_q)
+
+
+@pytest.mark.parametrize("data_plate", [False, True])
+def test_the_programs_own_draws_stand_behind_the_replayed_ones(story: Story, data_plate: bool) -> None:
+    buffer = ReplayBuffer()
+    for x in DATA:
+        buffer.seed(story.program, x, middle=["e."])
+    behaviour = Behaviour(tempered=0.25, replayed=0.25, prior=0.25, buffer=buffer)
+    assert behaviour.on_policy == pytest.approx(0.25)
+    assert "prior=0.25" in repr(behaviour)
+    count, replayed, of_prior = 1000, 250, 250
+    objective = TrajectoryBalance(count, behaviour=behaviour)
+    law = {"max_tokens": 3, "stop": "."}
+
+    def guide(beginning: object, ending: object) -> None:
+        pyro.sample("middle", story.lm(beginning, **law, allowed=[0, 1]))
+
+    model, proposal, args = story.program, guide, DATA[0]
+    if data_plate:
+        model, proposal = in_data_plate(model), in_data_plate(guide)
+        args = tuple(map(list, zip(*DATA, strict=True)))
+    call = objective.prepare(model, proposal, args, {})
+    assert call.on_policy.tolist() == [0 < n < 250 or n >= 750 for n in range(count)]  # one replayed text is known
+    trace, _, _ = propose(model, proposal, args, {}, count, call.handler)
+    middles = trace.nodes["middle"]["value"]
+    middles = middles[:, 0] if data_plate else middles
+    # What it leaves the guide draws.
+    assert story.lm.decode(middles[0]) == "e."
+    prior = story.lm(DATA[0][0], **law)
+    texts = prior.enumerate_support()
+    found = (middles[replayed : replayed + of_prior, None] == texts).all(-1).double().mean(0)
+    # 250 draws over some dozen likely texts: about a tenth in total variation.
+    assert float((found - prior.log_prob(texts).exp()).abs().sum()) / 2 < 0.25
+    of_guide = torch.cat([middles[1:replayed], middles[replayed + of_prior :]])
+    assert bool((of_guide <= 1).all())
+    assert not bool((middles[replayed : replayed + of_prior] <= 1).all())
+
+
+def test_shares_that_leave_nothing_or_cannot_be_weighed_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"tempered=0.5, replayed=0.25 and prior=0.5 are together more"):
+        Behaviour(tempered=0.5, replayed=0.25, prior=0.5)
+    with pytest.raises(ValueError, match="prior=-0.1 is a share"):
+        Behaviour(prior=-0.1)
+    for behaviour in (Behaviour(tempered=0.5), Behaviour(replayed=0.5), Behaviour(sleep=0.5, prior=0.5)):
+        with pytest.raises(ValueError, match=r"Pass Behaviour\(prior=...\) alone"):
+            WakeSleep(8, behaviour=behaviour)
+    assert WakeSleep(8, behaviour=Behaviour(prior=0.5)).settings()["prior"] == 0.5
 
 
 def test_a_row_without_replays_draws_in_their_place(story: Story) -> None:

@@ -11,7 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from llmppl.network.text_tensors import widen
-from llmppl.objectives.behaviour import Behaviour, Mixed
+from llmppl.objectives.behaviour import Behaviour, Mixed, prior_draws, put
 from llmppl.objectives.particle_objective import ParticleObjective
 from llmppl.objectives.replay_buffer import Entry
 from llmppl.posterior.floors import checked_floor
@@ -86,7 +86,8 @@ class OffPolicyObjective(ParticleObjective):
         nesting, data_plate = plate_nesting(sites), has_data_plate(sites)
         events = {name: site["fn"].event_dim for name, site in sites.nodes.items() if is_latent(site)}
         batch = (1,) * nesting
-        replayed, temperatures = behaviour.plan(count)
+        of_prior = behaviour.draws_of_prior(count)
+        replayed, temperatures = behaviour.plan(count, of_prior)
         given: dict[str, Tensor] = {}
         observations: list[str] = []
         known: list[list[Tensor]] = []
@@ -96,17 +97,21 @@ class OffPolicyObjective(ParticleObjective):
             given, seen = simulate(model, args, kwargs)
             model, guide = observing(model, guide, seen)
             given = {n: _full(v, events[n], nesting)[None] for n, v in given.items()}
-            temperatures = torch.cat([torch.ones(replayed + 1), temperatures[replayed:]])[:count]
+            first = replayed + of_prior
+            temperatures = torch.cat([torch.ones(first + 1), temperatures[first:]])[:count]
             taken = (torch.arange(count) == 0).reshape((-1,) + batch)
         elif not has_other_observations(model):
             observations = rows_of(args, data_plate)
             if behaviour.buffer is not None and replayed:
-                drawn = [behaviour.buffer.draw(observation, replayed) for observation in observations]
+                found = [behaviour.buffer.draw(observation, replayed) for observation in observations]
                 sizes = {name: sites.nodes[name]["fn"].event_shape for name in events}
-                given, taken = _stack([[e.values for e in own] for own in drawn], sizes, count, nesting, data_plate)
-                known = _known(drawn, count - 1)
-                ages = [behaviour.buffer.step - entry.step for own in drawn for entry in own]
+                given, taken = _stack([[e.values for e in own] for own in found], sizes, count, nesting, data_plate)
+                known = _known(found, count - 1)
+                ages = [behaviour.buffer.step - entry.step for own in found for entry in own]
                 staleness = sum(ages) / len(ages) if ages else math.nan
+            if of_prior:
+                drawn = prior_draws(model, args, kwargs, of_prior, nesting)
+                given, taken = put(given, taken, drawn, replayed)
         handler = Mixed(temperatures, given, taken)
         on_policy = (temperatures == 1.0) & ~taken.reshape(count, -1).any(1)
         return Call(model, guide, args, kwargs, handler, on_policy, observations, known, staleness)

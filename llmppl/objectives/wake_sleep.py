@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,10 @@ from pyro import poutine
 from torch import Tensor
 
 from llmppl.network.text_tensors import pad_rows
+from llmppl.objectives.behaviour import Behaviour, first_given, prior_draws
 from llmppl.objectives.particle_objective import ParticleObjective, diagnostics, normalised_weights, program_loss
 from llmppl.programs.observations import Given, Observed, Unconstrained, has_other_observations
-from llmppl.programs.particles import check_finite, common_axes, compute_log_prob, sum_sites
+from llmppl.programs.particles import check_finite, common_axes, compute_log_prob, log_prior, sum_sites
 from llmppl.programs.plates import PARTICLES, in_particles
 from llmppl.programs.simulation import Simulated
 from llmppl.programs.structure import Program, is_latent, learns, plate_nesting, structure
@@ -35,6 +37,9 @@ class WakeSleep(ParticleObjective):
 
     :param num_particles: ``K``, for either phase.
     :param insomnia: share of the wake-φ term, from 0 (sleep only) to 1 (wake-φ only).
+    :param behaviour: ``Behaviour(prior=α)`` draws a share of the wake phase's particles from the program's own latents;
+        weights are then those of the mixture, :math:`\bar w_k \propto p(x, z_k)/[(1-α)\,q(z_k|x) + α\,p(z_k)]` [2]:
+        what the guide has lost is found again, and no weight exceeds :math:`p(x|z)/α`.
     :param exhaust: in the sleep phase, observed sites whose expectation given the simulated latents is taken and not
         sampled: every value that the site may have there teaches the guide, with its probability. For sites whose
         distribution lists its values (:class:`~llmppl.distributions.ContentWord`): a simulated sentence then teaches
@@ -43,9 +48,17 @@ class WakeSleep(ParticleObjective):
     References
 
     [1] Le, Kosiorek, Siddharth, Teh, Wood (2019), `Revisiting reweighted wake-sleep`, sec. 3.
+
+    [2] Hesterberg (1995), `Weighted average importance sampling and defensive mixture distributions`.
     """
 
-    def __init__(self, num_particles: int = 8, insomnia: float = 0.5, exhaust: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        num_particles: int = 8,
+        insomnia: float = 0.5,
+        exhaust: Sequence[str] = (),
+        behaviour: Behaviour | None = None,
+    ) -> None:
         if not 0 <= insomnia <= 1:
             raise ValueError(f"insomnia={insomnia} must lie between 0 (sleep only) and 1 (wake-φ only).")
         if insomnia > 0 and num_particles < 2:
@@ -54,6 +67,12 @@ class WakeSleep(ParticleObjective):
         if isinstance(exhaust, str):
             raise TypeError(f"exhaust={exhaust!r} is a string. Give a list of site names, e.g. [{exhaust!r}].")
         self.insomnia, self.exhaust = insomnia, tuple(exhaust)
+        self.behaviour = behaviour or Behaviour()
+        if self.behaviour.tempered or self.behaviour.replayed or self.behaviour.sleep:
+            raise ValueError(
+                f"behaviour={self.behaviour!r}: wake-φ weighs its particles by what drew them, and knows the guide and "
+                "the prior. Pass Behaviour(prior=...) alone."
+            )
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor | float = 0.0
@@ -65,14 +84,36 @@ class WakeSleep(ParticleObjective):
         assert isinstance(loss, Tensor)
         return loss
 
+    def settings(self) -> dict[str, Any]:
+        """What makes a run of this objective the same run."""
+        own = {"num_particles": self.num_particles, "insomnia": self.insomnia, "exhaust": self.exhaust}
+        return {**own, **({"prior": self.behaviour.prior} if self.behaviour.prior else {})}
+
     def _teaches(self, model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a program learns from its own observations."""
         simulated = hasattr(model, "simulated_pair") or has_other_observations(model)
         return torch.is_grad_enabled() and not simulated and learns(structure(model, args, kwargs))
 
     def _wake(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        particles = self._particles(model, guide, args, kwargs, allow_zero=True)
+        from_prior, handler = self.behaviour.draws_of_prior(self.num_particles), None
+        if from_prior:
+            nesting = plate_nesting(structure(model, args, kwargs))
+            drawn = prior_draws(model, args, kwargs, from_prior, nesting)
+            handler = first_given(drawn, self.num_particles, nesting)
+        particles = self._particles(
+            model,
+            guide,
+            args,
+            kwargs,
+            behaviour=handler,
+            on_policy=torch.arange(self.num_particles) >= from_prior,
+            allow_zero=True,
+        )
         log_weights = particles.log_weights.detach()
+        if from_prior:
+            share = from_prior / self.num_particles
+            log_q = particles.log_proposal + math.log1p(-share) if share < 1 else torch.tensor(-torch.inf)
+            log_weights = (particles.log_p - torch.logaddexp(log_q, log_prior(particles) + math.log(share))).detach()
         self.diagnostics["skipped"] = int((log_weights == -torch.inf).all(0).sum())
         learned = program_loss(model, particles.log_p, log_weights)
         if self.insomnia == 0:

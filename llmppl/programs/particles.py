@@ -37,8 +37,13 @@ class Particles:
     log_q_drawn: Tensor | None = None
 
     @property
+    def log_proposal(self) -> Tensor:
+        """log q of the guide as it draws, ``(K,) + batch_shape``."""
+        return self.log_q if self.log_q_drawn is None else self.log_q_drawn
+
+    @property
     def log_weights(self) -> Tensor:
-        return self.log_p - (self.log_q if self.log_q_drawn is None else self.log_q_drawn)
+        return self.log_p - self.log_proposal
 
 
 def propose(
