@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llmppl.inference.importance import importance
     from llmppl.inference.mcmc import mcmc
     from llmppl.inference.predictive import predict
+    from llmppl.inference.replication import replicate
     from llmppl.inference.smc import smc
     from llmppl.language_model import LM
     from llmppl.masked_lm import MaskedLM
@@ -64,6 +65,7 @@ _PUBLIC = {
     "inference_gap": "llmppl.posterior.inference_gap",
     "mcmc": "llmppl.inference.mcmc",
     "predict": "llmppl.inference.predictive",
+    "replicate": "llmppl.inference.replication",
     "simulate": "llmppl.training.simulated_stream",
     "smc": "llmppl.inference.smc",
 }
@@ -97,6 +99,7 @@ __all__ = [
     "inference_gap",
     "mcmc",
     "predict",
+    "replicate",
     "simulate",
     "smc",
 ]

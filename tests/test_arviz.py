@@ -21,6 +21,7 @@ import pytest
 matplotlib.use("Agg")
 
 from llmppl.posterior.posterior import Posterior
+from llmppl.posterior.replicates import Replicates
 
 # arviz 0.23's own calls.
 pytestmark = pytest.mark.filterwarnings("ignore::matplotlib.MatplotlibDeprecationWarning")
@@ -204,6 +205,48 @@ def test_texts_inside_a_plate_of_the_program_keep_its_dimension() -> None:
     assert data.posterior["middle_ids"].dims == ("chain", "draw", "middle_dim_0", "middle_token")
     assert data.posterior_text["middle"].dims == ("chain", "draw", "middle_dim_0")
     assert "observed_data" not in list(getattr(data, "children", None) or data.groups())
+
+
+def test_dimensions_are_named_after_plates_and_labelled() -> None:
+    index = np.random.default_rng(0).choice(len(TEXTS), (50, 3, 2))
+    samples = {"middle": TEXTS[index]}  # three stories of two sentences
+    observed = {"y": np.arange(6.0).reshape(3, 2), "ending": np.array([[2, 0], [1, 0], [3, 0]])}
+    posterior = Posterior(
+        samples, np.zeros((50, 3)), np.zeros((50, 3)), decoders={"middle": decode, "ending": decode},
+        observed=observed, plates=("stories",), dims={"middle": ("sentences",), "y": ("sentences",), "ending": ()},
+    )  # fmt: skip
+    drawn = {"y": np.random.default_rng(1).normal(size=(40, 3, 2)), "ending": np.ones((40, 3, 4), dtype=int)}
+    said = {"decoders": posterior.decoders, "plates": posterior.plates, "dims": posterior.dims, "batch_shape": (3,)}
+    predicted = Replicates({}, drawn, True, **said)
+    prior = Replicates({"middle": TEXTS[index[:30]]}, {"y": np.zeros((30, 3, 2))}, False, **said)
+    data = posterior.to_arviz(coords={"stories": ["a", "b", "c"]}, prior=prior, posterior_predictive=predicted)
+    assert data.posterior["middle_ids"].dims == ("chain", "draw", "stories", "sentences", "middle_token")
+    assert data.posterior_text["middle"].dims == ("chain", "draw", "stories", "sentences")
+    assert data.posterior["stories"].values.tolist() == ["a", "b", "c"]
+    assert data.sample_stats["ess"].dims == ("stories",)
+    assert data.observed_data["y"].dims == ("stories", "sentences")
+    assert data.observed_data["ending_length"].values.tolist() == [2, 2, 2]
+    assert data.posterior_predictive["y"].shape == (1, 40, 3, 2)
+    assert data.posterior_predictive["ending"].dims == ("chain", "draw", "stories", "ending_token")
+    assert data.posterior_predictive["stories"].values.tolist() == ["a", "b", "c"]
+    assert data.prior["middle_ids"].sizes["draw"] == data.prior_predictive["y"].sizes["draw"] == 30
+    assert data.prior_text["middle"].values[0, 0, 0, 0] == decode(TEXTS[index[0, 0, 0]])
+    if NEW:
+        assert arviz.plot_ppc_dist(data, var_names=["y"], num_samples=20) is not None
+    else:
+        assert arviz.plot_ppc(data, var_names=["y"], num_pp_samples=20) is not None
+    matplotlib.pyplot.close("all")
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword")
+def test_two_programs_are_compared_by_leave_one_out_over_the_rows() -> None:
+    posterior = importance(2000, 4)
+    worse = importance(2000, 4)
+    worse.log_likelihood = {"ending": posterior.log_likelihood["ending"] - 1.0}
+    table = arviz.compare({"one": posterior.to_arviz(), "two": worse.to_arviz()})
+    assert list(table.index) == ["one", "two"]
+    # 0.x gives the loss, 1.x the difference with its sign.
+    assert abs(float(table.loc["two", "elpd_diff"])) == pytest.approx(4.0, abs=0.1)
 
 
 def roundtrip(data: Any, path: Path) -> Any:

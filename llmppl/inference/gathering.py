@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmppl.distributions.process_text import ProcessText
 from llmppl.network.row_map import decoder_of
-from llmppl.posterior.columns import Columns
+from llmppl.posterior.columns import Columns, inner_plates
 from llmppl.posterior.posterior import Array, Posterior
 from llmppl.programs.observation_keys import rows_of
 from llmppl.programs.particles import Particles, sum_site
@@ -59,6 +59,10 @@ class Gathering(Columns):
         for name, site in seen.items():
             if is_text(site):
                 self.observed.setdefault(name, site["value"].cpu().numpy())
+            elif not isinstance(site["fn"], dist.Unit):
+                value = _layout(particles, site["value"], site["fn"].event_dim, rows)[0]
+                self.observed.setdefault(name, value)
+        self.name_plates(particles, {**latent, **computed, **seen})
         for name, site in computed.items():
             if decoder := decoder_of(site["value"]):
                 self.decoders.setdefault(name, decoder)
@@ -67,7 +71,7 @@ class Gathering(Columns):
         self.parts.append(
             {
                 "count": count,
-                "samples": {name: _value(particles, name, rows) for name in (*latent, *computed)},
+                "samples": {name: value_of(particles, name, rows) for name in (*latent, *computed)},
                 "log_p": _numpy(particles.log_p),
                 "log_q": _numpy(particles.log_q),
                 "token_log_p": {n: s for n in latent if (s := _token_scores(particles, trace, n, rows)) is not None},
@@ -81,6 +85,22 @@ class Gathering(Columns):
                 },
             }
         )
+
+    def name_plates(self, particles: Particles, sites: dict[str, Site]) -> None:
+        """Learn the names of the rows' plates, and of those behind the rows by site."""
+        known = {name: _plates_of(site) for name, site in particles.model_trace.nodes.items()}
+        anywhere = {dim: name for names in known.values() for dim, name in names.items()}
+        self.plates = tuple(anywhere[dim] for dim in particles.axes)
+        for name, site in sites.items():
+            event = _event_dim(name, particles) if is_deterministic(site) else site["fn"].event_dim
+            shape = site["value"].shape
+            names = anywhere | known[name]
+            self.dims.setdefault(name, inner_plates(shape, event, particles.axes, particles.nesting, names))
+
+
+def _plates_of(site: Site) -> dict[int, str]:
+    """Names of the plates around a site, by dimension."""
+    return {frame.dim: frame.name for frame in site.get("cond_indep_stack", ()) if frame.vectorized}
 
 
 def gather(blocks: Iterable[Particles], method: str, exactness: str) -> Posterior:
@@ -125,7 +145,7 @@ def _token_scores(particles: Particles, trace: poutine.Trace, name: str, rows: t
     return _layout(particles, site["fn"].token_log_prob(site["value"]), 1, rows)
 
 
-def _value(particles: Particles, name: str, rows: torch.Size) -> Array:
+def value_of(particles: Particles, name: str, rows: torch.Size) -> Array:
     """A site's values as ``(K,) + batch_shape + inner + event_shape``."""
     site = particles.model_trace.nodes[name]
     event = _event_dim(name, particles) if is_deterministic(site) else site["fn"].event_dim

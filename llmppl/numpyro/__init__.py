@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from llmppl.numpyro.inference.bounds import bounds
     from llmppl.numpyro.inference.enumeration import exact_posterior
     from llmppl.numpyro.inference.importance import importance
+    from llmppl.numpyro.inference.replication import replicate
     from llmppl.numpyro.inference.smc import smc
     from llmppl.numpyro.language_model import LM
     from llmppl.numpyro.network.lifting import jit
@@ -34,6 +35,7 @@ _PUBLIC = {
     "importance": "llmppl.numpyro.inference.importance",
     "inference_gap": "llmppl.posterior.inference_gap",
     "jit": "llmppl.numpyro.network.lifting",
+    "replicate": "llmppl.numpyro.inference.replication",
     "smc": "llmppl.numpyro.inference.smc",
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "importance",
     "inference_gap",
     "jit",
+    "replicate",
     "smc",
 ]
 

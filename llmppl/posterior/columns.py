@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,8 @@ class Columns:
 
     :param parts: of each pass ``count``, ``log_p``, ``log_q`` and by site ``samples``, ``token_log_p``,
         ``token_log_q`` and ``log_likelihood``, as of :class:`Posterior`.
-    :param decoders: as of :class:`Posterior`, as are ``observed``, ``masked`` and ``deterministic``.
+    :param decoders: as of :class:`Posterior`, as are ``observed``, ``masked``, ``deterministic``, ``plates`` and
+        ``dims``.
     """
 
     parts: list[dict[str, Any]] = field(default_factory=list)
@@ -30,6 +32,8 @@ class Columns:
     observed: _Columns = field(default_factory=dict)
     masked: tuple[str, ...] = ()
     deterministic: tuple[str, ...] = ()
+    plates: tuple[str, ...] = ()
+    dims: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def posterior(self, method: str, exactness: str) -> Posterior:
         """Everything taken so far; log-weights are log p by enumeration, zero by MCMC, else log p − log q."""
@@ -52,6 +56,8 @@ class Columns:
             observed=self.observed,
             masked=self.masked,
             deterministic=self.deterministic,
+            plates=self.plates,
+            dims=self.dims,
             token_log_p=self._joined("token_log_p"),
             token_log_q=self._joined("token_log_q"),
             log_likelihood=self._joined("log_likelihood"),
@@ -78,6 +84,20 @@ class Columns:
                 for v, part in zip(found, self.parts, strict=True)
             ]
         return np.concatenate([values for values in found if values is not None])
+
+
+def inner_plates(
+    shape: Sequence[int], event: int, axes: Sequence[int], nesting: int, names: Mapping[int, str]
+) -> tuple[str, ...]:
+    """Names of the plates, other than those of the rows, in which a value has more than one entry.
+
+    :param shape: of the value, plates and event.
+    :param axes: the (negative) dimensions of the rows.
+    :param names: of the plates, by (negative) dimension.
+    """
+    batch = list(shape[: len(shape) - event])[-nesting:] if nesting else []
+    inner = [dim - len(batch) for dim, size in enumerate(batch) if size != 1 and dim - len(batch) not in axes]
+    return tuple(names.get(dim, "") for dim in inner)
 
 
 def widened(values: Array, width: int, filling: float = PAD) -> Array:

@@ -15,6 +15,7 @@ from llmppl.display.plots import plot_weights
 from llmppl.display.posterior_html import posterior_html
 from llmppl.posterior.doubts import doubts
 from llmppl.posterior.pareto import Tail, pareto_k, pareto_tail
+from llmppl.posterior.replicates import Replicates, decoded
 
 Array = NDArray[Any]
 EXACTNESS = ("marginal", "conditional", "extended", "none")
@@ -37,7 +38,7 @@ class Posterior:
     :param exactness: what the weights are exact for: the guide's ``marginal`` density, one
         ``conditional`` on auxiliary choices, an ``extended`` space, or ``none``.
     :param decoders: by text site, latent, deterministic or observed, a function from one text's ids to a string.
-    :param observed: the observed texts, by site.
+    :param observed: what was observed, by site: texts, and numbers as ``batch_shape + event_shape``.
     :param token_log_p: by text site, log-probability of each token under the prior, nats, of the shape of
         the site's ``samples``; zero behind the end.
     :param token_log_q: the same under the guide.
@@ -55,6 +56,8 @@ class Posterior:
     :param acceptance: of MCMC, the share of accepted moves, ``(num_chains,) + batch_shape``.
     :param observations: name of what was conditioned on, the program's arguments by value, or one name for each row of
         data. A replay buffer files draws by it.
+    :param plates: names of the plates that the rows are, one for each dimension of ``batch_shape``.
+    :param dims: by site, names of the plates behind the rows that its values have entries for.
     """
 
     samples: Mapping[str, Array]
@@ -76,6 +79,8 @@ class Posterior:
     num_chains: int = 1
     acceptance: Array | None = None
     observations: tuple[str, ...] | str = ""
+    plates: tuple[str, ...] = ()
+    dims: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -318,8 +323,9 @@ class Posterior:
         if site not in values:
             raise KeyError(f"no site {site!r}; the posterior has {sorted(values)}.")
         if site not in self.decoders:
-            raise KeyError(f"site {site!r} is no text; its values are in posterior.samples[{site!r}].")
-        return _decode(values[site], self.decoders[site])
+            where = "samples" if site in self.samples else "observed"
+            raise KeyError(f"site {site!r} is no text; its values are in posterior.{where}[{site!r}].")
+        return decoded(values[site], self.decoders[site])
 
     def top(self, site: str, count: int = 10) -> list[tuple[str, float]]:
         """The distinct texts of a site with the largest total weight, for a posterior without rows."""
@@ -344,10 +350,10 @@ class Posterior:
             name: None if getattr(self, name) is None else getattr(self, name)[place]
             for name in ("ancestors", "ess_history", "acceptance")
         }
-        # Without its last dimension: a text shared by all rows can have as many tokens as there are rows.
-        observed = {
-            n: v[index] if v.shape[:-1][: len(index)] == self.batch_shape else v for n, v in self.observed.items()
-        }
+        # A text without its last dimension: one shared by all rows can have as many tokens as there are rows.
+        numbers = set(self.dims) - set(self.decoders)
+        leads = {n: v.shape if n in numbers else v.shape[:-1] for n, v in self.observed.items()}
+        observed = {n: v[index] if leads[n][: len(index)] == self.batch_shape else v for n, v in self.observed.items()}
         names = self.observations
         return replace(
             self,
@@ -356,6 +362,7 @@ class Posterior:
             log_joint=self.log_joint[place],
             observed=observed,
             observations=names if isinstance(names, str) else names[index[-1]],
+            plates=(),
         )
 
     # --- out ---------------------------------------------------------------------------------------
@@ -371,9 +378,17 @@ class Posterior:
             lines += [f"    {weight:6.1%}  {text!r}" for text, weight in self.top(site, 5)]
         return "\n".join(lines)
 
-    def to_arviz(self, num_samples: int | None = None, seed: int = 0, weighted: bool = False) -> Any:
+    def to_arviz(
+        self,
+        num_samples: int | None = None,
+        seed: int = 0,
+        weighted: bool = False,
+        coords: Mapping[str, Any] | None = None,
+        prior: Replicates | None = None,
+        posterior_predictive: Replicates | None = None,
+    ) -> Any:
         """The posterior for ArviZ, resampled or with its weights; see :func:`llmppl.display.arviz_data.to_arviz`."""
-        return to_arviz(self, num_samples, seed, weighted)
+        return to_arviz(self, num_samples, seed, weighted, coords, prior, posterior_predictive)
 
     def plot(self, ax: Any = None) -> Any:
         """Sorted weights against equal ones; see :func:`llmppl.display.plots.plot_weights`."""
@@ -423,10 +438,6 @@ def _logsumexp(values: Array) -> Array:
     shift = np.where(np.isfinite(largest), largest, 0.0)
     with np.errstate(divide="ignore"):
         return np.asarray(shift + np.log(np.exp(values - shift).sum(0)))
-
-
-def _decode(value: Array, decoder: Callable[[Array], str]) -> Any:
-    return decoder(value) if value.ndim == 1 else [_decode(row, decoder) for row in value]
 
 
 def _span(value: Array, digits: int = 2) -> str:

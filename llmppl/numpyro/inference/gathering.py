@@ -23,11 +23,12 @@ from llmppl.numpyro.programs.tracing import (
     Values,
     is_deterministic,
     is_latent,
+    is_observation,
     is_text,
     plate_nesting,
     plate_sizes,
 )
-from llmppl.posterior.columns import Columns
+from llmppl.posterior.columns import Columns, inner_plates
 
 
 class Gathering(Columns):
@@ -46,8 +47,8 @@ class Gathering(Columns):
         for name, site in sites.items():
             if site["type"] == "sample" and is_text(site):
                 self.decoders[name] = site["fn"].lm.decode
-                if site["is_observed"]:
-                    self.observed[name] = np.asarray(site["value"]).astype(np.int64)
+        self.observed = observed_values(sites, where)
+        self.plates, self.dims = plate_names(sites, where)
         self.computed = computed_events(sites)
         self.deterministic = tuple(self.computed)
         self.decoders.update(computed_decoders(sites))
@@ -81,6 +82,32 @@ class Gathering(Columns):
     def _laid_out(self, values: Array, event: int, name: str = "") -> np.ndarray:
         value = laid_out(values, self.where, event)
         return value.astype(np.int64) if name in self.decoders else value
+
+
+def observed_values(sites: Trace, where: Layout) -> dict[str, np.ndarray]:
+    """What a program observes, by site: texts as they are, numbers as rows, inner plates and event."""
+    found = {}
+    for name, site in sites.items():
+        if is_observation(site):
+            value = np.asarray(site["value"])
+            text = is_text(site)
+            found[name] = (
+                value.astype(np.int64) if text else laid_out(jnp.asarray(value)[None], where, site["fn"].event_dim)[0]
+            )
+    return found
+
+
+def plate_names(sites: Trace, where: Layout) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """Names of the plates that a program's rows are, and by site of those behind the rows."""
+    known = {name: {f.dim: f.name for f in site.get("cond_indep_stack", ())} for name, site in sites.items()}
+    anywhere = {dim: plate for names in known.values() for dim, plate in names.items()}
+    computed, dims = computed_events(sites), {}
+    for name, site in sites.items():
+        if site["type"] == "sample" or name in computed:
+            event = computed[name] if name in computed else site["fn"].event_dim
+            names = anywhere | known[name]
+            dims[name] = inner_plates(np.shape(site["value"]), event, where.axes, where.nesting, names)
+    return tuple(anywhere[dim] for dim in where.axes), dims
 
 
 def computed_events(sites: Trace) -> dict[str, int]:

@@ -7,10 +7,17 @@ from typing import Any
 import numpy as np
 from numpyro import distributions as dist
 
-from llmppl.numpyro.inference.gathering import computed_decoders, computed_events, laid_out, masks
+from llmppl.numpyro.inference.gathering import (
+    computed_decoders,
+    computed_events,
+    laid_out,
+    masks,
+    observed_values,
+    plate_names,
+)
 from llmppl.numpyro.inference.population import Outcome, event_dims
 from llmppl.numpyro.inference.stages import Stages
-from llmppl.numpyro.programs.tracing import is_latent, is_text
+from llmppl.numpyro.programs.tracing import is_text
 from llmppl.posterior.posterior import Posterior
 
 
@@ -30,6 +37,7 @@ def posterior_of(outcome: Outcome, stages: Stages, exactness: str) -> Posterior:
     numbers = event_dims(stages) | computed_events(sites)
     masked = [n for n in outcome.values if masks(stages.proposed[n], stages.sites[n])]
     looked = np.asarray(outcome.looked)
+    plates, dims = plate_names(sites, where)
     factors = {n for n, site in sites.items() if site["type"] == "sample" and isinstance(site["fn"], dist.Unit)}
     return Posterior(
         samples={n: laid_out(value, where, numbers[n]) for n, value in (outcome.values | outcome.computed).items()},
@@ -38,7 +46,9 @@ def posterior_of(outcome: Outcome, stages: Stages, exactness: str) -> Posterior:
         method="smc",
         exactness=exactness,
         decoders={n: site["fn"].lm.decode for n, site in texts.items()} | computed_decoders(sites),
-        observed={n: np.asarray(site["value"]).astype(np.int64) for n, site in texts.items() if not is_latent(site)},
+        observed=observed_values(sites, where),
+        plates=plates,
+        dims=dims,
         token_log_p={n: _double(laid_out(value, where, 1)) for n, value in outcome.token_log_p.items()},
         token_log_q={n: _double(laid_out(value, where, 1)) for n, value in outcome.token_log_q.items()},
         log_likelihood={n: _double(v) for n, v in outcome.log_likelihood.items() if n not in factors},
