@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 # Site addresses that are not those of the files: GitHub shows docs/README.md first, the site docs/start.md.
 MOVED = {"start.md": "index.html", "README.md": "contents.html"}
 RAW_REST = re.compile(r":(?:class|func|meth|attr|data|mod|math|exc|obj):|\.\. (?:math|code-block|note)::|\$\$")
+SHIM = "https://unpkg.com/iframe-worker/shim"  # the theme's one script from the net; ours is a copy
 FETCHED = re.compile(r'<(?:script|img|iframe|link rel="stylesheet")[^>]*(?:src|href)="(https?:[^"]+)"')
 STORED = re.compile(r'<div class="stored" data-output="([^"]+)"></div>')
 
@@ -84,10 +85,14 @@ def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
 def on_post_page(output: str, page: Any, config: Any) -> str:
     """HTML that notebooks have stored, each in a shadow tree of its own; and no script of the theme's from the net."""
     own = posixpath.relpath("assets/iframe-worker-shim.js", posixpath.dirname(page.file.dest_uri) or ".")
-    output = output.replace("https://unpkg.com/iframe-worker/shim", own)
+    output = output.replace(SHIM, own)
     for address in FETCHED.findall(output):
         log.warning(f"{page.file.src_uri}: {address} would be fetched from the net")
     return STORED.sub(lambda found: notebooks.shadow(_embedded[found[1]]), output)
+
+
+def on_post_template(output_content: str, template_name: str, config: Any) -> str:
+    return output_content.replace(SHIM, "/assets/iframe-worker-shim.js")
 
 
 def on_post_build(config: Any) -> None:

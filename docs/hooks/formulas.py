@@ -54,5 +54,7 @@ def _drawn(formula: str, display: str) -> str:
     if unread := re.findall(r"<m[io]>(\\[A-Za-z]+)", made):
         raise ValueError(f"{unread} cannot be read")
     made = STYLED.sub(lambda found: f"<mi>{_letter(found[1], found[2])}</mi>", made)
+    made = made.replace("<mo>&#x022A4;</mo>", "<mi>⊤</mi>")  # the end of a text is a symbol, no operator
+    made = made.replace("<mi>&#x0007E;</mi>", '<mo lspace="0.28em" rspace="0.28em">∼</mo>')
     made = NAMES.sub(r'\1<mspace width="0.17em"/>', made)
     return made.replace("<math ", f'<math aria-label="{escapes.escape(formula, quote=True)}" ', 1)
