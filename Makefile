@@ -5,7 +5,7 @@ BIN := .venv/bin
 # A Python for arviz 1.x; every candidate is tried by running it.
 NEWER := $(PYTHON312) python3.12 python3.13 python3.14 $(sort $(wildcard $(HOME)/.pyenv/versions/3.1[2-9].*/bin/python))
 
-.PHONY: demo test test-arviz test-vllm lint format venv venv-arviz
+.PHONY: demo test test-arviz test-vllm lint format docs venv venv-arviz
 
 demo: venv
 	$(BIN)/llmppl demo
@@ -62,6 +62,17 @@ lint: venv
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Sources are read, not imported: this environment has neither torch nor Pyro. Not --quiet, which strict would not see.
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+	@echo "site/index.html"
+
+.venv-docs/.installed: constraints-docs.txt
+	$(PYTHON) -m venv --clear .venv-docs
+	.venv-docs/bin/pip install --quiet --no-compile --disable-pip-version-check -c constraints-docs.txt \
+		mkdocs mkdocs-material "mkdocstrings[python]" latex2mathml ruff
+	touch $@
 
 venv: .venv/.installed
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from llmppl.training.simulated_stream import SimulatedStream, simulate
 
 __version__ = "0.1.0"
+"""The library's version."""
 
 _PUBLIC = {
     "Behaviour": "llmppl.objectives.behaviour",

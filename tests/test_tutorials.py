@@ -79,3 +79,19 @@ def test_the_readmes_snippet_runs() -> None:
     exec(compile(code, "README.md", "exec"), names)
     assert len(names["posterior"].decode("middle")) == 6
     assert os.environ["HF_HUB_OFFLINE"] == "1", "nothing is downloaded"
+
+
+@pytest.mark.parametrize("page", ["start.md", "coming_from.md"])
+def test_the_sites_code_for_the_tiny_model_runs(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With fewer steps and pairs; other halves, other frameworks and the real model are left out."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
+    if page != "start.md":
+        ours = [block for block in blocks if "llmppl" in block]
+        blocks = [block for block in ours if "numpyro" not in block and "from_pretrained" not in block]
+    names: dict[str, Any] = {}
+    for block in blocks:
+        code = re.sub(r"steps=\d+", "steps=2", re.sub(r"num_pairs=\d+", "num_pairs=64", block))
+        code = re.sub(r"simulations=\d+", "simulations=4", code)
+        exec(compile(code, page, "exec"), names)
+    assert len(blocks) > 3
+    assert float(names["exact_posterior"](names["story"])("ab", "cd").log_evidence) == pytest.approx(-9.78, abs=0.005)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from llmppl.files.folders import made
 
 FORMAT = "llmppl-adapter-1"
+"""Names the format of a guide's file, in the file itself."""
 
 
 def write(
