@@ -420,6 +420,24 @@ def year(source: random.Random) -> torch.Tensor:
     return torch.tensor([value + source.gauss(0, 1) for value in described(source.choice(descriptions()))])
 
 
+def learn_descriptions(ear: SmallEar, steps: int = 3000) -> None:
+    """Teach an encoder, with a linear layer that is then thrown away, which description a series comes from."""
+    known = torch.tensor([described(text) for text in descriptions()])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = torch.nn.Linear(ear.norm.normalized_shape[0], len(known))
+    source = torch.Generator().manual_seed(3)
+    optimizer = torch.optim.Adam([*ear.parameters(), *head.parameters()])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    for _ in range(steps):
+        chosen = torch.randint(len(known), (64,), generator=source)
+        noisy = known[chosen] + torch.randn(64, known.shape[1], generator=source)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(head(ear(noisy)[:, 0]), chosen).backward()
+        optimizer.step()
+        schedule.step()
+
+
 def series(lm: LM, steps: int) -> Application:
     """A sentence for a year's twelve values; the guide sees them by a small convolutional encoder."""
     source, told = random.Random(2), SmallEar(lm.transformer.config.hidden_size, unit=4.0)
@@ -430,14 +448,16 @@ def series(lm: LM, steps: int) -> Application:
             PROMPT,
         ]
     }
+    flatter = described_series(lm, temperature=2.0)
     guide = AutoregressiveGuide(program, lm, prompt=series_told(told), rank=8, seed=0)
     held_out, rows = ([(year(source),) for _ in range(count)] for count in (16, 400))
 
     def train() -> float:
         def work() -> None:
-            fit(program, guide, rows, WakeSleep(1, insomnia=0.0), steps, 16, vectorize_data=True, learning_rate=1e-3,
-                seed=0, progress=False)  # fmt: skip
-            fit(program, guide, rows, WakeSleep(16, insomnia=1.0), 2 * steps, 4, vectorize_data=True,
+            learn_descriptions(told)
+            fit(flatter, guide, rows, WakeSleep(1, insomnia=0.0), 4 * steps, 32, vectorize_data=True,
+                learning_rate=1e-3, seed=0, progress=False)  # fmt: skip
+            fit(program, guide, rows, WakeSleep(16, insomnia=1.0), steps, 8, vectorize_data=True,
                 learning_rate=1e-3, schedule="cosine", seed=1, progress=False)  # fmt: skip
 
         return timed(work)
@@ -448,6 +468,22 @@ def series(lm: LM, steps: int) -> Application:
         return ((values - query[0]).square().mean(-1).sqrt() < 1.5).numpy()
 
     known = set(descriptions())
+    table: dict[str, torch.Tensor] = {}
+
+    def log_joints(y: torch.Tensor) -> torch.Tensor:
+        """Of every description; each has one spelling."""
+        if not table:
+            law = pyro.poutine.trace(program).get_trace(y).nodes["description"]["fn"]
+            table["texts"] = lm.encode([text + lm.spelling.end for text in descriptions()], special=True)
+            texts = torch.nn.functional.pad(table["texts"], (0, law.event_shape[0] - table["texts"].shape[1]), value=-1)
+            with torch.no_grad():
+                table["prior"] = torch.cat([law.log_prob(some) for some in texts.split(41)])
+            table["means"] = torch.tensor([described(text) for text in descriptions()])
+        return table["prior"] + dist.Normal(table["means"], 1.0).log_prob(y).sum(-1)
+
+    def drawn(query: Query, count: int) -> dict[str, torch.Tensor]:
+        return {"description": table["texts"][dist.Categorical(logits=log_joints(*query)).sample((count,))]}
+
     return Application(
         "described series",
         program,
@@ -459,6 +495,8 @@ def series(lm: LM, steps: int) -> Application:
         train,
         held_out,
         hits,
+        exact=lambda query: float(log_joints(*query).logsumexp(0)),
+        draws=drawn,
     )
 
 
