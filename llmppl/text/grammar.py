@@ -21,6 +21,9 @@ from llmppl.text.tokenization import Codec
 
 CACHED_STATES = 4096
 
+LONGEST = 120
+"""Characters of a grammar that are shown."""
+
 
 class Spelling(Protocol):
     """What a grammar asks of a language model: its tokens."""
@@ -87,7 +90,8 @@ class Grammar:
         return {**self.__dict__, "_bound": {}}
 
     def __repr__(self) -> str:
-        return f"Grammar({self.description})"
+        said = self.description
+        return f"Grammar({said if len(said) <= LONGEST else said[:LONGEST] + f'… ({len(said)} characters)'})"
 
 
 class BoundGrammar:
