@@ -1,0 +1,120 @@
+"""Rationales of hundreds of tokens: what a training step costs, and what is left of the weights.
+
+    python benchmarks/long_latents.py
+
+8 latents of 512 tokens before an observed sentence, on SmolLM2: CPU seconds and peak memory of the passes of a step of
+``SubTrajectoryBalance(every=16)`` and of ``WakeSleep`` (drawing left out), against cross-entropy on the same tokens by
+``transformers`` and ``peft``, row by row, each in a process of its own; at half and a quarter of the length, too, for
+the memory. Then the effective sample size of 16 particles over 256 tokens, with resampling and without. A line of
+``--out`` is written for each, and what is there already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from measure import keep, machine, records, table
+
+from llmppl import LM, importance, smc
+from llmppl.guides import AutoregressiveGuide, PromptGuide
+from llmppl.objectives import SubTrajectoryBalance, WakeSleep
+from llmppl.objectives.behaviour import Mixed
+
+BEGINNING = "Anna was thirsty. She thought about what she could do."
+ENDING = " So she drank a glass of cold water."
+PARTICLES = 8
+OBJECTIVES = {
+    "WakeSleep": lambda: WakeSleep(PARTICLES, insomnia=1.0),
+    "SubTrajectoryBalance(every=16)": lambda: SubTrajectoryBalance(PARTICLES, every=16),
+}
+CASES = ("cross-entropy", *OBJECTIVES)
+
+
+def program_of(lm: LM, tokens: int) -> Any:
+    def story(beginning: Any, ending: Any) -> None:
+        text = pyro.sample("thought", lm(beginning, max_tokens=tokens, stop="<|im_end|>"))
+        pyro.sample("ending", lm(beginning, text), obs=lm.encode(ending))
+
+    return story
+
+
+def step(case: str, tokens: int) -> dict[str, Any]:
+    """The passes of one step at texts that are there."""
+    torch.set_num_threads(1)
+    lm = LM.from_pretrained("smollm2-135m")
+    program = program_of(lm, tokens)
+    guide = AutoregressiveGuide(program, lm, {"thought": lambda beginning, ending: [ending, beginning]}, rank=8, seed=0)
+    texts = torch.randint(1000, 20000, (PARTICLES, tokens), generator=torch.Generator().manual_seed(0))
+    if case == "cross-entropy":
+        prompt = lm.encode(ENDING + BEGINNING).expand(PARTICLES, -1)
+        start = time.process_time()
+        with lm.adapters.active(lm.adapters.names[0]):
+            for row in torch.cat([prompt, texts], 1):
+                logits = lm.transformer(row[None]).logits[0, prompt.shape[1] - 1 : -1]
+                torch.nn.functional.cross_entropy(logits, row[prompt.shape[1] :]).backward()
+    else:
+        lm.gradient_checkpointing = True
+        given = Mixed(torch.ones(PARTICLES), {"thought": texts}, torch.ones(PARTICLES, dtype=torch.bool))
+        start = time.process_time()
+        with given:
+            OBJECTIVES[case]().differentiable_loss(program, guide, BEGINNING, ENDING).backward()
+    seconds, peak = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"case": case, "tokens": tokens, "seconds": seconds, "GB": peak}
+
+
+def effective(tokens: int, particles: int) -> dict[str, Any]:
+    """Of SMC, and of importance sampling with the same prior."""
+    torch.set_num_threads(1)
+    pyro.set_rng_seed(0)
+    lm = LM.from_pretrained("smollm2-135m")
+    program = program_of(lm, tokens)
+    prior = PromptGuide(program, lm, {"thought": lambda beginning: [beginning]})
+    start = time.process_time()
+    weighed = importance(program, prior, particles, progress=False)(BEGINNING, ENDING)
+    middle = time.process_time()
+    resampled = smc(program, prior, particles, progress=False)(BEGINNING, ENDING)
+    return {
+        "case": "effective sample size", "tokens": tokens, "particles": particles,
+        "importance": float(weighed.ess), "smc": float(resampled.ess), "ancestors": int(resampled.distinct_ancestors),
+        "log Z, importance": float(weighed.log_evidence), "log Z, smc": float(resampled.log_evidence),
+        "doubts": [weighed.doubts, resampled.doubts],
+        "seconds": [middle - start, time.process_time() - middle],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("long_latents.jsonl"))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 256, 128])
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(step(options.one[0], int(options.one[1]))))
+        return
+    print(machine(), flush=True)
+    done = {(record["case"], record["tokens"]) for record in records(options.out)}
+    for tokens in options.tokens:
+        for case in CASES:
+            if (case, tokens) not in done:
+                called = [sys.executable, __file__, "--one", case, str(tokens)]
+                said = subprocess.run(called, capture_output=True, text=True, check=True).stdout
+                keep(options.out, json.loads(said.splitlines()[-1]))
+    if ("effective sample size", 256) not in done:
+        keep(options.out, effective(256, 16))
+    found = [record for record in records(options.out) if record["case"] in CASES]
+    plain = {record["tokens"]: record["seconds"] for record in found if record["case"] == "cross-entropy"}
+    rows = [[r["case"], r["tokens"], r["seconds"], r["seconds"] / plain[r["tokens"]], r["GB"]] for r in found]
+    print(table(["passes of", "tokens", "CPU s", "of cross-entropy's", "peak, GB"], rows))
+
+
+if __name__ == "__main__":
+    main()
