@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from llmppl.files.folders import made
+from llmppl.files.folders import written_whole
 
 FORMAT = "llmppl-adapter-1"
 
@@ -30,26 +29,17 @@ def write(
     :param save_file: of ``safetensors.torch`` or ``safetensors.numpy``.
     """
     metadata = {"format": FORMAT, "model": json.dumps(dict(model)), "settings": json.dumps(dict(settings))}
-    written_whole(Path(path), tensors, metadata, save_file)
+    written_tensors(Path(path), tensors, metadata, save_file)
 
 
-def written_whole(
+def written_tensors(
     path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str], save_file: Callable[..., None]
 ) -> None:
     """A safetensors file, written whole or not at all.
 
     :param save_file: of ``safetensors.torch`` or ``safetensors.numpy``.
     """
-    made(path.parent)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".tmp-")
-    os.close(handle)
-    try:
-        save_file(dict(tensors), temporary, metadata=dict(metadata))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    written_whole(path, lambda temporary: save_file(dict(tensors), temporary, metadata=dict(metadata)))
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from llmppl.distributions.autoregressive_text import AutoregressiveText
 from llmppl.objectives.replay_buffer import ReplayBuffer
 from llmppl.programs.structure import Site, is_latent, is_text
+from llmppl.text.declared import declared
 
 
 class Behaviour:
@@ -35,6 +36,7 @@ class Behaviour:
     :raises ValueError: shares outside [0, 1] or beyond one together, temperatures that are not positive.
     """
 
+    @declared
     def __init__(
         self,
         tempered: float = 0.0,

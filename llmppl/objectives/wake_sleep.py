@@ -17,6 +17,7 @@ from llmppl.programs.particles import check_finite, common_axes, compute_log_pro
 from llmppl.programs.plates import PARTICLES, in_particles
 from llmppl.programs.simulation import Simulated
 from llmppl.programs.structure import Program, is_latent, learns, plate_nesting, structure
+from llmppl.text.declared import declared
 
 
 class WakeSleep(ParticleObjective):
@@ -45,6 +46,7 @@ class WakeSleep(ParticleObjective):
     [1] Le, Kosiorek, Siddharth, Teh, Wood (2019), `Revisiting reweighted wake-sleep`, sec. 3.
     """
 
+    @declared
     def __init__(self, num_particles: int = 8, insomnia: float = 0.5, exhaust: Sequence[str] = ()) -> None:
         if not 0 <= insomnia <= 1:
             raise ValueError(f"insomnia={insomnia} must lie between 0 (sleep only) and 1 (wake-φ only).")

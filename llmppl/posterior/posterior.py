@@ -15,6 +15,7 @@ from llmppl.display.plots import plot_weights
 from llmppl.display.posterior_html import posterior_html
 from llmppl.posterior.doubts import doubts
 from llmppl.posterior.pareto import Tail, pareto_k, pareto_tail
+from llmppl.text.declared import check_fields, declared
 
 Array = NDArray[Any]
 EXACTNESS = ("marginal", "conditional", "extended", "none")
@@ -78,6 +79,10 @@ class Posterior:
     observations: tuple[str, ...] | str = ""
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("log_weights", "log_joint"):
+            if not getattr(getattr(self, name), "shape", ()):
+                raise TypeError(f"{name} must be an array, (K,) + batch_shape, got {getattr(self, name)!r}.")
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} must be one of {METHODS}.")
         if self.exactness not in EXACTNESS:
@@ -193,8 +198,11 @@ class Posterior:
         counts = [len(np.unique(flat[alive[:, n], n])) for n in range(flat.shape[1])]
         return np.array(counts).reshape(self.batch_shape)
 
+    @declared
     def distinct_texts(self, site: str) -> Array:
         """How many different values the samples of a site have, of shape ``batch_shape``."""
+        if site not in self.samples:
+            raise KeyError(f"no site {site!r}; the posterior has samples of {sorted(self.samples)}.")
         values = self.samples[site].reshape(self.num_samples, math.prod(self.batch_shape), -1)
         counts = [len(np.unique(values[:, n], axis=0)) for n in range(values.shape[1])]
         return np.array(counts).reshape(self.batch_shape)
@@ -250,6 +258,7 @@ class Posterior:
 
     # --- samples -----------------------------------------------------------------------------------
 
+    @declared
     def resample(self, num_samples: int | None = None, seed: int = 0) -> Posterior:
         """Equally weighted samples: systematic resampling by the weights, row by row.
 
@@ -270,6 +279,7 @@ class Posterior:
             acceptance=None,
         )
 
+    @declared
     def resampling_index(self, num_samples: int | None = None, seed: int = 0) -> Array:
         """Which samples :meth:`resample` draws, ``(num_samples,) + batch_shape``."""
         count = self.num_samples if num_samples is None else num_samples
@@ -308,6 +318,7 @@ class Posterior:
         expanded = index.reshape(index.shape + (1,) * (value.ndim - 1 - rows))
         return np.take_along_axis(value, expanded, axis=0)
 
+    @declared
     def decode(self, site: str) -> Any:
         """The texts of a site as strings: ``K`` of them, nested by batch row where there are rows; of an
         observed site its text, or one for each of its rows.
@@ -321,6 +332,7 @@ class Posterior:
             raise KeyError(f"site {site!r} is no text; its values are in posterior.samples[{site!r}].")
         return _decode(values[site], self.decoders[site])
 
+    @declared
     def top(self, site: str, count: int = 10) -> list[tuple[str, float]]:
         """The distinct texts of a site with the largest total weight, for a posterior without rows."""
         if self.batch_shape:
@@ -371,6 +383,7 @@ class Posterior:
             lines += [f"    {weight:6.1%}  {text!r}" for text, weight in self.top(site, 5)]
         return "\n".join(lines)
 
+    @declared
     def to_arviz(self, num_samples: int | None = None, seed: int = 0, weighted: bool = False) -> Any:
         """The posterior for ArviZ, resampled or with its weights; see :func:`llmppl.display.arviz_data.to_arviz`."""
         return to_arviz(self, num_samples, seed, weighted)

@@ -20,6 +20,7 @@ from llmppl.distributions.conditioned_text import ConditionedText
 from llmppl.distributions.process_text import ProcessText
 from llmppl.network.text_law import TextLaw
 from llmppl.network.text_tensors import pad_rows
+from llmppl.text.arguments import check_arguments
 from llmppl.text.text_support import shortest_row
 
 Program = Callable[..., Any]
@@ -51,7 +52,11 @@ def is_observation(site: Site) -> bool:
 
 
 def structure(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> poutine.Trace:
-    """A trace of the model whose latent texts hold arbitrary values: sites, plates, observations."""
+    """A trace of the model whose latent texts hold arbitrary values: sites, plates, observations.
+
+    :raises TypeError: arguments that the model does not take.
+    """
+    check_arguments(model, args, kwargs)
     with poutine.block(), DummyTexts():
         return poutine.trace(model).get_trace(*args, **kwargs)
 

@@ -24,6 +24,7 @@ from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.simulated_pair import SimulatedPair, with_pair
 from llmppl.programs.structure import Program
 from llmppl.text.arguments import check_count, check_programs
+from llmppl.text.declared import declared
 from llmppl.training.collation import collate
 from llmppl.training.evaluation import Evaluation, HeldOut
 from llmppl.training.history import COLUMNS, HARD, REPLAYED, History
@@ -41,6 +42,7 @@ from llmppl.training.simulated_stream import FreshMinibatches, SimulatedStream
 __all__ = ["History", "fit"]
 
 
+@declared
 def fit(
     model: Program,
     guide: Program,

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmppl.files.folders import made
-from llmppl.files.guide_file import written_whole
+from llmppl.files.guide_file import written_tensors
 from llmppl.programs.simulated_pair import SimulatedPair
+from llmppl.text.declared import declared
 
 FORMAT = "llmppl-simulated-1"
 FILE = "pairs.safetensors"
@@ -31,10 +32,19 @@ class SimulatedSet(Sequence[SimulatedPair]):
     :param latents, observations: by site, ``(N, ...)``; texts padded to one width.
     """
 
+    @declared
     def __init__(
         self, args: Sequence[tuple[Any, ...]], latents: dict[str, Tensor], observations: dict[str, Tensor]
     ) -> None:
         self.args, self.latents, self.observations = list(args), latents, observations
+        for kind, group in (("latents", latents), ("observations", observations)):
+            for name, value in group.items():
+                if not isinstance(value, Tensor) or value.dim() < 1 or len(value) != len(self.args):
+                    shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                    raise ValueError(
+                        f"{kind}[{name!r}] is {shown}; it must be a tensor with a row for each of the "
+                        f"{len(self.args)} args."
+                    )
 
     def __len__(self) -> int:
         return len(self.args)
@@ -49,6 +59,7 @@ class SimulatedSet(Sequence[SimulatedPair]):
             return SimulatedSet(self.args[index], *parts)
         return SimulatedPair.of(self.args[index], *parts)
 
+    @declared
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the set to a folder, whole or not at all: one safetensors file.
 
@@ -60,9 +71,10 @@ class SimulatedSet(Sequence[SimulatedPair]):
                 raise TypeError(f"pair {n} has arguments {row!r}; only strings and numbers can be saved.")
         tensors = {f"latent {name}": value.contiguous() for name, value in self.latents.items()}
         tensors |= {f"observed {name}": value.contiguous() for name, value in self.observations.items()}
-        written_whole(path / FILE, tensors, {"format": FORMAT, "args": json.dumps(self.args)}, save_file)
+        written_tensors(path / FILE, tensors, {"format": FORMAT, "args": json.dumps(self.args)}, save_file)
 
     @classmethod
+    @declared
     def load(cls, folder: str | os.PathLike[str]) -> SimulatedSet:
         """Read what :meth:`save` has written.
 
