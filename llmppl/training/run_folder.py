@@ -27,6 +27,8 @@ from llmppl.files.folders import made
 
 FORMAT = "llmppl-run-1"
 KEPT = 2
+PARTS = {"identity", "step", "tensors", "parts", "random"}
+"""Of a run's state in a checkpoint."""
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
 
 
@@ -215,8 +217,16 @@ def _read(file: Path) -> dict[str, Any] | None:
     match = _NAME.fullmatch(file.name)
     if match is None or _hash(content) != match[2]:
         return None
-    state = _unpack(content)
-    if state.get("format") != FORMAT:
+    try:
+        state = _unpack(content)
+    # Whatever a reader of foreign bytes raises; nothing in them is run.
+    except Exception as error:
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"{file} was not written by fit: it is no file of tensors, numbers, strings, lists and dicts ({why[0]}) "
+            "Delete it, and do not trust what it came with."
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= PARTS:
         raise ValueError(
             f"{file} was written by another version of fit. Resume it with that, or choose another folder."
         )
