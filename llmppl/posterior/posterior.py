@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,7 @@ from numpy.typing import NDArray
 from llmppl.display.arviz_data import chain_ess, chain_rhat, to_arviz
 from llmppl.display.plots import plot_weights
 from llmppl.display.posterior_html import posterior_html
+from llmppl.files.folders import written_whole
 from llmppl.posterior.doubts import doubts
 from llmppl.posterior.pareto import Tail, pareto_k, pareto_tail
 from llmppl.text.declared import check_fields, declared
@@ -387,6 +392,21 @@ class Posterior:
     def to_arviz(self, num_samples: int | None = None, seed: int = 0, weighted: bool = False) -> Any:
         """The posterior for ArviZ, resampled or with its weights; see :func:`llmppl.display.arviz_data.to_arviz`."""
         return to_arviz(self, num_samples, seed, weighted)
+
+    @declared
+    def to_netcdf(
+        self, path: str | os.PathLike[str], num_samples: int | None = None, seed: int = 0, weighted: bool = False
+    ) -> None:
+        """Write :meth:`to_arviz` to a netCDF file, whole or not at all; ``arviz.from_netcdf`` reads it.
+
+        :raises OSError: with the path and the mend; what was there is as it was.
+        """
+        data = self.to_arviz(num_samples, seed, weighted)
+        # Made elsewhere: HDF5 cannot end in good order on a disk that is full.
+        with tempfile.TemporaryDirectory() as elsewhere:
+            file = Path(elsewhere) / "posterior.nc"
+            data.to_netcdf(str(file))
+            written_whole(path, lambda temporary: shutil.copyfile(file, temporary))
 
     def plot(self, ax: Any = None) -> Any:
         """Sorted weights against equal ones; see :func:`llmppl.display.plots.plot_weights`."""

@@ -236,8 +236,10 @@ def fit(
         ) as bar,
     ):
         if step == 0:
+            _forget_draws(guide)
             evaluate(0)
         while step < steps and not interruption.asked and not (held_out is not None and held_out.exhausted()):
+            _forget_draws(guide)
             temper(step)
             if buffer is not None:
                 buffer.step = step
@@ -308,6 +310,14 @@ def fit(
     if interruption.asked:
         raise KeyboardInterrupt(run.stopped(step))
     return history
+
+
+def _forget_draws(guide: Program) -> None:
+    """Leave no score of a text drawn before to be recalled: recalled and scored anew they differ in the last bit, and a
+    resumed run, in another process, has drawn nothing before."""
+    lm = getattr(guide, "lm", None)
+    if lm is not None:
+        lm.base.drawn.clear()
 
 
 def _too_fast(run: Resumable, step: int, what: str, optimizer: torch.optim.Optimizer) -> ValueError:

@@ -73,10 +73,15 @@ class Resumable:
     def _put_back(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
             for name, tensor in self.tensors.items():
-                tensor.copy_(state["tensors"][name])
+                stored = state["tensors"][name]
+                if stored.shape != tensor.shape:  # copied, it would be broadcast
+                    raise ValueError(f"{name!r} has shape {tuple(stored.shape)}, not {tuple(tensor.shape)}")
+                tensor.copy_(stored)
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
         set_random_state(state["random"])
+        if not isinstance(state["step"], int) or state["step"] < 0:
+            raise ValueError(f"its step is {state['step']!r}")
 
     def save(self, step: int) -> None:
         if self.folder is not None and self.writes:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmppl.files.folders import made
-from llmppl.files.guide_file import written_tensors
+from llmppl.files.guide_file import check_whole, written_tensors
 from llmppl.programs.simulated_pair import SimulatedPair
 from llmppl.text.declared import declared
 
@@ -85,20 +85,23 @@ class SimulatedSet(Sequence[SimulatedPair]):
         if not path.is_file():
             raise FileNotFoundError(f"no simulated set in {folder}. Draw one: simulate(program, data, n, folder=...).")
         try:
+            check_whole(path)
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            args = [tuple(row) for row in json.loads(metadata["args"])]
+            args = [tuple(row) for row in json.loads(metadata["args"]) if isinstance(row, list)]
             if metadata["format"] != FORMAT or any(len(value) != len(args) for value in tensors.values()):
                 raise ValueError("another format, or rows are missing")
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path} is damaged or no simulated set ({error}). Delete it and simulate again; nothing else depends "
                 "on it."
             ) from None
         parts: dict[str, dict[str, Tensor]] = {"latent": {}, "observed": {}}
         for name, value in tensors.items():
-            kind, site = name.split(" ", 1)
+            kind, _, site = name.partition(" ")
+            if kind not in parts or not site:
+                raise ValueError(f"{path} is damaged or no simulated set: {name!r} is no site. Simulate again.")
             parts[kind][site] = value
         return cls(args, parts["latent"], parts["observed"])
 
