@@ -353,7 +353,7 @@ def _accumulated(
         losses, reports = [], []
         processes.seed_minibatch(step, n)
         for args in [collate(batch)] if vectorize_data else batch:
-            with regularised.call(args, simulates) as (model, guide):
+            with _data_noted(step, args), regularised.call(args, simulates) as (model, guide):
                 if isinstance(args, SimulatedPair):
                     model, guide = _on_pair(model, guide, args, objective)
                 # Some of Pyro's objectives have no differentiable loss, and some return several.
@@ -373,6 +373,16 @@ def _accumulated(
         for loss, rows in losses:
             total += loss / (len(everything) * rows)
     return total, [report for _, reports in everything for report in reports]
+
+
+@contextmanager
+def _data_noted(step: int, args: tuple[Any, ...]) -> Iterator[None]:
+    """Has an error say at which step it was raised, and on which data."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"Raised at step {step + 1} of fit, on {repr(tuple(args))[:300]}.")
+        raise
 
 
 def _on_pair(model: Program, guide: Program, pair: SimulatedPair, objective: ELBO) -> tuple[Program, Program]:

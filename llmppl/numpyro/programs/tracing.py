@@ -85,7 +85,13 @@ def structure(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """
     check_arguments(model, args, kwargs)
     with handlers.block(), handlers.trace() as trace, DummyTexts(), handlers.seed(rng_seed=random.key(0)):
-        model(*args, **kwargs)
+        try:
+            model(*args, **kwargs)
+        except Exception as error:
+            if not hasattr(error, "__notes__"):
+                where = f"behind site {next(reversed(trace))!r}" if trace else "before its first site"
+                error.add_note(f"Raised by the program, or at one of its sites, {where}.")
+            raise
     return dict(trace)
 
 
