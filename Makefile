@@ -5,7 +5,7 @@ BIN := .venv/bin
 # A Python for arviz 1.x; every candidate is tried by running it.
 NEWER := $(PYTHON312) python3.12 python3.13 python3.14 $(sort $(wildcard $(HOME)/.pyenv/versions/3.1[2-9].*/bin/python))
 
-.PHONY: demo test test-arviz test-vllm lint format docs venv venv-arviz
+.PHONY: demo test drills test-arviz test-vllm lint format docs venv venv-arviz
 
 demo: venv
 	$(BIN)/llmppl demo
@@ -14,6 +14,12 @@ demo: venv
 test:
 	$(MAKE) --no-print-directory -j2 venv test-arviz
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+# Kills, interrupts, damages and fuzzes what `make test` does in short. About half an hour, and then hours of soaking.
+DRILLS := fuzzed damaged hostile full_disk two_runs killed interrupted
+drills: venv
+	@for drill in $(DRILLS); do $(BIN)/python tests/drills/$$drill.py || failed=1; done; test -z "$$failed"
+	$(BIN)/python tests/drills/soak.py --hours $(or $(HOURS),2)
 
 # The main environment has the ArviZ of Python 3.11; this one has arviz 1.x, and neither torch nor Pyro.
 test-arviz: venv-arviz

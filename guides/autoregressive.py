@@ -13,6 +13,7 @@ from llmppl.guides.adapter_guide import AdapterGuide
 from llmppl.guides.text_guide import Others, Prompt, TextGuide, program_name
 from llmppl.language_model import LM
 from llmppl.programs.structure import Program
+from llmppl.text.declared import declared
 
 
 class PromptGuide(TextGuide):
@@ -51,6 +52,7 @@ class AutoregressiveGuide(AdapterGuide):
     Other parameters as in :class:`TextGuide`.
     """
 
+    @declared
     def __init__(
         self,
         model: Program,

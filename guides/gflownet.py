@@ -14,6 +14,7 @@ from llmppl.guides.text_guide import Others, Prompt
 from llmppl.language_model import LM
 from llmppl.network.text_tensors import pad_rows, unpad_rows
 from llmppl.programs.structure import Program, structure, text_sites
+from llmppl.text.declared import declared
 
 
 class GFlowNetGuide(AutoregressiveGuide):
@@ -25,6 +26,7 @@ class GFlowNetGuide(AutoregressiveGuide):
     averaged over its tokens. All other parameters as in :class:`AutoregressiveGuide`.
     """
 
+    @declared
     def __init__(
         self,
         model: Program,

@@ -14,6 +14,7 @@ from llmppl.guides.text_guide import Others, Prompt, program_name
 from llmppl.language_model import LM
 from llmppl.masked_lm import MaskedLM
 from llmppl.programs.structure import Program
+from llmppl.text.declared import declared
 
 
 class NetworkGuide(SavedGuide):
@@ -28,6 +29,7 @@ class NetworkGuide(SavedGuide):
 
     two_sided = True
 
+    @declared
     def __init__(
         self,
         model: Program,

@@ -24,6 +24,7 @@ from llmppl.programs.structure import Program, Site
 from llmppl.refinement.annealing import anneal, anneal_back
 from llmppl.refinement.configurations import Configurations, frames_here
 from llmppl.refinement.mixture import mix, mixture_of
+from llmppl.text.declared import declared
 
 REFINEMENTS = {"ais": "extended", "mixture": "conditional"}
 """What refined samples have an exact density given or beside."""
@@ -94,6 +95,7 @@ class RefinementGuide(NetworkGuide):
 
     scores_given = True
 
+    @declared
     def __init__(
         self,
         model: Program,

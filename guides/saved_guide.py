@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmppl.guides.text_guide import TextGuide
 from llmppl.network.guide_tensors import load_adapter, save_adapter
+from llmppl.text.declared import declared
 
 
 class SavedGuide(TextGuide):
@@ -22,6 +23,7 @@ class SavedGuide(TextGuide):
         """The trained tensors, by name."""
         raise NotImplementedError
 
+    @declared
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
         """Write the trained tensors to a safetensors file, whole or not at all.
 
@@ -29,6 +31,7 @@ class SavedGuide(TextGuide):
         """
         save_adapter(path, self.tensors(), self.lm.fingerprint(), self.settings(), dtype)
 
+    @declared
     def load(self, path: str | os.PathLike[str]) -> None:
         """Read what :meth:`save` has written. Nothing changes if it does not fit.
 

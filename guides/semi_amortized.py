@@ -26,6 +26,7 @@ from llmppl.programs.observations import Observed
 from llmppl.programs.plates import in_data_plate
 from llmppl.programs.relaxation import Sensitivity, sensitivity
 from llmppl.programs.structure import Program, is_dry, plate_nesting, structure
+from llmppl.text.declared import declared
 
 CELLS = 2**23
 """Entries of the update network's hidden layer that exist at one time."""
@@ -69,6 +70,7 @@ class SemiAmortizedGuide(DirectGuide):
     exactness = "conditional"
     transient = ("_start", "_refined")
 
+    @declared
     def __init__(
         self,
         model: Program,
@@ -295,6 +297,7 @@ class InstanceGuide(TextGuide):
     :param logits: by latent text, as of :class:`~llmppl.distributions.FactorisedText`.
     """
 
+    @declared
     def __init__(
         self,
         model: Program,

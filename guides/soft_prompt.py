@@ -16,6 +16,7 @@ from llmppl.language_model import LM
 from llmppl.network.text_tensors import lengths
 from llmppl.programs.structure import Program
 from llmppl.text import PAD
+from llmppl.text.declared import declared
 from llmppl.text.prompts import check_virtual_tokens, initial_ids
 
 
@@ -43,6 +44,7 @@ class SoftPromptGuide(AdapterGuide):
     Other parameters as in :class:`TextGuide`.
     """
 
+    @declared
     def __init__(
         self,
         model: Program,

@@ -15,6 +15,7 @@ from llmppl.guides.text_guide import Others, Prompt, _Proposer
 from llmppl.guides.twisted_guide import TwistedGuide
 from llmppl.language_model import LM
 from llmppl.programs.structure import Program, Site
+from llmppl.text.declared import declared
 from llmppl.text.prompts import checked_prompts
 
 
@@ -76,6 +77,7 @@ class SteeredGuide(TwistedGuide):
 
     proposer = _Steered
 
+    @declared
     def __init__(
         self,
         model: Program,

@@ -30,6 +30,7 @@ from llmppl.programs.structure import (
     structure,
 )
 from llmppl.text.arguments import check_programs
+from llmppl.text.declared import declared
 from llmppl.text.prompts import Framework, Telling, check_plates, checked_others, checked_prompts, wrong_batch
 from llmppl.text.relations import Relations
 
@@ -74,6 +75,7 @@ class TextGuide(nn.Module):
     transient: tuple[str, ...] = ()
     """Attributes of one run, which no copy has."""
 
+    @declared
     def __init__(
         self,
         model: Program,

@@ -11,6 +11,7 @@ from llmppl.guides.text_guide import Others, Prompt, _Proposer, _rows_of
 from llmppl.guides.twisted_guide import TwistedGuide
 from llmppl.language_model import LM
 from llmppl.programs.structure import Program, Site
+from llmppl.text.declared import declared
 
 
 class _ToldTheWord(_Proposer):
@@ -54,6 +55,7 @@ class WordGuide(TwistedGuide):
 
     proposer = _ToldTheWord
 
+    @declared
     def __init__(
         self,
         model: Program,

@@ -34,10 +34,11 @@ from llmppl.network.transformer import Network, forget_reading
 from llmppl.network.vision import Vision, load_vision, reads_images
 from llmppl.network.vision import pieces as image_pieces
 from llmppl.text import PAD
-from llmppl.text.arguments import check_name
+from llmppl.text.arguments import check_name, unavailable
 from llmppl.text.chat import chat_pieces
+from llmppl.text.declared import declared
 from llmppl.text.row_function import Kind
-from llmppl.text.spelling import Spelling, empty_context, log_probabilities
+from llmppl.text.spelling import ALLOWED, Spelling, empty_context, log_probabilities
 from llmppl.text.tokenization import Codec
 from llmppl.text.word_automaton import WordTokens
 from llmppl.text.words import SHORTEST
@@ -75,6 +76,7 @@ class LM(Adaptable):
         self._become(model, tokenizer, Adapters(model))
 
     @classmethod
+    @declared
     def from_pretrained(
         cls,
         name_or_folder: str | os.PathLike[str] = "smollm2-135m",
@@ -109,7 +111,10 @@ class LM(Adaptable):
             )
         check_reachable(name)
         with quiet_loading():
-            config, vision = AutoConfig.from_pretrained(name, trust_remote_code=False), None
+            try:
+                config, vision = AutoConfig.from_pretrained(name, trust_remote_code=False), None
+            except (OSError, ValueError) as error:
+                raise unavailable(name, error) from error
             check_config(config)
             if reads_images(config):
                 model, vision = load_vision(name, config, dtype)
@@ -162,6 +167,7 @@ class LM(Adaptable):
 
     # --- strings and tensors -----------------------------------------------------------------
 
+    @declared
     def encode(self, text: str | Sequence[str], special: bool = False) -> Tensor:
         """Token ids of a text, ``(T,)``, or of several, ``(B, T)`` padded with ``PAD``.
 
@@ -175,6 +181,7 @@ class LM(Adaptable):
         value = pad_rows(self.spelling.rows(text, special), device=self.device)
         return value[0] if isinstance(text, str) else value
 
+    @declared
     def chat(self, messages: Sequence[Mapping[str, Any]], answers: bool = True) -> list[Any]:
         """A conversation as pieces for ``lm(...)``, ``lm.context(...)`` and prompts, by the tokenizer's chat template.
 
@@ -232,6 +239,7 @@ class LM(Adaptable):
         self.register()
         return AutoregressiveText(self.base, self.context(*pieces), law, self.adapter)
 
+    @declared
     def law(
         self,
         max_tokens: int | None = None,
@@ -254,6 +262,7 @@ class LM(Adaptable):
             automaton=automaton,
         )
 
+    @declared
     def choice(self, *pieces: Piece, options: Sequence[str], probs: Sequence[float] | None = None) -> Choice:
         """The finite distribution over ``options``, each weighted by the probability that the
         continuation of the joined pieces begins with it, normalised over the options.
@@ -276,6 +285,7 @@ class LM(Adaptable):
         """The vocabulary as :mod:`llmppl.text.word_automaton` reads it; made in about a second."""
         return WordTokens(self.codec.token_texts[: self.vocabulary])
 
+    @declared
     def content_word(self, text: Piece, shortest: int = SHORTEST) -> ContentWord:
         """The distribution over the content words of a text, each with the same probability.
 
@@ -284,6 +294,7 @@ class LM(Adaptable):
         """
         return ContentWord(self, self._piece(text, 1), shortest)
 
+    @declared
     def echo(self, text: Piece, mistake: float = 1e-3) -> EchoedText:
         """The distribution of a text that is said again: as it is, and with probability ``mistake`` any text at all.
 
@@ -393,7 +404,10 @@ class LM(Adaptable):
     def _allowed_tokens(self, allowed: Tensor | Sequence[int] | None) -> Tensor | None:
         if allowed is None:
             return None
-        mask = torch.as_tensor(allowed, device=self.device)
+        try:
+            mask = torch.as_tensor(allowed, device=self.device)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(ALLOWED) from None
         boolean = mask.dtype == torch.bool
         self.spelling.check_allowed(tuple(mask.shape), boolean, not mask.is_floating_point())
         if boolean:

@@ -19,6 +19,7 @@ from llmppl.network.text_tensors import Piece, left_aligned, lengths
 from llmppl.network.transformer import KeysAndValues, Network, attend
 from llmppl.network.unmasking import Plan, Reading, check_count
 from llmppl.text import PAD
+from llmppl.text.declared import declared
 
 if TYPE_CHECKING:
     from types import EllipsisType
@@ -65,6 +66,7 @@ class MaskedLM(nn.Module):
         nn.init.zeros_(self.length_head.bias)
 
     @classmethod
+    @declared
     def adapted(
         cls,
         lm: LM,
@@ -97,6 +99,7 @@ class MaskedLM(nn.Module):
         return model
 
     @classmethod
+    @declared
     def from_scratch(
         cls,
         lm: LM,

@@ -10,8 +10,10 @@ import string
 import torch
 
 from llmppl.language_model import LM
+from llmppl.text.declared import declared
 
 
+@declared
 def tiny_lm(vocabulary: int = 6, seed: int = 0, dtype: torch.dtype = torch.float32) -> LM:
     """A Llama with random weights over a vocabulary of single characters: ``.``, ``a``, ``b``, ...
 

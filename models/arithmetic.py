@@ -8,10 +8,12 @@ from typing import Any
 
 from llmppl.models.calculator import calculate
 from llmppl.models.primitives import Maker, kept
+from llmppl.text.declared import declared
 
 _OPERATOR = re.compile(r"(?<=[0-9)\s])[-+*/×÷−](?=[\s(0-9])")
 
 
+@declared
 def arithmetic(
     lm: Maker,
     examples: Sequence[tuple[str, Sequence[str], str]] = (),

@@ -6,6 +6,7 @@ import re
 from fractions import Fraction
 
 from llmppl.models.expression import Arithmetic
+from llmppl.text.declared import declared
 
 UNKNOWN = "?"
 """The result of what is no arithmetic."""
@@ -19,6 +20,7 @@ DIGITS = 12
 _CHARACTERS = re.compile(r"[0-9+\-*/(). ]*")
 
 
+@declared
 def calculate(expression: str) -> str:
     """The value of an arithmetic expression: ``"6 - 10 ="`` gives ``"-4"``.
 

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llmppl.models.primitives import Maker
+from llmppl.text.declared import declared
 
 PROMPT = "A picture of"
 
 
+@declared
 def captioned(
     lm: Maker, captions: Sequence[str], likelihood: Callable[[Any], Any], prompt: str = PROMPT
 ) -> Callable[[Any], Any]:

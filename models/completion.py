@@ -7,8 +7,10 @@ from typing import Any
 
 from llmppl.models.interpreter import FAILED, run
 from llmppl.models.primitives import Maker, kept
+from llmppl.text.declared import declared
 
 
+@declared
 def completion(
     lm: Maker,
     calls: Sequence[str],

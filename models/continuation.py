@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from llmppl.models.primitives import Maker
+from llmppl.text.declared import declared
 
 
+@declared
 def continuation(lm: Maker, temperature: float = 0.8, max_tokens: int = 24, stop: str = ".") -> Callable[[Any], Any]:
     r"""The program with posterior :math:`p(\text{sentence}|\text{prompt})^{1/T}`, normalised.
 

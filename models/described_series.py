@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 from llmppl.models.primitives import Maker, stacked
+from llmppl.text.declared import declared
 from llmppl.text.grammar import Grammar
 
 MONTHS = (
@@ -30,8 +31,10 @@ _SENTENCE = re.compile(
 def described(text: str) -> list[float]:
     """The twelve monthly values of a description, zero in January: ``described(" rises until May, then falls.")``.
 
-    :raises ValueError: no such description.
+    :raises TypeError, ValueError: no such description.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a string, got {text!r}. Describe a year's series in a sentence.")
     found = _SENTENCE.fullmatch(text)
     if found is None:
         raise ValueError(
@@ -50,6 +53,7 @@ def descriptions() -> list[str]:
     return [*(f" {move} all year." for move in MOVES), *inner]
 
 
+@declared
 def described_series(
     lm: Maker, prompt: str = PROMPT, noise: float = 1.0, max_tokens: int = 24, temperature: float = 1.0
 ) -> Callable[[Any], Any]:

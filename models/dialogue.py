@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llmppl.models.primitives import Maker
+from llmppl.text.declared import declared
 
 STYLES = (" brief", " warm", " thorough")
 """How an answer may be: the default personas."""
 
 
+@declared
 def dialogue(
     lm: Maker,
     intents: Sequence[str],

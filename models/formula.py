@@ -10,6 +10,7 @@ from typing import Any
 
 from llmppl.models.expression import Arithmetic
 from llmppl.models.primitives import Maker
+from llmppl.text.declared import declared
 from llmppl.text.grammar import Grammar
 
 FUNCTIONS: dict[str, Callable[[float], float]] = {
@@ -47,6 +48,7 @@ WORST = 24.0
 """Nats that data cost at most, for a guide."""
 
 
+@declared
 def evaluate(formula: str, x: float) -> float:
     """The value of a formula of ``x``: ``evaluate("2 * x + sin(x)", 0.5)``.
 
@@ -66,6 +68,7 @@ def _check(value: float) -> None:
         raise ValueError("no finite value.")
 
 
+@declared
 def formula(
     lm: Maker,
     prompt: str = "The data follow the formula y =",

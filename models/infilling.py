@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from llmppl.models.primitives import Maker
+from llmppl.text.declared import declared
 
 
+@declared
 def infilling(lm: Maker, max_tokens: int = 16, stop: str = ".") -> Callable[[Any, Any], Any]:
     """The program p(middle | beginning) p(ending | beginning, middle).
 

@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from llmppl.text.declared import declared
+
 FAILED = "error"
 """What :func:`run` says of code that cannot be run, or does not finish."""
 
@@ -74,6 +76,7 @@ class _Continue(Exception):
     pass
 
 
+@declared
 def run(source: str, call: str, steps: int = 5000) -> str:
     """What a call returns, given the functions of a source: ``run("def f(x):\\n    return x + 1", "f(2)")`` is ``"3"``.
 

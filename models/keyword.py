@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from llmppl.models.primitives import Maker
+from llmppl.text.declared import declared
 from llmppl.text.words import LONGEST, SHORTEST, as_keyword
 
 
+@declared
 def keyword(
     lm: Maker, max_tokens: int = 20, stop: Any = ".", temperature: float = 0.7, shortest: int = SHORTEST
 ) -> Callable[[Any, Any], Any]:

@@ -11,6 +11,7 @@ from itertools import product
 from typing import Any
 
 from llmppl.models.primitives import Maker, kept_number
+from llmppl.text.declared import declared
 from llmppl.text.grammar import Grammar
 
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
@@ -20,6 +21,7 @@ BY_CHANCE = ((0.0, -1.0), (-1.0, 0.0))
 """What the numbers of :func:`arriving` count to start with: the chance where plans go on, the place where they end."""
 
 
+@declared
 def walk(maze: str, plan: str) -> int:
     """The cell where a plan ends: ``walk("S..\\n.#.", "right right down")`` is 5.
 
@@ -37,6 +39,7 @@ def walk(maze: str, plan: str) -> int:
     return place[0] * len(rows[0]) + place[1]
 
 
+@declared
 def shortest_plans(maze: str, goal: int, most: int = 1000) -> list[str]:
     """All plans with the fewest moves that end in a cell, by breadth-first search; none where it cannot be reached.
 
@@ -64,6 +67,7 @@ def shortest_plans(maze: str, goal: int, most: int = 1000) -> list[str]:
     return found
 
 
+@declared
 def plan(
     lm: Maker,
     size: tuple[int, int],

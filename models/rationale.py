@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llmppl.models.primitives import Maker
+from llmppl.text.declared import declared
 
 
+@declared
 def rationale(
     lm: Maker,
     options: Sequence[str],

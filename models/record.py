@@ -8,6 +8,7 @@ from inspect import Parameter, Signature
 from typing import Any
 
 from llmppl.models.primitives import Maker
+from llmppl.text.declared import declared
 from llmppl.text.grammar import Grammar
 
 END = "\n"
@@ -39,6 +40,7 @@ def schema_grammar(schema: Mapping[str, Any] | bool) -> Grammar:
     return Grammar.lark(f'start: record "\\n"\nrecord: %json {json.dumps(own)}')
 
 
+@declared
 def record(
     lm: Maker,
     schema: Mapping[str, Any] | bool,

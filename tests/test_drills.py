@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +17,7 @@ import torch
 from conftest import Story
 from huggingface_hub import constants
 
+import llmppl
 from llmppl import LM, fit, simulate
 from llmppl.guides import AutoregressiveGuide
 from llmppl.objectives import LeaveOneOutELBO, TrajectoryBalance
@@ -134,3 +138,103 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.Monkey
     ):
         LM.from_pretrained("nobody/nothing")
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("damaged", 60), ("hostile", 60), ("full_disk", 15), ("fuzzed", 120), ("fuzzed", -1)]
+)
+def test_a_short_drill(name: str, count: int) -> None:
+    drill = importlib.import_module(name)
+    done = drill.run(60, 3, ("torch",)) if count < 0 else drill.run(count, 0)
+    assert done.tried == done.count
+    assert not done.failures, "\n".join(done.failures)
+
+
+class Stopping:
+    """A program that presses Ctrl-C at some of its calls, in the middle of a step."""
+
+    def __init__(self, program: Any, *moments: int) -> None:
+        self.program, self.moments, self.calls = program, moments, 0
+
+    def __call__(self, beginning: Any, ending: Any) -> None:
+        self.calls += 1
+        if self.calls in self.moments:
+            os.kill(os.getpid(), signal.SIGINT)
+        self.program(beginning, ending)
+
+
+@pytest.mark.parametrize("where", ["program", "callback", "raised by a callback"])
+def test_ctrl_c_ends_the_step_and_loses_none(tmp_path: Path, where: str) -> None:
+    small = importlib.import_module("small_run").SmallRun()
+    differs = importlib.import_module("training_run").differs
+    own, counted = small.program, Stopping(small.program)
+    small.program = counted
+    wanted = small.train(tmp_path / "wanted", 7)
+
+    def callback(step: int, history: Any) -> None:
+        if where != "program" and step == 3:
+            if where == "callback":
+                os.kill(os.getpid(), signal.SIGINT)
+            else:
+                raise KeyboardInterrupt
+
+    small.program = Stopping(own, counted.calls - 2) if where == "program" else own
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt, match=rf"stopped after step \d; resume=True goes on.*{folder}") as caught:
+        small.train(folder, 7, checkpoint_every=100, callback=callback)
+    step = int(re.findall(r"step (\d)", str(caught.value))[0])
+    assert step == 3 if where != "program" else 1 <= step < 7
+    assert [int(file.name.split("-")[1]) for file in folder.glob("step-*.pt")] == [step]
+    small.program = own
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not differs(wanted, small.train(folder, 7, checkpoint_every=100))
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_second_ctrl_c_or_one_without_a_folder_does_not_wait(tmp_path: Path, folder: bool) -> None:
+    small = importlib.import_module("small_run").SmallRun()
+    own, counted = small.program, Stopping(small.program)
+    small.program = counted
+    small.train(tmp_path / "wanted", 7)
+    last = counted.calls - 1  # a step calls it twice
+    small.program = stopping = Stopping(own, last) if not folder else Stopping(own, last, last + 1)
+    path = tmp_path / "run" if folder else None
+    with pytest.raises(KeyboardInterrupt) as caught:
+        small.train(path, 7, checkpoint_every=100, resume=folder)
+    assert stopping.calls == last + folder
+    assert not str(caught.value)
+    assert path is None or not list(path.glob("step-*.pt"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_refused_run_lets_go_of_its_folder(story: Story, tmp_path: Path) -> None:
+    trained(story, steps=2, folder=tmp_path)
+    with pytest.raises(ValueError, match="resume=True") as kept:
+        trained(story, steps=2, folder=tmp_path)
+    trained(story, steps=3, folder=tmp_path, resume=True)  # although the error, as a notebook does, keeps its frames
+    assert kept.traceback
+
+
+def test_what_was_drawn_before_a_run_is_none_of_its_numbers(tmp_path: Path) -> None:
+    small = importlib.import_module("small_run").SmallRun()
+    differs = importlib.import_module("training_run").differs
+    wanted = small.train(tmp_path / "first")
+    small.pairs(3000)
+    assert small.lm.drawn
+    assert not differs(wanted, small.train(tmp_path / "second"))
+
+
+def test_a_flipped_bit_of_a_guide_or_a_set_is_seen(tmp_path: Path) -> None:
+    small = importlib.import_module("small_run").SmallRun()
+    small.guide.save(tmp_path / "guide.safetensors")
+    small.pairs().save(tmp_path)
+    for file, load in (
+        (tmp_path / "guide.safetensors", small.guide.load),
+        (tmp_path / "pairs.safetensors", lambda path: llmppl.SimulatedSet.load(path.parent)),
+    ):
+        load(file)
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{file.name} is damaged.*its bytes are not those that were written"):
+            load(file)

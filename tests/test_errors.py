@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpyro
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from conftest import Story
+from jax import random
 
 from llmppl import LM, Behaviour, Grammar, importance
 from llmppl.guides import AutoregressiveGuide, PromptGuide
@@ -343,3 +346,62 @@ def test_models_that_cannot_be_vouched_for_are_named(lm: LM, tmp_path: Path) -> 
 
     with pytest.raises(ValueError, match="the checkpoint is quantised"):
         Architecture.of(settings)
+
+
+@pytest.mark.parametrize("vectorized", [False, True])
+def test_what_users_functions_raise_says_where(vectorized: bool) -> None:
+    import llmppl.numpyro as twin
+    from llmppl import fit, importance
+    from llmppl.guides import AutoregressiveGuide, PromptGuide
+    from llmppl.numpyro.guides import PromptGuide as TwinGuide
+    from llmppl.numpyro.testing import tiny_lm as twin_tiny_lm
+    from llmppl.objectives import TrajectoryBalance
+    from llmppl.testing import tiny_lm
+
+    lm, other = tiny_lm(), twin_tiny_lm()
+
+    def wrong(*values: Any) -> Any:
+        raise LookupError("nothing there")
+
+    def factored(beginning: Any, ending: Any) -> None:
+        middle = pyro.sample("middle", lm(beginning, max_tokens=2))
+        pyro.factor("goal", wrong(middle))
+
+    def late(beginning: Any, ending: Any) -> None:
+        middle = pyro.sample("middle", lm(beginning, max_tokens=2))
+        pyro.sample("ending", lm(beginning, middle), obs=lm.encode(ending))
+        if middle.dim() > 1 + vectorized:  # where particles are, and not where the program is looked at
+            wrong()
+
+    def plain(beginning: Any, ending: Any) -> None:
+        middle = pyro.sample("middle", lm(beginning, max_tokens=2))
+        pyro.sample("ending", lm(beginning, middle), obs=lm.encode(ending))
+
+    def twin_factored(beginning: Any, ending: Any) -> None:
+        middle = numpyro.sample("middle", other(beginning, max_tokens=2))
+        numpyro.factor("goal", wrong(middle))
+
+    args: Any = (["a", "b"], ["b", "c"]) if vectorized else ("a", "b")
+    told = {"middle": lambda ending: wrong(ending)}
+    options: Any = {"vectorize_data": vectorized, "progress": False}
+    cases: list[tuple[Any, str]] = [
+        (lambda: importance(factored, PromptGuide(factored, lm), 2, **options)(*args), "behind site 'middle'"),
+        (lambda: importance(late, PromptGuide(plain, lm), 2, **options)(*args), "behind site 'ending'"),
+        (
+            lambda: importance(plain, PromptGuide(plain, lm, prompt=told), 2, **options)(*args),
+            r"Raised by prompt\['middle'\], called with ending=(\['b', 'c'\]|'b')",
+        ),
+        (
+            lambda: fit(late, AutoregressiveGuide(plain, lm, rank=1), [("a", "b")], TrajectoryBalance(2), 1, **options),
+            r"Raised at step 1 of fit, on \((\['a'\], \['b'\]|'a', 'b')\)",
+        ),
+        (lambda: twin.exact_posterior(twin_factored)("a", "b"), "behind site 'middle'"),
+        (
+            lambda: twin.importance(twin_factored, TwinGuide(twin_factored, other), 2, **options)(random.key(0), *args),
+            "behind site 'middle'",
+        ),
+    ]
+    for call, note in cases:
+        with pytest.raises(LookupError, match="nothing there") as caught:
+            call()
+        assert re.search(note, "\n".join(caught.value.__notes__)), caught.value.__notes__

@@ -12,6 +12,7 @@ from llmppl.demo import keyword as keyword_demo
 from llmppl.demo.infilling import make_guide, split, stories, threads
 from llmppl.diagnostics.verdict import Diagnosis, diagnose
 from llmppl.display import report_page
+from llmppl.files.folders import written_whole
 from llmppl.guides import WordGuide
 from llmppl.language_model import LM
 from llmppl.models import infilling, keyword
@@ -75,7 +76,8 @@ def report(
         "date": datetime.date.today().isoformat(),
     }
     observations = [{"beginning": beginning, OBSERVED[program]: seen.strip()} for beginning, seen in read]
-    out.write_text(report_page(diagnosis, observations=observations, about=about), encoding="utf-8")
+    page = report_page(diagnosis, observations=observations, about=about)
+    written_whole(out, lambda temporary: Path(temporary).write_text(page, encoding="utf-8"))
     return diagnosis
 
 

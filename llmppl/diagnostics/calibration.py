@@ -20,6 +20,7 @@ from llmppl.programs.plates import in_data_plate
 from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Program
 from llmppl.text.arguments import check_programs
+from llmppl.text.declared import declared
 
 PROPOSALS = 10
 """Samples of importance sampling for each draw that is taken from them."""
@@ -158,6 +159,7 @@ class Calibration:
         )
 
 
+@declared
 def calibrate(
     model: Program,
     guide: Program,
@@ -235,6 +237,7 @@ def calibrate(
     )
 
 
+@declared
 def expected_coverage(
     model: Program,
     guide: Program,

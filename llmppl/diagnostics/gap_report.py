@@ -25,6 +25,7 @@ from llmppl.programs.particles import common_axes
 from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Program, is_latent, structure
 from llmppl.text.arguments import check_programs
+from llmppl.text.declared import declared
 from llmppl.training.fit import fit
 from llmppl.training.minibatches import Rows, checked
 
@@ -33,6 +34,7 @@ ENUMERABLE = 10_000
 """Combinations of latent values up to which log Z is enumerated; about what fits draw for a few x."""
 
 
+@declared
 def gap_report(
     model: Program,
     guide: Program,

@@ -41,6 +41,7 @@ from llmppl.programs.plates import in_data_plate
 from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Program, Site, is_latent, structure
 from llmppl.text.arguments import check_programs
+from llmppl.text.declared import declared
 from llmppl.training.collation import collate
 from llmppl.training.minibatches import Rows, checked
 
@@ -104,6 +105,7 @@ class Diagnosis:
         return f"<p><b>{html.escape(self.verdict)}</b></p>{table}"
 
 
+@declared
 def diagnose(
     model: Program,
     guide: Program,

@@ -13,6 +13,7 @@ from torch import nn
 from llmppl.distributions.parameter_store import register_where_traced
 from llmppl.network.adapters import Adapters
 from llmppl.network.guide_tensors import load_adapter, save_adapter
+from llmppl.text.declared import declared
 
 
 class Adaptable:
@@ -33,6 +34,7 @@ class Adaptable:
         """The model itself, of which this is an adapted one; of an unadapted one this."""
         return self if self._unadapted is None else self._unadapted
 
+    @declared
     def adapt(
         self,
         rank: int = 16,
@@ -104,6 +106,7 @@ class Adaptable:
         if self.adapter is not None and self.weights is not None:
             register_where_traced(self.adapter, self.weights)
 
+    @declared
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
         """Write the parameters to a safetensors file, whole or not at all.
 
@@ -112,6 +115,7 @@ class Adaptable:
         """
         save_adapter(path, self._tensors("save"), self._fingerprint(), self._settings(), dtype)
 
+    @declared
     def load(self, path: str | os.PathLike[str]) -> Self:
         """Read what :meth:`save` has written; returns the model. Nothing changes if it does not fit.
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from llmppl.files.folders import made
+from llmppl.files.folders import written_whole
 
 FORMAT = "llmppl-adapter-1"
 """Names the format of a guide's file, in the file itself."""
+HASH = "sha256"
+"""Of the header without it, and of all numbers."""
+MOST_HEADER = 100_000_000
+"""Bytes, as in the readers of the format."""
 
 
 def write(
@@ -31,26 +35,63 @@ def write(
     :param save_file: of ``safetensors.torch`` or ``safetensors.numpy``.
     """
     metadata = {"format": FORMAT, "model": json.dumps(dict(model)), "settings": json.dumps(dict(settings))}
-    written_whole(Path(path), tensors, metadata, save_file)
+    written_tensors(Path(path), tensors, metadata, save_file)
 
 
-def written_whole(
+def written_tensors(
     path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str], save_file: Callable[..., None]
 ) -> None:
     """A safetensors file, written whole or not at all.
 
     :param save_file: of ``safetensors.torch`` or ``safetensors.numpy``.
     """
-    made(path.parent)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".tmp-")
-    os.close(handle)
-    try:
+
+    def write(temporary: str) -> None:
+        # Twice, for the hash is of what is written.
         save_file(dict(tensors), temporary, metadata=dict(metadata))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        save_file(dict(tensors), temporary, metadata={**metadata, HASH: _hash(Path(temporary))})
+
+    written_whole(path, write)
+
+
+def check_whole(path: Path) -> None:
+    """Refuse a safetensors file whose bytes are not those that were written. One of another writer has no hash.
+
+    :raises ValueError: damaged.
+    """
+    stored = _header(path).get("__metadata__", {})
+    if isinstance(stored, dict) and stored.get(HASH, "") and stored[HASH] != _hash(path):
+        raise ValueError("its bytes are not those that were written")
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """What stands before the numbers.
+
+    :raises ValueError: none.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > min(path.stat().st_size, MOST_HEADER):
+            raise ValueError("its header is cut off")
+        try:
+            found = json.loads(file.read(size))
+        except RecursionError:
+            raise ValueError("its header is no header") from None
+    if not isinstance(found, dict):
+        raise ValueError("its header is no header")
+    return found
+
+
+def _hash(path: Path) -> str:
+    header = _header(path)
+    described = header.get("__metadata__", {})
+    kept = {**header, "__metadata__": {k: v for k, v in described.items() if k != HASH}}
+    state = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        while block := file.read(1 << 20):
+            state.update(block)
+    return state.hexdigest()
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -58,8 +99,9 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     :raises FileNotFoundError, ValueError: missing or damaged.
     """
-    with _open(Path(path), "numpy") as file:
-        return dict(json.loads(file.metadata()["settings"]))
+    path = Path(path)
+    with _open(path, "numpy") as file:
+        return _stored(path, file.metadata(), "settings")
 
 
 def read(
@@ -80,7 +122,7 @@ def read(
     with _open(path, framework) as file:
         metadata = file.metadata()
         for kind, wanted in (("model", model), ("settings", settings)):
-            stored = json.loads(metadata[kind])
+            stored = _stored(path, metadata, kind)
             for key, value in wanted.items():
                 if stored.get(key) != value:
                     what = "language model" if kind == "model" else "guide"
@@ -107,12 +149,29 @@ def read(
     return tensors
 
 
+def _stored(path: Path, metadata: Mapping[str, str], kind: str) -> dict[str, Any]:
+    """What a file says that it belongs to.
+
+    :raises ValueError: nothing, or no JSON.
+    """
+    try:
+        found = json.loads(metadata[kind])
+    except (KeyError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: what it says of its {kind} cannot be read. Train and save it again.")
+    return found
+
+
 def _open(path: Path, framework: str) -> Any:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, and an adapter is a file. Give the file's name.")
     if not path.is_file():
         raise FileNotFoundError(f"no adapter file {path}. Write one with guide.save(path).")
     try:
+        check_whole(path)
         file = safe_open(str(path), framework=framework)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}). Train and save it again.") from None
     if (file.metadata() or {}).get("format") != FORMAT:
         raise ValueError(f"{path} was not written by guide.save of this library.")

@@ -15,8 +15,10 @@ from llmppl.inference.predictive import Prediction, drawn_traces
 from llmppl.programs.plates import in_data_plate
 from llmppl.programs.structure import Program, structure
 from llmppl.text.arguments import check_count, check_programs
+from llmppl.text.declared import declared
 
 
+@declared
 def answer(
     model: Program,
     site: str = "answer",

@@ -20,10 +20,12 @@ from llmppl.programs.plates import in_data_plate
 from llmppl.programs.simulation import simulate
 from llmppl.programs.structure import Program
 from llmppl.text.arguments import check_programs
+from llmppl.text.declared import declared
 
 METHODS = ("importance", "smc")
 
 
+@declared
 def bounds(
     model: Program,
     guide: Program,

@@ -28,6 +28,7 @@ from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Program, Site, is_latent
 from llmppl.text import PAD
 from llmppl.text.arguments import check_programs
+from llmppl.text.declared import declared
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "greedy": (),
@@ -42,6 +43,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 NEEDED = {"temperature": "temperature", "top-k": "top_k", "nucleus": "top_p", "beam": "num_beams"}
 
 
+@declared
 def decode(
     model: Program,
     guide: Program | None = None,

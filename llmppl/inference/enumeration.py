@@ -36,6 +36,7 @@ from llmppl.programs.particles import Particles, check_finite, common_axes, comp
 from llmppl.programs.plates import in_particles
 from llmppl.programs.structure import Program, Site, is_latent, is_text, plate_nesting, structure
 from llmppl.text.arguments import check_programs
+from llmppl.text.declared import declared
 
 BLOCK = 4096
 RUNS = 128
@@ -50,6 +51,7 @@ FAILURES = (RuntimeError, TypeError, ValueError, IndexError)
 Values = dict[str, Tensor]
 
 
+@declared
 def exact_posterior(model: Program) -> Callable[..., Posterior]:
     r"""The exact posterior: a function of the program's arguments, the joint at every combination of its latents.
 

@@ -22,8 +22,10 @@ from llmppl.programs.particles import check_finite, log_prior, run_particles
 from llmppl.programs.plates import in_data_plate
 from llmppl.programs.structure import Program, is_latent
 from llmppl.text.arguments import check_count, check_programs
+from llmppl.text.declared import declared
 
 
+@declared
 def importance(
     model: Program,
     guide: Program,
@@ -77,7 +79,7 @@ def importance(
     check_count(num_samples=num_samples)
     if target_error is not None:
         check_target(target_error, num_samples)
-    check_share(defensive)
+    check_share(defensive := float(defensive))
     exactness = check_weights(guide)
     if defensive:
         check_scores_given(guide, "defensive=")

@@ -29,6 +29,7 @@ from llmppl.programs.plates import in_data_plate
 from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Program, is_latent
 from llmppl.text.arguments import check_programs
+from llmppl.text.declared import declared
 
 KERNELS = ("independence", "suffix", "block", "gibbs")
 
@@ -42,6 +43,7 @@ ATTEMPTS = 100
 """Draws of a start before a chain gives up."""
 
 
+@declared
 def mcmc(
     model: Program,
     guide: Program | None = None,

@@ -16,6 +16,7 @@ from llmppl.inference.blocks import block_size
 from llmppl.programs.plates import in_data_plate, in_particles
 from llmppl.programs.structure import Program, plate_nesting, structure
 from llmppl.text.arguments import check_count, check_programs
+from llmppl.text.declared import declared
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Prediction:
         return f"Prediction({', '.join(shown)}, {self.num_samples} samples)"
 
 
+@declared
 def predict(
     model: Program, site: str, num_samples: int = 16, guide: Program | None = None, vectorize_data: bool = False
 ) -> Callable[..., Prediction]:

@@ -29,8 +29,10 @@ from llmppl.programs.structure import (
     structure,
 )
 from llmppl.text.arguments import check_programs
+from llmppl.text.declared import declared
 
 
+@declared
 def replicate(
     model: Program,
     posterior: Posterior | None = None,

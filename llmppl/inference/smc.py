@@ -22,8 +22,10 @@ from llmppl.programs.plates import in_data_plate
 from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Program
 from llmppl.text.arguments import check_programs
+from llmppl.text.declared import declared
 
 
+@declared
 def smc(
     model: Program,
     guide: Program | None = None,

@@ -12,8 +12,14 @@ from urllib.request import getproxies
 def check_servable(model: Any) -> None:
     """Refuse a model that is compiled, quantised, or spread over devices.
 
+    :raises TypeError: no model of transformers.
     :raises ValueError: naming what it is and the mend.
     """
+    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
+        raise TypeError(
+            f"model must be a causal language model of transformers, got a {type(model).__name__}. Load one by its "
+            "name or folder: LM.from_pretrained(...)."
+        )
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError(
             "model is compiled by torch.compile, which compiles anew for each shape of packed texts and cannot take "

@@ -28,8 +28,9 @@ from llmppl.numpyro.network.row_map import map_rows
 from llmppl.numpyro.network.text_arrays import BUCKET, Piece, TextArgument, check_text, is_concrete, pad_rows
 from llmppl.numpyro.network.text_law import TextLaw
 from llmppl.text import PAD
-from llmppl.text.arguments import check_name
+from llmppl.text.arguments import check_name, unavailable
 from llmppl.text.chat import chat_pieces
+from llmppl.text.declared import declared
 from llmppl.text.row_function import Kind
 from llmppl.text.spelling import Spelling, describe, empty_context, log_probabilities, too_long, unbroadcastable
 from llmppl.text.tokenization import Codec
@@ -65,6 +66,7 @@ class LM:
         self.spelling = Spelling(self.codec, self.vocabulary)
 
     @classmethod
+    @declared
     def from_pretrained(cls, name_or_folder: str | os.PathLike[str] = "smollm2-135m", dtype: Any = jnp.float32) -> LM:
         """Load a model of the Hugging Face hub, of a local folder, or the packaged default.
 
@@ -88,6 +90,7 @@ class LM:
 
     # --- strings and arrays ------------------------------------------------------------------------
 
+    @declared
     def encode(self, text: Piece, width: int | None = None, special: bool = False) -> Array:
         """Token ids of a text, ``(T,)``, or of several, ``(B, T)`` padded with ``PAD``.
 
@@ -110,6 +113,7 @@ class LM:
         value = pad_rows(rows, width)
         return value[0] if isinstance(text, str) else value  # type: ignore[return-value]
 
+    @declared
     def chat(self, messages: Sequence[Mapping[str, Any]], answers: bool = True) -> list[Any]:
         """A conversation as pieces for ``lm(...)`` and prompts, by the tokenizer's chat template.
 
@@ -149,6 +153,7 @@ class LM:
 
     # --- distributions -----------------------------------------------------------------------------
 
+    @declared
     def __call__(
         self,
         *pieces: Piece,
@@ -201,6 +206,7 @@ class LM:
             automaton=automaton,
         )
 
+    @declared
     def choice(self, *pieces: Piece, options: Sequence[str], probs: Sequence[float] | None = None) -> Choice:
         """The finite distribution over ``options``, each weighted by the probability that the continuation of the
         joined pieces begins with it, normalised over the options.
@@ -214,6 +220,7 @@ class LM:
         given = None if probs is None else jnp.asarray(log_probabilities(probs, options))
         return Choice(self, self.context(*pieces), pad_rows(rows), given=given)  # type: ignore[arg-type]
 
+    @declared
     def content_word(self, text: Piece, shortest: int = SHORTEST) -> ContentWord:
         """The distribution over the content words of a text, each with the same probability.
 
@@ -226,6 +233,7 @@ class LM:
         """
         return ContentWord(self, self._piece(text, 1, "text"), shortest)
 
+    @declared
     def echo(self, text: Piece, mistake: float = 1e-3) -> EchoedText:
         """The distribution of a text that is said again: as it is, and with probability ``mistake`` any text at all.
 
@@ -410,4 +418,7 @@ def _folder(name: str) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise unavailable(name, error) from error

@@ -12,8 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from llmppl.numpyro.language_model import LM
 from llmppl.numpyro.network.architecture import Architecture
 from llmppl.numpyro.network.folder_weights import stacked
+from llmppl.text.declared import declared
 
 
+@declared
 def tiny_lm(vocabulary: int = 6, seed: int = 0, dtype: Any = jnp.float32) -> LM:
     """A Llama with random weights over a vocabulary of single characters: ``.``, ``a``, ``b``, ...
 

@@ -18,6 +18,7 @@ from llmppl.distributions.autoregressive_text import AutoregressiveText
 from llmppl.objectives.replay_buffer import ReplayBuffer
 from llmppl.programs.plates import in_particles
 from llmppl.programs.structure import Program, Site, is_latent, is_text
+from llmppl.text.declared import declared
 
 
 class Behaviour:
@@ -39,6 +40,7 @@ class Behaviour:
     :raises ValueError: shares outside [0, 1] or beyond one together, temperatures that are not positive.
     """
 
+    @declared
     def __init__(
         self,
         tempered: float = 0.0,

@@ -16,6 +16,7 @@ from llmppl.programs.observations import Given, has_other_observations
 from llmppl.programs.particles import Particles, check_finite, common_axes, compute_log_prob, log_prior, sum_sites
 from llmppl.programs.plates import has_data_plate, in_particles
 from llmppl.programs.structure import Program, is_latent, learns, plate_nesting, structure
+from llmppl.text.declared import declared
 
 
 class ChainScore(ParticleObjective):
@@ -49,6 +50,7 @@ class ChainScore(ParticleObjective):
 
     fewest_particles = 2
 
+    @declared
     def __init__(self, num_particles: int = 8, control_variate: bool = True) -> None:
         super().__init__(num_particles)
         self.control_variate = control_variate

@@ -12,6 +12,7 @@ from llmppl.objectives.particle_objective import ParticleObjective, diagnostics
 from llmppl.objectives.wake_sleep import simulated_pairs
 from llmppl.programs.particles import check_finite, compute_log_prob, sum_site
 from llmppl.programs.structure import Program, is_latent
+from llmppl.text.declared import declared
 
 
 class Denoising(ParticleObjective):
@@ -29,6 +30,7 @@ class Denoising(ParticleObjective):
     :param num_masks: masked copies of each text. The contexts are read once for all of them.
     """
 
+    @declared
     def __init__(self, num_particles: int = 8, num_masks: int = 4) -> None:
         super().__init__(num_particles)
         if num_masks < 1:

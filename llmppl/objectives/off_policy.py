@@ -21,6 +21,7 @@ from llmppl.programs.particles import Particles
 from llmppl.programs.plates import has_data_plate
 from llmppl.programs.simulation import simulate
 from llmppl.programs.structure import Program, is_latent, plate_nesting, structure
+from llmppl.text.declared import declared
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class OffPolicyObjective(ParticleObjective):
 
     fewest_particles = 2
 
+    @declared
     def __init__(self, num_particles: int, behaviour: Behaviour | None = None, floor: float | None = None) -> None:
         super().__init__(num_particles)
         self.floor = checked_floor(floor)

@@ -13,6 +13,7 @@ from torch import Tensor
 from llmppl.programs.observations import has_other_observations
 from llmppl.programs.particles import Particles, check_finite, run_particles
 from llmppl.programs.structure import Program
+from llmppl.text.declared import declared
 
 
 class ParticleObjective(ELBO):
@@ -30,6 +31,7 @@ class ParticleObjective(ELBO):
 
     fewest_particles = 1
 
+    @declared
     def __init__(self, num_particles: int) -> None:
         if num_particles < self.fewest_particles:
             raise ValueError(

@@ -17,6 +17,7 @@ from llmppl.posterior.posterior import Posterior
 from llmppl.programs.observation_keys import key
 from llmppl.programs.structure import Program, structure, text_sites
 from llmppl.text import PAD
+from llmppl.text.declared import check_fields, declared
 
 PRIORITIES = ("log_joint", "log_weight", "uniform")
 
@@ -47,6 +48,7 @@ class ReplayBuffer:
     _clock: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.capacity < 1 or self.observations < 1:
             raise ValueError(f"capacity={self.capacity} and observations={self.observations} must both be at least 1.")
         if self.priority not in PRIORITIES:
@@ -60,6 +62,7 @@ class ReplayBuffer:
         """The configurations of one observation, best first."""
         return self._ranked(key(args))
 
+    @declared
     def add(self, posterior: Posterior) -> int:
         """Take in the draws of a posterior that search has found: of ``smc``, ``mcmc``, ``importance``,
         ``exact_posterior`` or ``decode`` of the same program and observations. A guide that replays them is that search
@@ -143,6 +146,7 @@ class ReplayBuffer:
         if len(self._entries) > self.observations:
             self._entries.popitem(last=False)
 
+    @declared
     def seed(self, model: Program, args: tuple[Any, ...], **texts: Sequence[str]) -> None:
         """Put given texts (demonstrations) of one observation into the buffer, before all others.
 
@@ -153,8 +157,11 @@ class ReplayBuffer:
         sites = text_sites(structure(model, args, {}))
         if set(texts) != set(sites):
             raise ValueError(f"texts are given for {sorted(texts)}; the program's latent text sites are {list(sites)}.")
-        if len({len(column) for column in texts.values()}) > 1 or any(isinstance(c, str) for c in texts.values()):
-            raise ValueError("give each site a list of texts, all lists of one length.")
+        if (
+            not all(isinstance(column, (list, tuple)) for column in texts.values())
+            or len(set(map(len, texts.values()))) > 1
+        ):
+            raise ValueError(f"give each site of {list(sites)} a list of texts, all lists of one length.")
         for row in zip(*(texts[name] for name in sites), strict=True):
             values = {}
             for (name, site), text in zip(sites.items(), row, strict=True):
@@ -168,6 +175,7 @@ class ReplayBuffer:
                 values[name] = value.expand(fn.batch_shape + fn.event_shape)
             self.put(key(args), values, math.inf, math.inf)
 
+    @declared
     def draw(self, observation: str, count: int) -> list[Entry]:
         """Up to ``count`` configurations of an observation, by priority, none twice and none too stale."""
         oldest = -math.inf if self.max_staleness is None else self.step - self.max_staleness

@@ -27,6 +27,7 @@ from llmppl.programs.particles import (
 from llmppl.programs.plates import has_data_plate, in_particles
 from llmppl.programs.structure import Program, learns, structure
 from llmppl.text.arguments import check_count
+from llmppl.text.declared import declared
 
 
 class SubTrajectoryBalance(OffPolicyObjective):
@@ -75,6 +76,7 @@ class SubTrajectoryBalance(OffPolicyObjective):
     # A single particle already has subtrajectories to compare.
     fewest_particles = 1
 
+    @declared
     def __init__(
         self,
         num_particles: int = 8,
@@ -217,6 +219,7 @@ class DetailedBalance(SubTrajectoryBalance):
     generative flow networks`.
     """
 
+    @declared
     def __init__(self, num_particles: int = 8, behaviour: Behaviour | None = None, floor: float | None = None) -> None:
         super().__init__(num_particles, behaviour=behaviour, floor=floor)
 

@@ -10,6 +10,7 @@ from llmppl.objectives.behaviour import Behaviour
 from llmppl.objectives.off_policy import OffPolicyObjective
 from llmppl.objectives.particle_objective import program_loss
 from llmppl.programs.structure import Program
+from llmppl.text.declared import declared
 
 
 class TrajectoryBalance(OffPolicyObjective):
@@ -45,6 +46,7 @@ class TrajectoryBalance(OffPolicyObjective):
     [3] Zhang, Rainone, Peschl, Bondesan (2023), `Robust scheduling with GFlowNets`.
     """
 
+    @declared
     def __init__(
         self,
         num_particles: int = 8,

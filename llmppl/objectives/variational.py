@@ -10,6 +10,7 @@ from torch import Tensor
 from llmppl.objectives.particle_objective import ParticleObjective
 from llmppl.programs.particles import Particles, sum_site
 from llmppl.programs.structure import Program
+from llmppl.text.declared import declared
 
 
 class LeaveOneOutELBO(ParticleObjective):
@@ -32,6 +33,7 @@ class LeaveOneOutELBO(ParticleObjective):
 
     fewest_particles = 2
 
+    @declared
     def __init__(self, num_particles: int = 8) -> None:
         super().__init__(num_particles)
 

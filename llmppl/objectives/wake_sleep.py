@@ -19,6 +19,7 @@ from llmppl.programs.particles import check_finite, common_axes, compute_log_pro
 from llmppl.programs.plates import PARTICLES, in_particles
 from llmppl.programs.simulation import Simulated
 from llmppl.programs.structure import Program, is_latent, learns, plate_nesting, structure
+from llmppl.text.declared import declared
 
 
 class WakeSleep(ParticleObjective):
@@ -52,6 +53,7 @@ class WakeSleep(ParticleObjective):
     [2] Hesterberg (1995), `Weighted average importance sampling and defensive mixture distributions`.
     """
 
+    @declared
     def __init__(
         self,
         num_particles: int = 8,

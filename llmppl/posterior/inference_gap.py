@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from llmppl.posterior.posterior import Posterior
+from llmppl.text.declared import declared
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class InferenceGap:
         return f"InferenceGap({sign}{values} nats; log evidence by {self.source})"
 
 
+@declared
 def inference_gap(posterior: Posterior, *references: Posterior) -> InferenceGap:
     """The inference gap of the guide that proposed ``posterior``.
 

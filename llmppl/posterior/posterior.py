@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +17,11 @@ from numpy.typing import NDArray
 from llmppl.display.arviz_data import chain_ess, chain_rhat, to_arviz
 from llmppl.display.plots import plot_weights
 from llmppl.display.posterior_html import posterior_html
+from llmppl.files.folders import written_whole
 from llmppl.posterior.doubts import doubts
 from llmppl.posterior.pareto import Tail, pareto_k, pareto_tail
 from llmppl.posterior.replicates import Replicates, decoded
+from llmppl.text.declared import check_fields, declared
 
 Array = NDArray[Any]
 EXACTNESS = ("marginal", "conditional", "extended", "none")
@@ -83,6 +89,10 @@ class Posterior:
     dims: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("log_weights", "log_joint"):
+            if not getattr(getattr(self, name), "shape", ()):
+                raise TypeError(f"{name} must be an array, (K,) + batch_shape, got {getattr(self, name)!r}.")
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} must be one of {METHODS}.")
         if self.exactness not in EXACTNESS:
@@ -198,8 +208,11 @@ class Posterior:
         counts = [len(np.unique(flat[alive[:, n], n])) for n in range(flat.shape[1])]
         return np.array(counts).reshape(self.batch_shape)
 
+    @declared
     def distinct_texts(self, site: str) -> Array:
         """How many different values the samples of a site have, of shape ``batch_shape``."""
+        if site not in self.samples:
+            raise KeyError(f"no site {site!r}; the posterior has samples of {sorted(self.samples)}.")
         values = self.samples[site].reshape(self.num_samples, math.prod(self.batch_shape), -1)
         counts = [len(np.unique(values[:, n], axis=0)) for n in range(values.shape[1])]
         return np.array(counts).reshape(self.batch_shape)
@@ -255,6 +268,7 @@ class Posterior:
 
     # --- samples -----------------------------------------------------------------------------------
 
+    @declared
     def resample(self, num_samples: int | None = None, seed: int = 0) -> Posterior:
         """Equally weighted samples: systematic resampling by the weights, row by row.
 
@@ -275,6 +289,7 @@ class Posterior:
             acceptance=None,
         )
 
+    @declared
     def resampling_index(self, num_samples: int | None = None, seed: int = 0) -> Array:
         """Which samples :meth:`resample` draws, ``(num_samples,) + batch_shape``."""
         count = self.num_samples if num_samples is None else num_samples
@@ -313,6 +328,7 @@ class Posterior:
         expanded = index.reshape(index.shape + (1,) * (value.ndim - 1 - rows))
         return np.take_along_axis(value, expanded, axis=0)
 
+    @declared
     def decode(self, site: str) -> Any:
         """The texts of a site as strings: ``K`` of them, nested by batch row where there are rows; of an
         observed site its text, or one for each of its rows.
@@ -327,6 +343,7 @@ class Posterior:
             raise KeyError(f"site {site!r} is no text; its values are in posterior.{where}[{site!r}].")
         return decoded(values[site], self.decoders[site])
 
+    @declared
     def top(self, site: str, count: int = 10) -> list[tuple[str, float]]:
         """The distinct texts of a site with the largest total weight, for a posterior without rows."""
         if self.batch_shape:
@@ -378,6 +395,7 @@ class Posterior:
             lines += [f"    {weight:6.1%}  {text!r}" for text, weight in self.top(site, 5)]
         return "\n".join(lines)
 
+    @declared
     def to_arviz(
         self,
         num_samples: int | None = None,
@@ -389,6 +407,21 @@ class Posterior:
     ) -> Any:
         """The posterior for ArviZ, resampled or with its weights; see :func:`llmppl.display.arviz_data.to_arviz`."""
         return to_arviz(self, num_samples, seed, weighted, coords, prior, posterior_predictive)
+
+    @declared
+    def to_netcdf(
+        self, path: str | os.PathLike[str], num_samples: int | None = None, seed: int = 0, weighted: bool = False
+    ) -> None:
+        """Write :meth:`to_arviz` to a netCDF file, whole or not at all; ``arviz.from_netcdf`` reads it.
+
+        :raises OSError: with the path and the mend; what was there is as it was.
+        """
+        data = self.to_arviz(num_samples, seed, weighted)
+        # Made elsewhere: HDF5 cannot end in good order on a disk that is full.
+        with tempfile.TemporaryDirectory() as elsewhere:
+            file = Path(elsewhere) / "posterior.nc"
+            data.to_netcdf(str(file))
+            written_whole(path, lambda temporary: shutil.copyfile(file, temporary))
 
     def plot(self, ax: Any = None) -> Any:
         """Sorted weights against equal ones; see :func:`llmppl.display.plots.plot_weights`."""

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from llmppl.distributions.conditioned_text import score_together
 from llmppl.programs.plates import PARTICLES, has_data_plate, in_particles
-from llmppl.programs.structure import Program, is_deterministic, is_latent, is_text, plate_nesting, structure
+from llmppl.programs.structure import (
+    Program,
+    SitesNoted,
+    is_deterministic,
+    is_latent,
+    is_text,
+    plate_nesting,
+    structure,
+)
 
 
 @dataclass
@@ -139,7 +147,8 @@ def run_model(
             if is_latent(site) and site["value"].dim() - site["fn"].event_dim == nesting + 1:
                 site["value"] = site["value"][first:]
     model_in = in_particles(model, num_particles - first, nesting)
-    return poutine.trace(poutine.replay(model_in, trace=at)).get_trace(*args, **kwargs)
+    with SitesNoted():
+        return poutine.trace(poutine.replay(model_in, trace=at)).get_trace(*args, **kwargs)
 
 
 def drops(guide_trace: poutine.Trace) -> bool:

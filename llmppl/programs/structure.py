@@ -20,6 +20,7 @@ from llmppl.distributions.conditioned_text import ConditionedText
 from llmppl.distributions.process_text import ProcessText
 from llmppl.network.text_law import TextLaw
 from llmppl.network.text_tensors import pad_rows
+from llmppl.text.arguments import check_arguments
 from llmppl.text.text_support import shortest_row
 
 Program = Callable[..., Any]
@@ -51,8 +52,12 @@ def is_observation(site: Site) -> bool:
 
 
 def structure(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> poutine.Trace:
-    """A trace of the model whose latent texts hold arbitrary values: sites, plates, observations."""
-    with poutine.block(), DummyTexts():
+    """A trace of the model whose latent texts hold arbitrary values: sites, plates, observations.
+
+    :raises TypeError: arguments that the model does not take.
+    """
+    check_arguments(model, args, kwargs)
+    with poutine.block(), SitesNoted(), DummyTexts():
         return poutine.trace(model).get_trace(*args, **kwargs)
 
 
@@ -107,6 +112,24 @@ def _any_tokens(law: TextLaw) -> Tensor:
         )
     row = shortest_row(*law.alphabet(), law.min_tokens, law.max_tokens)
     return pad_rows([row], law.max_tokens, law.stop.device)[0]
+
+
+class SitesNoted(Messenger):
+    """Has an error of a program say behind which of its sites it was raised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: str | None = None
+
+    def _pyro_post_sample(self, msg: Site) -> None:
+        if not site_is_subsample(msg) and not msg["name"].startswith("_"):
+            self.last = msg["name"]
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if isinstance(error, Exception) and not hasattr(error, "__notes__"):
+            where = "before its first site" if self.last is None else f"behind site {self.last!r}"
+            error.add_note(f"Raised by the program, or at one of its sites, {where}.")
+        super().__exit__(kind, error, traceback)
 
 
 class DummyTexts(Messenger):

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from llmppl.text.declared import declared
 from llmppl.text.tokenization import Codec
 
 CACHED_STATES = 4096
@@ -45,11 +46,13 @@ class Grammar:
     :raises ValueError: when it is used, if llguidance cannot compile it.
     """
 
+    @declared
     def __init__(self, source: str, description: str) -> None:
         self.source, self.description = source, description
         self._bound: dict[int, BoundGrammar] = {}
 
     @classmethod
+    @declared
     def regex(cls, pattern: str) -> Grammar:
         """Texts that match a regular expression as a whole (Rust syntax, no look-around)."""
         from llguidance import LLMatcher
@@ -68,9 +71,14 @@ class Grammar:
             text = schema if isinstance(schema, str) else json.dumps(schema)
         except (TypeError, ValueError) as error:
             raise TypeError(f"schema={schema!r} is no JSON: {error}. Give a dict, or a string of JSON.") from None
-        return cls(LLMatcher.grammar_from_json_schema(text), f"JSON schema {text[:40]}")
+        try:
+            source = LLMatcher.grammar_from_json_schema(text)
+        except ValueError as error:
+            raise ValueError(f"schema={schema!a} is no JSON schema: {error}. Write a dict of plain values.") from None
+        return cls(source, f"JSON schema {text[:40]}")
 
     @classmethod
+    @declared
     def lark(cls, rules: str) -> Grammar:
         """Texts of a context-free grammar in Lark syntax."""
         from llguidance import LLMatcher

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,11 +80,16 @@ class Telling:
         """
         label = f"prompt[{site!r}]"
         values = called_by_name(label, function, self._known(site, function, latents))
-        return checked_pieces(label, function(**values), values, shown)
+        with noted(label, values):
+            found = function(**values)
+        return checked_pieces(label, found, values, shown)
 
     def proposal(self, site: str, function: Callable[..., Any], latents: Mapping[str, Any]) -> Any:
         """What a proposal of :func:`checked_others` returns for its site."""
-        return function(**called_by_name(f"others[{site!r}]", function, self._known(site, function, latents)))
+        label = f"others[{site!r}]"
+        values = called_by_name(label, function, self._known(site, function, latents))
+        with noted(label, values):
+            return function(**values)
 
     def _known(self, site: str, function: Callable[..., Any], latents: Mapping[str, Any]) -> dict[str, Any]:
         asked = set(inspect.signature(function).parameters)
@@ -96,6 +102,21 @@ class Telling:
             if self.simulated and name in asked:
                 known[name] = told(site, name, value, self.relation(name), self.simulated)
         return known
+
+
+@contextmanager
+def noted(label: str, values: Mapping[str, Any]) -> Iterator[None]:
+    """Has an error of a user's function say which function it is, and what it was given."""
+    try:
+        yield
+    except Exception as error:
+        of_shape = "a {} of shape {}".format
+        given = ", ".join(
+            f"{name}={of_shape(type(v).__name__, tuple(v.shape)) if hasattr(v, 'shape') else repr(v)}"
+            for name, v in values.items()
+        )
+        error.add_note(f"Raised by {label}, called with {given[:300] or 'nothing'}.")
+        raise
 
 
 def checked_prompts(prompt: Mapping[str, Callable[..., Any]] | None) -> dict[str, Callable[..., Any]]:

@@ -100,7 +100,7 @@ def result_kind(function: Any, values: Sequence[Any], max_tokens: int | None, re
         raise TypeError(f"returns={_shown(returns)} must be one of the types str, float, int and bool.")
     if max_tokens is None:
         return returns
-    if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
+    if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or not 1 <= max_tokens < 2**31:
         raise ValueError(f"max_tokens={max_tokens!r} must be a number of tokens, at least 1.")
     if returns not in (None, str):
         raise ValueError(

@@ -13,6 +13,8 @@ from typing import Any
 from llmppl.text.stop_automaton import StopAutomaton, build
 from llmppl.text.tokenization import Codec
 
+ALLOWED = "allowed= must be a list of token ids or a boolean mask over the vocabulary."
+
 
 class Spelling:
     """The tokens of one language model.
@@ -124,6 +126,8 @@ class Spelling:
         """
         if stop is None:
             return sorted({*also}), None
+        if not isinstance(stop, (int, str)) and (not hasattr(stop, "__iter__") or getattr(stop, "shape", None) == ()):
+            raise TypeError(f"stop={stop!r} must be a string, a list of strings, or token ids.")
         parts = [stop] if isinstance(stop, (int, str)) else list(stop)
         if not parts:
             raise ValueError("stop= is empty. Pass stop token ids or a string, or leave it out.")
@@ -168,7 +172,7 @@ class Spelling:
                     f"the {self.vocabulary} tokens. Token ids work too."
                 )
         elif len(shape) != 1 or not integer:
-            raise TypeError("allowed= must be a list of token ids or a boolean mask over the vocabulary.")
+            raise TypeError(ALLOWED)
 
     def options(self, options: Any) -> list[list[int]]:
         """Of the options of a choice.

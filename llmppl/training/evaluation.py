@@ -20,6 +20,7 @@ from llmppl.posterior.posterior import Posterior
 from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.simulated_pair import SimulatedPair
 from llmppl.programs.structure import Program
+from llmppl.text.declared import check_fields, is_list
 from llmppl.training.collation import collate
 from llmppl.training.gain import held_out_gain
 from llmppl.training.history import Evaluated
@@ -77,10 +78,12 @@ class Evaluation:
     pairs_log_evidence: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        if self.pairs is None or len(self.data):
+        check_fields(self)
+        if self.pairs is None or not isinstance(self.data, Sequence) or len(self.data):
             self.data = checked(self.data, "Evaluation.data")
         pairs = self.pairs
-        if pairs is not None and not all(isinstance(pairs[n], SimulatedPair) for n in range(len(pairs))):
+        listed = is_list(pairs) and hasattr(pairs, "__getitem__")
+        if pairs is not None and not (listed and all(isinstance(pairs[n], SimulatedPair) for n in range(len(pairs)))):
             raise TypeError(
                 "Evaluation.pairs must be simulated pairs: simulate(program, data, num_pairs=64) draws some."
             )

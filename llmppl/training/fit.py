@@ -24,9 +24,11 @@ from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.simulated_pair import SimulatedPair, with_pair
 from llmppl.programs.structure import Program
 from llmppl.text.arguments import check_count, check_programs
+from llmppl.text.declared import declared
 from llmppl.training.collation import collate
 from llmppl.training.evaluation import Evaluation, HeldOut
 from llmppl.training.history import COLUMNS, HARD, REPLAYED, History
+from llmppl.training.interruption import Interruption
 from llmppl.training.memory import warn_where_memory_is_short
 from llmppl.training.minibatches import Minibatches, Rows, checked
 from llmppl.training.optimization import SCHEDULES, make_optimizer, make_scheduler, of_program, trained_parameters
@@ -41,6 +43,7 @@ from llmppl.training.simulated_stream import FreshMinibatches, SimulatedStream
 __all__ = ["History", "fit"]
 
 
+@declared
 def fit(
     model: Program,
     guide: Program,
@@ -72,7 +75,8 @@ def fit(
 
     With a ``folder`` the run can be resumed: called again with ``resume=True`` and otherwise as before it
     goes on from its newest whole checkpoint, bit for bit as if it had not stopped. Killed at any moment it
-    loses the steps since that checkpoint. The same call with ``resume=True`` starts a run, too, so that
+    loses the steps since that checkpoint; stopped by Ctrl-C it ends its step and writes one more, and loses none. The
+    same call with ``resume=True`` starts a run, too, so that
     one command can be repeated until it is through.
 
     Under ``torchrun``, in a script that has started the group (``torch.distributed.init_process_group()``, or
@@ -119,6 +123,8 @@ def fit(
         checkpoints without ``resume``, of another run, or with damaged ones only; a regularisation that the
         program, the guide or the objective cannot have; a stream or a replay buffer in several processes; simulated
         data, or references and pairs of an evaluation, for a program that learns and is soon another.
+    :raises KeyboardInterrupt: by Ctrl-C; of a run with a folder, in one process, behind the end of the step and its
+        checkpoint. A second Ctrl-C does not wait.
     """
     check_programs(model=model, guide=guide)
     check_count(steps=steps, batch_size=batch_size, accumulate=accumulate, checkpoint_every=checkpoint_every)
@@ -220,6 +226,7 @@ def fit(
     with (
         _tempering(objective, target_temperature) as temper,
         run,
+        Interruption(waits=folder is not None and processes.size == 1) as interruption,
         sampling as exchange,
         tqdm(
             total=steps,
@@ -229,8 +236,10 @@ def fit(
         ) as bar,
     ):
         if step == 0:
+            _forget_draws(guide)
             evaluate(0)
-        while step < steps and not (held_out is not None and held_out.exhausted()):
+        while step < steps and not interruption.asked and not (held_out is not None and held_out.exhausted()):
+            _forget_draws(guide)
             temper(step)
             if buffer is not None:
                 buffer.step = step
@@ -274,7 +283,8 @@ def fit(
             run.record("step", step, {name: getattr(history, name)[-1] for name in columns})
             evaluate(step)
             stopped = held_out is not None and held_out.exhausted()
-            if step % checkpoint_every == 0 or step == steps or stopped:
+            saved = step % checkpoint_every == 0 or step == steps or stopped
+            if saved:
                 run.save(step)
             shown = {"loss": f"{history.loss[-1]:.2f}"}
             if learned and not math.isnan(history.log_evidence[-1]):
@@ -286,13 +296,28 @@ def fit(
                 shown |= {"gap": f"{last.gap:.2f}"} if math.isnan(last.gain) else {"gain": f"{last.gain:.2f}"}
             bar.set_postfix(shown, refresh=False)
             bar.update()
-            if callback is not None:
-                callback(step, history)
+            try:
+                if callback is not None:
+                    callback(step, history)
+            except KeyboardInterrupt:
+                interruption.asked = True
+            if interruption.asked and not saved:
+                run.save(step)
         if held_out is not None and held_out.exhausted():
             held_out.restore()
             history.restored = held_out.best_step
             bar.set_postfix_str(f"stopped early, back to step {held_out.best_step}")
+    if interruption.asked:
+        raise KeyboardInterrupt(run.stopped(step))
     return history
+
+
+def _forget_draws(guide: Program) -> None:
+    """Leave no score of a text drawn before to be recalled: recalled and scored anew they differ in the last bit, and a
+    resumed run, in another process, has drawn nothing before."""
+    lm = getattr(guide, "lm", None)
+    if lm is not None:
+        lm.base.drawn.clear()
 
 
 def _too_fast(run: Resumable, step: int, what: str, optimizer: torch.optim.Optimizer) -> ValueError:
@@ -328,7 +353,7 @@ def _accumulated(
         losses, reports = [], []
         processes.seed_minibatch(step, n)
         for args in [collate(batch)] if vectorize_data else batch:
-            with regularised.call(args, simulates) as (model, guide):
+            with _data_noted(step, args), regularised.call(args, simulates) as (model, guide):
                 if isinstance(args, SimulatedPair):
                     model, guide = _on_pair(model, guide, args, objective)
                 # Some of Pyro's objectives have no differentiable loss, and some return several.
@@ -348,6 +373,16 @@ def _accumulated(
         for loss, rows in losses:
             total += loss / (len(everything) * rows)
     return total, [report for _, reports in everything for report in reports]
+
+
+@contextmanager
+def _data_noted(step: int, args: tuple[Any, ...]) -> Iterator[None]:
+    """Has an error say at which step it was raised, and on which data."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"Raised at step {step + 1} of fit, on {repr(tuple(args))[:300]}.")
+        raise
 
 
 def _on_pair(model: Program, guide: Program, pair: SimulatedPair, objective: ELBO) -> tuple[Program, Program]:

@@ -16,6 +16,7 @@ from llmppl.programs.particles import log_prior
 from llmppl.programs.plates import in_data_plate
 from llmppl.programs.simulated_pair import SimulatedPair
 from llmppl.programs.structure import Program
+from llmppl.text.declared import declared, is_list
 from llmppl.training.collation import collate
 
 ROWS = 32
@@ -75,6 +76,7 @@ class Gain:
 
 
 @torch.no_grad()
+@declared
 def held_out_gain(
     model: Program,
     guide: Program,
@@ -89,17 +91,25 @@ def held_out_gain(
         mutual information and KL(p‖q).
     :raises ValueError: a guide that does not score what it did not draw; another number of log Z than of pairs.
     """
+    if not is_list(pairs) or not hasattr(pairs, "__getitem__"):
+        raise TypeError(
+            f"pairs must be simulated pairs, got {pairs!r}. Draw some: simulate(program, data, num_pairs=64)."
+        )
     if not len(pairs):
         raise ValueError("pairs is empty. Draw some: simulate(program, data, num_pairs=64).")
     if log_evidence is not None and len(log_evidence) != len(pairs):
         raise ValueError(f"log_evidence has {len(log_evidence)} values for {len(pairs)} pairs. Give one for each.")
     found, likelihood = [], []
     calls: list[Any] = [pairs[n] for n in range(len(pairs))]
+    for n, pair in enumerate(calls):
+        if not isinstance(pair, SimulatedPair):
+            raise TypeError(
+                f"pairs[{n}] is {pair!r}, no simulated pair. Draw some: simulate(program, data, num_pairs=64)."
+            )
     if vectorize_data:
         calls = [collate(calls[start : start + ROWS]) for start in range(0, len(calls), ROWS)]
     programs = (in_data_plate(model), in_data_plate(guide)) if vectorize_data else (model, guide)
     for pair in calls:
-        assert isinstance(pair, SimulatedPair)
         observed, told = observing(*programs, dict(pair.observations))
         particles = score_given(observed, told, tuple(pair), {}, dict(pair.latents), 1)
         prior = log_prior(particles)

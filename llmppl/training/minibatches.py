@@ -77,6 +77,10 @@ def checked(data: Any, name: str = "data", program: Callable[..., Any] | None = 
         )
     if hasattr(data, "to_dict") and hasattr(data, "columns"):
         raise TypeError(f'{name} is a table. Pass its rows: {name}.to_dict("records").')
+    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        raise TypeError(f"{name} must be a list of the program's argument tuples, got {data!r}.")
+    if getattr(data, "shape", None) == ():
+        raise TypeError(f"{name} must be a list of the program's argument tuples, got one number.")
     places = hasattr(data, "__getitem__") and hasattr(data, "__len__")
     rows = [data[n] for n in range(len(data))] if places else list(data)
     if not rows:

@@ -27,6 +27,7 @@ from llmppl.programs.observation_keys import key
 from llmppl.programs.plates import in_data_plate
 from llmppl.programs.structure import Program
 from llmppl.text.arguments import check_count
+from llmppl.text.declared import check_fields
 from llmppl.training.collation import collate
 from llmppl.training.minibatches import Minibatches
 from llmppl.training.optimization import trained_parameters
@@ -81,6 +82,7 @@ class RaySamplers:
     threads: int = 1
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_count(refresh_every=self.refresh_every, num_samples=self.num_samples, threads=self.threads)
         check_count(least=0, num=self.num, max_staleness=self.max_staleness)
         if not callable(self.draws) and self.draws not in KINDS:

@@ -17,6 +17,7 @@ from llmppl.programs.observations import check_takes_observations, observing
 from llmppl.programs.simulation import check_simulable, simulate
 from llmppl.programs.structure import Program, Site, is_observation, is_text, signature, structure, text_sites
 from llmppl.text import PAD
+from llmppl.text.declared import check_fields
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Regularisation:
     simulated: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("input_noise", "adapter_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is a probability below 1: pass e.g. {name}=0.1.")

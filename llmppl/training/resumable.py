@@ -41,24 +41,47 @@ class Resumable:
             return 0
         if self.writes:
             self.folder.claim()
-        if not resume and self.folder.checkpoints():
+        try:
+            return self._found(self.folder, resume)
+        except BaseException:
+            # Not held by what a notebook keeps of an error.
+            self.folder.close()
+            raise
+
+    def _found(self, folder: RunFolder, resume: bool) -> int:
+        if not resume and folder.checkpoints():
             raise ValueError(
-                f"{self.folder.path} holds the checkpoints of a run already. Pass resume=True to go on with it, or "
+                f"{folder.path} holds the checkpoints of a run already. Pass resume=True to go on with it, or "
                 "choose another folder."
             )
-        state = self.folder.load() if resume else None
+        state = folder.load() if resume else None
         if state is not None:
-            check_identity(state["identity"], self.identity, f"the checkpoint in {self.folder.path}")
-            with torch.no_grad():
-                for name, tensor in self.tensors.items():
-                    tensor.copy_(state["tensors"][name])
-            for name, part in self.parts.items():
-                part.load_state_dict(state["parts"][name])
-            set_random_state(state["random"])
+            check_identity(state["identity"], self.identity, f"the checkpoint in {folder.path}")
+            try:
+                self._put_back(state)
+            # Of a file whose hash and identity are right, and its contents not: nobody but a person makes one.
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"the checkpoint in {folder.path} was not written by fit: its state does not fit this run "
+                    f"({type(error).__name__}: {error}). Start again in another folder, with a new guide."
+                ) from error
         step = 0 if state is None else int(state["step"])
         if self.writes:
-            self.folder.begin(step)
+            folder.begin(step)
         return step
+
+    def _put_back(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for name, tensor in self.tensors.items():
+                stored = state["tensors"][name]
+                if stored.shape != tensor.shape:  # copied, it would be broadcast
+                    raise ValueError(f"{name!r} has shape {tuple(stored.shape)}, not {tuple(tensor.shape)}")
+                tensor.copy_(stored)
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
+        set_random_state(state["random"])
+        if not isinstance(state["step"], int) or state["step"] < 0:
+            raise ValueError(f"its step is {state['step']!r}")
 
     def save(self, step: int) -> None:
         if self.folder is not None and self.writes:
@@ -79,6 +102,14 @@ class Resumable:
         if not kept:
             return f"{self.folder.path} has no checkpoint yet."
         return f"The last good checkpoint is {kept[0]}."
+
+    def stopped(self, step: int) -> str:
+        """What is left of a run that was told to stop."""
+        if self.folder is None:
+            return f"stopped after step {step}"
+        if not self.folder.checkpoints():
+            return f"stopped after step {step}; {self.folder.path} has no checkpoint yet, and resume=True starts anew"
+        return f"stopped after step {step}; resume=True goes on from there, in {self.folder.path}"
 
     def record(self, event: str, step: int, values: dict[str, Any]) -> None:
         if self.folder is not None and self.writes:

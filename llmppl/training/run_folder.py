@@ -23,10 +23,12 @@ from typing import Any
 import filelock
 import torch
 
-from llmppl.files.folders import made
+from llmppl.files.folders import made, unwritable
 
 FORMAT = "llmppl-run-1"
 KEPT = 2
+PARTS = {"identity", "step", "tensors", "parts", "random"}
+"""Of a run's state in a checkpoint."""
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
 
 
@@ -47,14 +49,23 @@ class RunFolder:
 
         :raises ValueError: another run is writing to it.
         """
+        for name in (".lock", self.metrics.name, "tensorboard"):
+            if (self.path / name).is_symlink():
+                raise ValueError(
+                    f"{self.path / name} is a link, and a run writes within its folder alone. Delete it, or choose "
+                    "another folder."
+                )
         self._lock = filelock.FileLock(self.path / ".lock", timeout=0)
         try:
             self._lock.acquire()
-        except filelock.Timeout:
-            raise ValueError(
-                f"{self.path} is in use: another run is writing to it now. Wait for it or stop it, or choose another "
-                "folder."
-            ) from None
+        except OSError as error:
+            if isinstance(error, filelock.Timeout):
+                raise ValueError(self._in_use()) from None
+            raise unwritable(self.path / ".lock", error) from error
+
+    def _in_use(self) -> str:
+        said = "another run is writing to it now. Wait for it or stop it, or choose another folder."
+        return f"{self.path} is in use: {said}"
 
     def checkpoints(self) -> list[Path]:
         """The newest first."""
@@ -211,12 +222,23 @@ def _hash(content: bytes) -> str:
 
 def _read(file: Path) -> dict[str, Any] | None:
     """The state in a file, or None if it is damaged."""
-    content = file.read_bytes()
+    try:
+        content = file.read_bytes()
+    except OSError:  # a folder, a link to nowhere, a disk that fails
+        return None
     match = _NAME.fullmatch(file.name)
     if match is None or _hash(content) != match[2]:
         return None
-    state = _unpack(content)
-    if state.get("format") != FORMAT:
+    try:
+        state = _unpack(content)
+    # Whatever a reader of foreign bytes raises; nothing in them is run.
+    except Exception as error:
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"{file} was not written by fit: it is no file of tensors, numbers, strings, lists and dicts ({why[0]}) "
+            "Delete it, and do not trust what it came with."
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= PARTS:
         raise ValueError(
             f"{file} was written by another version of fit. Resume it with that, or choose another folder."
         )

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmppl.files.folders import made
-from llmppl.files.guide_file import written_whole
+from llmppl.files.guide_file import check_whole, written_tensors
 from llmppl.programs.simulated_pair import SimulatedPair
+from llmppl.text.declared import declared
 
 FORMAT = "llmppl-simulated-1"
 FILE = "pairs.safetensors"
@@ -31,10 +32,19 @@ class SimulatedSet(Sequence[SimulatedPair]):
     :param latents, observations: by site, ``(N, ...)``; texts padded to one width.
     """
 
+    @declared
     def __init__(
         self, args: Sequence[tuple[Any, ...]], latents: dict[str, Tensor], observations: dict[str, Tensor]
     ) -> None:
         self.args, self.latents, self.observations = list(args), latents, observations
+        for kind, group in (("latents", latents), ("observations", observations)):
+            for name, value in group.items():
+                if not isinstance(value, Tensor) or value.dim() < 1 or len(value) != len(self.args):
+                    shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                    raise ValueError(
+                        f"{kind}[{name!r}] is {shown}; it must be a tensor with a row for each of the "
+                        f"{len(self.args)} args."
+                    )
 
     def __len__(self) -> int:
         return len(self.args)
@@ -49,6 +59,7 @@ class SimulatedSet(Sequence[SimulatedPair]):
             return SimulatedSet(self.args[index], *parts)
         return SimulatedPair.of(self.args[index], *parts)
 
+    @declared
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the set to a folder, whole or not at all: one safetensors file.
 
@@ -60,9 +71,10 @@ class SimulatedSet(Sequence[SimulatedPair]):
                 raise TypeError(f"pair {n} has arguments {row!r}; only strings and numbers can be saved.")
         tensors = {f"latent {name}": value.contiguous() for name, value in self.latents.items()}
         tensors |= {f"observed {name}": value.contiguous() for name, value in self.observations.items()}
-        written_whole(path / FILE, tensors, {"format": FORMAT, "args": json.dumps(self.args)}, save_file)
+        written_tensors(path / FILE, tensors, {"format": FORMAT, "args": json.dumps(self.args)}, save_file)
 
     @classmethod
+    @declared
     def load(cls, folder: str | os.PathLike[str]) -> SimulatedSet:
         """Read what :meth:`save` has written.
 
@@ -73,20 +85,23 @@ class SimulatedSet(Sequence[SimulatedPair]):
         if not path.is_file():
             raise FileNotFoundError(f"no simulated set in {folder}. Draw one: simulate(program, data, n, folder=...).")
         try:
+            check_whole(path)
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            args = [tuple(row) for row in json.loads(metadata["args"])]
+            args = [tuple(row) for row in json.loads(metadata["args"]) if isinstance(row, list)]
             if metadata["format"] != FORMAT or any(len(value) != len(args) for value in tensors.values()):
                 raise ValueError("another format, or rows are missing")
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path} is damaged or no simulated set ({error}). Delete it and simulate again; nothing else depends "
                 "on it."
             ) from None
         parts: dict[str, dict[str, Tensor]] = {"latent": {}, "observed": {}}
         for name, value in tensors.items():
-            kind, site = name.split(" ", 1)
+            kind, _, site = name.partition(" ")
+            if kind not in parts or not site:
+                raise ValueError(f"{path} is damaged or no simulated set: {name!r} is no site. Simulate again.")
             parts[kind][site] = value
         return cls(args, parts["latent"], parts["observed"])
 

@@ -20,6 +20,7 @@ from llmppl.programs.simulation import check_simulable
 from llmppl.programs.simulation import simulate as simulate_once
 from llmppl.programs.structure import Program, is_deterministic, structure
 from llmppl.text.arguments import check_count, check_programs
+from llmppl.text.declared import declared
 from llmppl.training.collation import collate
 from llmppl.training.minibatches import Rows, checked
 from llmppl.training.simulated_set import FILE, SimulatedSet
@@ -37,6 +38,7 @@ class SimulatedStream:
     Parameters as of :func:`simulate`.
     """
 
+    @declared
     def __init__(self, program: Program, data: Arguments, batch_size: int = 128, seed: int = 0) -> None:
         self.program, self.data, self.batch_size, self.seed = program, data, batch_size, seed
         self.drawn = 0
@@ -107,6 +109,7 @@ def simulate(
 def simulate(
     program: Program, data: Arguments, num_pairs: None = ..., batch_size: int = ..., seed: int = ...
 ) -> SimulatedStream: ...
+@declared
 def simulate(
     program: Program,
     data: Arguments,

@@ -17,6 +17,7 @@ from llmppl.numpyro.language_model import LM
 from llmppl.numpyro.network.adapters import size
 from llmppl.numpyro.network.decoder import Weights
 from llmppl.numpyro.programs.tracing import Program
+from llmppl.text.declared import declared
 
 _numbers = itertools.count()
 
@@ -36,6 +37,7 @@ class AdapterGuide(SavedGuide):
     """The current weights."""
     _additions: Weights | None = None
 
+    @declared
     def __init__(
         self,
         model: Program,

@@ -14,6 +14,7 @@ from llmppl.numpyro.language_model import LM
 from llmppl.numpyro.network import adapters
 from llmppl.numpyro.network.decoder import Weights
 from llmppl.numpyro.programs.tracing import Program
+from llmppl.text.declared import declared
 
 
 class AutoregressiveGuide(AdapterGuide):
@@ -34,6 +35,7 @@ class AutoregressiveGuide(AdapterGuide):
     Other parameters as in :class:`TextGuide`.
     """
 
+    @declared
     def __init__(
         self,
         model: Program,

@@ -16,6 +16,7 @@ from llmppl.numpyro.guides.text_guide import Others, Prompt
 from llmppl.numpyro.language_model import LM
 from llmppl.numpyro.network.reading import Reader
 from llmppl.numpyro.programs.tracing import Program, structure, text_sites
+from llmppl.text.declared import declared
 
 
 class GFlowNetGuide(AutoregressiveGuide):
@@ -30,6 +31,7 @@ class GFlowNetGuide(AutoregressiveGuide):
     (:func:`llmppl.numpyro.objectives.optimizer`).
     """
 
+    @declared
     def __init__(
         self,
         model: Program,

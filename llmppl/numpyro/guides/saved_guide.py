@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from llmppl.files import guide_file
 from llmppl.numpyro.guides.text_guide import TextGuide
+from llmppl.text.declared import declared
 
 
 class SavedGuide(TextGuide):
@@ -29,6 +30,7 @@ class SavedGuide(TextGuide):
         """Take arrays of a file over."""
         raise NotImplementedError
 
+    @declared
     def save(self, path: str | os.PathLike[str], dtype: Any = jnp.float32) -> None:
         """Write the trained arrays to a safetensors file, whole or not at all. The guide of the same name in
         :mod:`llmppl.guides` reads it.
@@ -38,6 +40,7 @@ class SavedGuide(TextGuide):
         stored = {name: np.asarray(tensor, dtype=dtype) for name, tensor in self.tensors().items()}
         guide_file.write(path, stored, self.lm.fingerprint(), self.settings(), save_file)
 
+    @declared
     def load(self, path: str | os.PathLike[str]) -> None:
         """Read what :meth:`save` has written, here or in torch. Nothing changes if it does not fit.
 

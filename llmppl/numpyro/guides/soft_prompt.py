@@ -19,6 +19,7 @@ from llmppl.numpyro.network.reading import VIRTUAL
 from llmppl.numpyro.network.text_arrays import is_concrete, lengths
 from llmppl.numpyro.programs.tracing import Program
 from llmppl.text import PAD
+from llmppl.text.declared import declared
 from llmppl.text.prompts import check_virtual_tokens, initial_ids
 
 
@@ -47,6 +48,7 @@ class SoftPromptGuide(AdapterGuide):
     Other parameters as in :class:`TextGuide`.
     """
 
+    @declared
     def __init__(
         self,
         model: Program,

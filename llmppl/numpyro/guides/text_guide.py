@@ -30,6 +30,7 @@ from llmppl.numpyro.programs.tracing import (
     structure,
 )
 from llmppl.text.arguments import check_programs
+from llmppl.text.declared import declared
 from llmppl.text.prompts import Framework, Telling, check_plates, checked_others, checked_prompts, wrong_batch
 from llmppl.text.relations import Relations
 
@@ -69,6 +70,7 @@ class TextGuide:
     exactness = "marginal"
     """What the guide's log-probability is exact for; see :class:`llmppl.Posterior`."""
 
+    @declared
     def __init__(
         self,
         model: Program,

@@ -20,8 +20,10 @@ from llmppl.numpyro.programs.tracing import Program, Values, in_data_plate, is_l
 from llmppl.posterior.brackets import Bounds
 from llmppl.posterior.exactness import check_scores_given
 from llmppl.text.arguments import check_programs
+from llmppl.text.declared import declared
 
 
+@declared
 def bounds(
     model: Program,
     guide: Program,

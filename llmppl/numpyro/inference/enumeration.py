@@ -47,6 +47,7 @@ from llmppl.posterior.combinations import (
 )
 from llmppl.posterior.posterior import Posterior
 from llmppl.text.arguments import check_programs
+from llmppl.text.declared import declared
 
 BLOCK = 1024
 """Combinations that are scored together."""
@@ -57,6 +58,7 @@ FAILURES = (TypeError, ValueError, IndexError, NotImplementedError)
 Supports = dict[str, np.ndarray]
 
 
+@declared
 def exact_posterior(model: Program) -> Callable[..., Posterior]:
     r"""The exact posterior: a function of the program's arguments, the joint at every combination of its latents.
 

@@ -20,12 +20,14 @@ from llmppl.posterior.exactness import check_weights
 from llmppl.posterior.posterior import Posterior
 from llmppl.posterior.running_error import BLOCK, FEWEST, RunningError, check_target
 from llmppl.text.arguments import check_count, check_programs
+from llmppl.text.declared import declared
 
 BLOCK_BYTES = 2**30
 """Memory of the texts of the particles that are drawn and scored together: their keys and values, and the
 log-probabilities over the vocabulary."""
 
 
+@declared
 def importance(
     model: Program,
     guide: Program,

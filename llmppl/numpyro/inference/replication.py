@@ -36,8 +36,10 @@ from llmppl.posterior.given_latents import given_latents, number_of_draws
 from llmppl.posterior.posterior import Posterior
 from llmppl.posterior.replicates import Replicates
 from llmppl.text.arguments import check_programs
+from llmppl.text.declared import declared
 
 
+@declared
 def replicate(
     model: Program,
     posterior: Posterior | None = None,

@@ -19,8 +19,10 @@ from llmppl.posterior.exactness import check_weights
 from llmppl.posterior.posterior import Posterior
 from llmppl.posterior.smc_runs import check_settings, pooled
 from llmppl.text.arguments import check_programs
+from llmppl.text.declared import declared
 
 
+@declared
 def smc(
     model: Program,
     guide: Program | None = None,

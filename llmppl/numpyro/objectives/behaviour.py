@@ -8,6 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, random
 
+from llmppl.text.declared import declared
+
 
 class Behaviour:
     """A behaviour policy: where an objective's particles come from.
@@ -23,6 +25,7 @@ class Behaviour:
     :raises ValueError: shares outside [0, 1], temperatures that are not positive.
     """
 
+    @declared
     def __init__(
         self, tempered: float = 0.0, sleep: float = 0.0, temperatures: tuple[float, float] = (0.7, 1.5)
     ) -> None:

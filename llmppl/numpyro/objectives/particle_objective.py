@@ -13,6 +13,7 @@ from numpyro.infer.elbo import ELBO
 
 from llmppl.numpyro.programs.particles import Particle, layout, run_particle
 from llmppl.numpyro.programs.tracing import Program
+from llmppl.text.declared import declared
 
 Report = dict[str, Array]
 """``elbo`` (nats for one x) and ``ess`` (effective sample size) of a step's on-policy particles; of hard conditions
@@ -38,6 +39,7 @@ class ParticleObjective(ELBO):
     can_infer_discrete = True
     fewest_particles = 1
 
+    @declared
     def __init__(self, num_particles: int) -> None:
         if isinstance(num_particles, bool) or not isinstance(num_particles, int):
             raise TypeError(f"num_particles must be a whole number, got {num_particles!r}.")

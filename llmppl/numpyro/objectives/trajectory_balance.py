@@ -15,6 +15,7 @@ from llmppl.numpyro.objectives.particle_objective import ParticleObjective, Repo
 from llmppl.numpyro.programs.particles import Drawing, Particle, layout, run_particle
 from llmppl.numpyro.programs.tracing import Program, Values, observing, simulate
 from llmppl.posterior.floors import checked_floor
+from llmppl.text.declared import declared
 
 
 class TrajectoryBalance(ParticleObjective):
@@ -54,6 +55,7 @@ class TrajectoryBalance(ParticleObjective):
 
     fewest_particles = 2
 
+    @declared
     def __init__(
         self,
         num_particles: int = 8,

@@ -10,6 +10,7 @@ from jax import Array, lax
 
 from llmppl.numpyro.objectives.particle_objective import ParticleObjective, Report, report
 from llmppl.numpyro.programs.tracing import Program, is_latent, structure
+from llmppl.text.declared import declared
 
 
 class LeaveOneOutELBO(ParticleObjective):
@@ -31,6 +32,7 @@ class LeaveOneOutELBO(ParticleObjective):
 
     fewest_particles = 2
 
+    @declared
     def __init__(self, num_particles: int = 8) -> None:
         super().__init__(num_particles)
 

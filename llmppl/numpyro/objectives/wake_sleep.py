@@ -14,6 +14,7 @@ from llmppl.numpyro.network.reading import sharing
 from llmppl.numpyro.objectives.particle_objective import ParticleObjective, Report, normalised_weights, report
 from llmppl.numpyro.programs.particles import given, layout, score_sites
 from llmppl.numpyro.programs.tracing import Program, observing, simulate
+from llmppl.text.declared import declared
 
 
 class WakeSleep(ParticleObjective):
@@ -37,6 +38,7 @@ class WakeSleep(ParticleObjective):
     [1] Le, Kosiorek, Siddharth, Teh, Wood (2019), `Revisiting reweighted wake-sleep`, sec. 3.
     """
 
+    @declared
     def __init__(self, num_particles: int = 8, insomnia: float = 0.5) -> None:
         if not 0 <= insomnia <= 1:
             raise ValueError(f"insomnia={insomnia} must lie between 0 (sleep only) and 1 (wake-φ only).")

@@ -21,6 +21,7 @@ from llmppl.numpyro.distributions.derived_text import DerivedText
 from llmppl.numpyro.network.text_arrays import lengths
 from llmppl.numpyro.network.text_law import TextLaw
 from llmppl.text import PAD
+from llmppl.text.arguments import check_arguments
 
 Program = Callable[..., Any]
 Site = dict[str, Any]
@@ -78,9 +79,19 @@ class DummyTexts(Messenger):
 
 
 def structure(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
-    """A trace of the model whose latent texts hold arbitrary values: sites, plates, observations."""
+    """A trace of the model whose latent texts hold arbitrary values: sites, plates, observations.
+
+    :raises TypeError: arguments that the model does not take.
+    """
+    check_arguments(model, args, kwargs)
     with handlers.block(), handlers.trace() as trace, DummyTexts(), handlers.seed(rng_seed=random.key(0)):
-        model(*args, **kwargs)
+        try:
+            model(*args, **kwargs)
+        except Exception as error:
+            if not hasattr(error, "__notes__"):
+                where = f"behind site {next(reversed(trace))!r}" if trace else "before its first site"
+                error.add_note(f"Raised by the program, or at one of its sites, {where}.")
+            raise
     return dict(trace)
 
 

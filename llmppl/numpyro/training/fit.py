@@ -24,12 +24,14 @@ from llmppl.numpyro.programs.particles import layout, run_particle
 from llmppl.numpyro.programs.tracing import DummyTexts, Program, in_data_plate
 from llmppl.numpyro.training.data_columns import Columns
 from llmppl.text.arguments import check_count, check_programs
+from llmppl.text.declared import declared
 from llmppl.training.history import HARD, History
 from llmppl.training.minibatches import Minibatches, Rows, checked
 
 SCHEDULES = ("constant", "cosine")
 
 
+@declared
 def fit(
     model: Program,
     guide: Any,
