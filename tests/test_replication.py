@@ -189,7 +189,7 @@ def test_what_does_not_fit_is_said(t: SimpleNamespace) -> None:
         t.replicate(other, exact, args=args)
     with pytest.raises(ValueError, match="factor 'liked'"):
         t.replicate(factored, exact, args=args)
-    with pytest.raises(TypeError, match="posterior must be a Posterior, got dict"):
+    with pytest.raises(TypeError, match="posterior must be a Posterior, got {}"):
         t.replicate(program, {}, args=args)
     with pytest.raises(ValueError, match="num_samples"):
         t.replicate(program, exact, 0, args=args)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
 import numpy as np
 
 from llmppl.posterior.posterior import Array, Posterior
@@ -14,13 +12,11 @@ DRAWS = 100
 """Of the prior, where nobody says how many."""
 
 
-def number_of_draws(posterior: Any, num_samples: int | None) -> int:
+def number_of_draws(posterior: Posterior | None, num_samples: int | None) -> int:
     """As many as are asked for, else as the posterior has samples.
 
-    :raises TypeError, ValueError: no posterior; no such number.
+    :raises ValueError: no such number.
     """
-    if posterior is not None and not isinstance(posterior, Posterior):
-        raise TypeError(f"posterior must be a Posterior, got {type(posterior).__name__}.")
     count = num_samples if num_samples is not None else DRAWS if posterior is None else posterior.num_samples
     check_count(num_samples=count)
     return count
