@@ -116,7 +116,7 @@ def test_what_cannot_be_answered_is_named(lm: LM) -> None:
         (lambda: answer(program), "by options= or by normalise=. Give one of them"),
         (lambda: answer(program, options=["a."], normalise=str), "Give one of them"),
         (lambda: answer(program, options=[]), "at least one"),
-        (lambda: answer(program, options="a."), "must be a list of answers"),
+        (lambda: answer(program, options=[]), "must be a list of answers"),
         (lambda: answer(program, "reply", options=OPTIONS)("ab"), r"is no site of the program, which has \['thought'"),
         (lambda: answer(program, options=["a"])("ab"), "'a' is no text of site 'answer'.* with its stop token"),
         (lambda: answer(program, options=OPTIONS)("ab", "c"), "is observed. Leave the argument out"),

@@ -213,7 +213,7 @@ def test_what_means_nothing_to_a_method_is_refused(story: Story) -> None:
         ("method='beam' needs num_beams=", {"method": "beam"}),
         ("method='temperature' needs temperature=", {"method": "temperature"}),
         ("top_k must be a whole number of at least 1, got 0", {"method": "top-k", "top_k": 0}),
-        ("num_samples must be a whole number", {"method": "best-of-n", "num_samples": 2.5}),
+        ("num_samples must be a whole number", {"method": "best-of-n", "num_samples": 0}),
         ("temperature must be positive and finite, got 0", {"method": "temperature", "temperature": 0.0}),
         ("top_p is a share of the mass", {"method": "nucleus", "top_p": 1.5}),
     ):

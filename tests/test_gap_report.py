@@ -478,7 +478,7 @@ def test_bad_arguments_are_named() -> None:
         report(guide, [torch.tensor(1.0)])
     with pytest.raises(ValueError, match="references= has 1 values of log Z, but there are 2 observations"):
         report(guide, numbers(1.0), numbers(2.0), references=[0.0])
-    with pytest.raises(ValueError, match="references= must be finite"):
+    with pytest.raises(ValueError, match=r"references= must be finite|references\[0\] must be a number, got nan"):
         report(guide, numbers(1.0), references=[math.nan])
     for name, value in (("num_samples", 1), ("steps", 0), ("restarts", -1)):
         with pytest.raises(ValueError, match=f"{name} must be at least"):

@@ -353,7 +353,7 @@ def test_the_bias_of_stopping_early_is_the_one_stated(story: Story) -> None:
 
 @pytest.mark.parametrize("target", [0.0, -0.1, math.inf, math.nan, True])
 def test_a_target_error_that_is_no_error_is_refused(story: Story, target: float) -> None:
-    with pytest.raises(ValueError, match="target_error=.* must be a positive number of nats"):
+    with pytest.raises((TypeError, ValueError), match="target_error.* must be a (positive )?number"):
         importance(story.program, PromptGuide(story.program, story.lm), 1000, target_error=target)
 
 

@@ -73,7 +73,7 @@ def test_malformed_arguments_are_refused_with_the_mend() -> None:
         MaskedLM.from_scratch(model.lm, max_tokens=0)
     with pytest.raises(ValueError, match="heads=3"):
         MaskedLM.from_scratch(model.lm, width=16, heads=3)
-    with pytest.raises(ValueError, match="rank must be a whole number of at least 1"):
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         MaskedLM.adapted(model.lm, rank=0)
     fn = text_of(model, stop=".")
     with pytest.raises(ValueError, match="stop token stands before its end"):

@@ -432,7 +432,7 @@ def test_mistakes_are_named(story: Story, lm: LM) -> None:
     old = {"middle": lambda finish: [finish]}
     untold = {"middle": lambda beginning: [beginning]}
     for program, guide, regularisation, error, message in [
-        (story.program, guide_of(story.program), 0.1, TypeError, "must be an llmppl.Regularisation, got 0.1"),
+        (story.program, guide_of(story.program), 0.1, TypeError, "regularisation must be a Regularisation, got 0.1"),
         (tasted, guide_of(tasted), simulated, ValueError, r"factor 'taste'.*Regularisation\(simulated=0\)"),
         (blind, guide_of(blind), simulated, ValueError, "observes nothing that could be simulated"),
         (factored, guide_of(factored), noise, ValueError, "the program observes no text. Leave input_noise out"),

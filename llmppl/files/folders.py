@@ -34,7 +34,11 @@ def written_whole(path: str | os.PathLike[str], write: Callable[[str], object]) 
     """
     path = Path(path)
     made(path.parent)
-    if path.is_dir():
+    try:
+        folder = path.is_dir()
+    except OSError as error:  # a name that is too long
+        raise unwritable(path, error) from error
+    if folder:
         raise IsADirectoryError(f"{path} is a folder, and a file is to be written. Give a file's name.")
     temporary = ""
     try:

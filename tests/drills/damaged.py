@@ -79,10 +79,11 @@ def a_dangling_link(generator: random.Random, file: Path, others: list[Path]) ->
 
 
 def a_whole_one_is_left(folder: Path) -> bool:
-    """Whether a run could go on: a checkpoint is whole, and nothing stands in the place of the lock."""
+    """Whether a run could go on: a checkpoint is whole, and nothing stands in the place of lock and metrics."""
     files = [file for file in folder.glob("step-*.pt") if file.is_file()]
     whole = any(hashlib.sha256(file.read_bytes()).hexdigest()[:16] in file.name for file in files)
-    return whole and (folder / ".lock").is_file()
+    links = any((folder / name).is_symlink() for name in (".lock", "metrics.jsonl"))  # which are refused
+    return whole and not links and not (folder / ".lock").is_dir()
 
 
 DAMAGES: list[Damage] = [
