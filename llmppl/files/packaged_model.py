@@ -106,6 +106,11 @@ def _convert(source: Path, folder: Path) -> None:
 
 def _write_clean(source: Path, folder: str) -> None:
     """A GGUF file as a folder of safetensors, configuration and tokenizer."""
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:  # transformers says it too, and at greater length
+        raise ModuleNotFoundError(
+            f"reading {source.name} needs {' and '.join(missing)}. Install with:  pip install 'pyro-llmppl[demo]'"
+        )
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     try:
@@ -114,7 +119,7 @@ def _write_clean(source: Path, folder: str) -> None:
             tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     except ImportError as error:
         raise ModuleNotFoundError(
-            f"reading {source.name} needs two more packages ({error}). "
+            f"reading {source.name} needs other versions of its packages ({error}). "
             "Install them with:  pip install 'pyro-llmppl[demo]'"
         ) from error
     # A model loaded from GGUF refuses to be saved, so its weights move to a clean one.
