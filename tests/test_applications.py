@@ -68,7 +68,6 @@ def test_completions_on_the_real_model(smollm2: LM) -> None:
     ("calls", "keywords", "outputs", "message"),
     [
         ([], {}, [], "must be a list of expressions"),
-        ("f(1)", {}, ["1"], "must be a list of expressions"),
         (["f(1)"], {"mistake": 0.0}, ["1"], "between 0 and 1"),
         (["f(1)"], {}, ["1", "2"], "2 outputs of 1 calls"),
     ],
@@ -76,6 +75,11 @@ def test_completions_on_the_real_model(smollm2: LM) -> None:
 def test_completions_that_make_no_sense(calls: Any, keywords: Any, outputs: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         completion(character_lm(CODE), calls, **keywords)("def f(x):\n return 1", "", *outputs)
+
+
+def test_calls_that_are_one_string() -> None:
+    with pytest.raises(TypeError, match=r"calls must be a list of strings, got 'f\(1\)'"):
+        completion(character_lm(CODE), "f(1)")
 
 
 # --- formulas ------------------------------------------------------------------------------------

@@ -247,7 +247,7 @@ def test_unknown_sites_are_refused_by_name(small: LM) -> None:
     program = keyword(small, shortest=1)
     with pytest.raises(ValueError, match=r"exhaust= names 'sentence'.*\['keyword'\]"):
         WakeSleep(2, insomnia=0.0, exhaust=["sentence"]).loss(program, WordGuide(program, small), "ab", "b")
-    with pytest.raises(TypeError, match="Give a list of site names"):
+    with pytest.raises(TypeError, match="exhaust must be a list of strings"):
         WakeSleep(2, exhaust="keyword")
     with pytest.raises(ValueError, match="word='word' is no observed text site"):
         importance(program, WordGuide(program, small, word="word"), 2)("ab", "b")

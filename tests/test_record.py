@@ -193,7 +193,7 @@ def test_a_text_that_is_whole_and_full_is_not_cut_off(lm: LM) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((SCHEMA, "a"), "is a string"),
+        ((SCHEMA, "a"), "fields must be a list of strings"),
         ((SCHEMA, ["c"]), "'c' is none of the schema's properties"),
         (({"properties": {"valid": {}}}, ["valid"]), "a site of the program's own"),
         ((False,), "satisfied by nothing"),
