@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,14 @@ def test_a_short_drill(name: str, count: int) -> None:
     assert not done.failures, "\n".join(done.failures)
 
 
+@pytest.fixture
+def heeding_interrupts() -> Iterator[None]:
+    """What starts the tests in the background has its processes ignore interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Stopping:
     """A program that presses Ctrl-C at some of its calls, in the middle of a step."""
 
@@ -163,6 +172,7 @@ class Stopping:
         self.program(beginning, ending)
 
 
+@pytest.mark.usefixtures("heeding_interrupts")
 @pytest.mark.parametrize("where", ["program", "callback", "raised by a callback"])
 def test_ctrl_c_ends_the_step_and_loses_none(tmp_path: Path, where: str) -> None:
     small = importlib.import_module("small_run").SmallRun()
@@ -190,6 +200,7 @@ def test_ctrl_c_ends_the_step_and_loses_none(tmp_path: Path, where: str) -> None
     assert not differs(wanted, small.train(folder, 7, checkpoint_every=100))
 
 
+@pytest.mark.usefixtures("heeding_interrupts")
 @pytest.mark.parametrize("folder", [True, False])
 def test_a_second_ctrl_c_or_one_without_a_folder_does_not_wait(tmp_path: Path, folder: bool) -> None:
     small = importlib.import_module("small_run").SmallRun()

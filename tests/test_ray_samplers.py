@@ -293,7 +293,9 @@ fit(story, guide, [("ab", "cd")], TrajectoryBalance(4, behaviour=Behaviour(repla
 
 def test_an_interrupt_leaves_no_process_behind(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text(INTERRUPTED)
+    # What starts the tests in the background has its processes ignore interrupts.
+    heeds = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script.write_text(heeds + INTERRUPTED)
     environment = {**os.environ, "LLMPPL_TEST_RUN": str(tmp_path)}
     run = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                            env=environment, start_new_session=True)  # fmt: skip

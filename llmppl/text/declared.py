@@ -46,10 +46,10 @@ LEAST: dict[str, float] = {
 SEEDS = 2**32
 """Seeds are below: NumPy's random numbers, which the others are started with, take no more."""
 
-OWN = {"name_or_folder", "target_modules", "text"}
+OWN = {"name_or_folder", "options", "target_modules", "text"}
 """Arguments with a check, and a sentence, of their own."""
 
-OWN_RANGE = {"probs", "temperature", "x"}
+OWN_RANGE = {"floor", "probs", "temperature", "x"}
 """Numbers whose range, NaN included, the function has a sentence for."""
 
 FINITE = {"alpha", "decay", "learning_rate", "log_partition_learning_rate", "model_learning_rate", "weight_decay"}
