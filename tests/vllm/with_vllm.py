@@ -119,7 +119,7 @@ def test_evidence_agrees_with_enumeration(lm: LM, engine: VLLM) -> None:
         pyro.sample("middle", lm("ab", max_tokens=2))
 
     posterior = importance(program, guide, num_samples=4000, progress=False)("cd")
-    assert abs(float(posterior.log_z) - float(exact)) < 0.1
+    assert abs(float(posterior.log_evidence) - float(exact)) < 0.1
 
 
 def measure(count: int, tokens: int) -> None:
