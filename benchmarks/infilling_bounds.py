@@ -35,6 +35,7 @@ from torch import Tensor
 from llmppl import LM, Behaviour, bounds, fit
 from llmppl.diagnostics import Bounds
 from llmppl.guides import GFlowNetGuide, PromptGuide
+from llmppl.network.random_states import randomness_kept
 from llmppl.objectives import (
     LeaveOneOutELBO,
     ParticleObjective,
@@ -42,7 +43,6 @@ from llmppl.objectives import (
     TrajectoryBalance,
     WakeSleep,
 )
-from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Program
 
 PROMPT = "Once upon a time, there was a"

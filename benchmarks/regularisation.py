@@ -31,8 +31,8 @@ from llmppl import LM, Regularisation, fit, importance
 from llmppl.demo import infilling as demo
 from llmppl.guides import AutoregressiveGuide
 from llmppl.models import ending_first, infilling
+from llmppl.network.random_states import randomness_kept
 from llmppl.objectives import TrajectoryBalance
-from llmppl.programs.random_states import randomness_kept
 from llmppl.testing import tiny_lm
 
 BEGINNING = "ab"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from llmppl.language_model import LM
+from llmppl.network.random_states import randomness_kept
 from llmppl.programs.plates import outside_plates
-from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Site, is_observation
 from llmppl.text.prompts import arguments_of
 from llmppl.text.relations import Relation, Relations, changed_relation

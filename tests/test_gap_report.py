@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from llmppl import exact_posterior, fit, gap_report
 from llmppl.diagnostics import GapReport, Gaps
 from llmppl.guides import AutoregressiveGuide, GFlowNetGuide, PromptGuide
+from llmppl.network.random_states import random_state
 from llmppl.objectives import LeaveOneOutELBO, TrajectoryBalance
-from llmppl.programs.random_states import random_state
 
 MEANS = torch.tensor([[0.0, 2.0, 4.0], [2.0, 4.0, 0.5], [4.0, 0.0, 2.0]])
 HALF = torch.tensor([2.0, -2.0])

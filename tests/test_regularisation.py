@@ -18,10 +18,10 @@ from torch import Tensor
 from llmppl import LM, Behaviour, Evaluation, Regularisation, fit, importance
 from llmppl.guides import AutoregressiveGuide, GFlowNetGuide, PromptGuide
 from llmppl.network.adapters import GradientDropout
+from llmppl.network.random_states import randomness_kept
 from llmppl.objectives import LeaveOneOutELBO, SubTrajectoryBalance, TrajectoryBalance, WakeSleep
 from llmppl.programs.particles import Particles
 from llmppl.programs.plates import in_data_plate
-from llmppl.programs.random_states import randomness_kept
 from llmppl.training.regularisation import Regularised
 
 DATA = [("ab", "cdabedcbadce"), ("cde", "aedcbabcdeab"), ("d", "ebdcaedbcaed"), ("aa", "bbbacdecdaba")]

@@ -23,9 +23,9 @@ from llmppl.inference.importance import importance
 from llmppl.inference.smc import smc
 from llmppl.language_model import LM
 from llmppl.models import keyword
+from llmppl.network.random_states import randomness_kept
 from llmppl.objectives import WakeSleep
 from llmppl.posterior.posterior import Posterior
-from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Program
 from llmppl.training.evaluation import Evaluation
 from llmppl.training.fit import fit

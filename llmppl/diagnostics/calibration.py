@@ -15,9 +15,9 @@ from llmppl.diagnostics.uniformity import MOST_POINTS, ecdf_band, uniformity_p_v
 from llmppl.display.plots import plot_calibration
 from llmppl.inference.importance import importance
 from llmppl.inference.simulated_pairs import Array, Sampler, simulated_pair
+from llmppl.network.random_states import randomness_kept
 from llmppl.posterior.exactness import check_scores_given
 from llmppl.programs.plates import in_data_plate
-from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Program
 from llmppl.text.arguments import check_programs
 from llmppl.text.declared import declared

@@ -16,13 +16,13 @@ from tqdm.auto import tqdm
 from llmppl.diagnostics.family import Family, left_as_it_was
 from llmppl.inference.enumeration import exact_posterior
 from llmppl.inference.importance import importance
+from llmppl.network.random_states import randomness_kept
 from llmppl.objectives import LeaveOneOutELBO, TrajectoryBalance
 from llmppl.objectives.behaviour import Behaviour
 from llmppl.posterior.exactness import check_weights
 from llmppl.posterior.gap_parts import GapReport, Gaps
 from llmppl.posterior.posterior import Posterior
 from llmppl.programs.particles import common_axes
-from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Program, is_latent, structure
 from llmppl.text.arguments import check_programs
 from llmppl.text.declared import declared

@@ -33,12 +33,12 @@ from llmppl.inference.simulated_pairs import (
     simulated_pair,
 )
 from llmppl.inference.stages import latents_of
+from llmppl.network.random_states import randomness_kept
 from llmppl.posterior.brackets import Bounds
 from llmppl.posterior.exactness import check_weights, exactness_of, scores_given
 from llmppl.posterior.posterior import Posterior
 from llmppl.programs.observations import observing
 from llmppl.programs.plates import in_data_plate
-from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Program, Site, is_latent, structure
 from llmppl.text.arguments import check_programs
 from llmppl.text.declared import declared

@@ -17,6 +17,8 @@ FORMAT = "llmppl-adapter-1"
 """Names the format of a guide's file, in the file itself."""
 HASH = "sha256"
 """Of the header without it, and of all numbers."""
+BLANK = "0" * 64
+"""Stands in a hash's place until it is known."""
 MOST_HEADER = 100_000_000
 """Bytes, as in the readers of the format."""
 
@@ -47,9 +49,8 @@ def written_tensors(
     """
 
     def write(temporary: str) -> None:
-        # Twice, for the hash is of what is written.
-        save_file(dict(tensors), temporary, metadata=dict(metadata))
-        save_file(dict(tensors), temporary, metadata={**metadata, HASH: _hash(Path(temporary))})
+        save_file(dict(tensors), temporary, metadata={**metadata, HASH: BLANK})
+        _put_hash(Path(temporary))
 
     written_whole(path, write)
 
@@ -80,6 +81,17 @@ def _header(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError("its header is no header")
     return found
+
+
+def _put_hash(path: Path) -> None:
+    """Write the hash, which is of what is written, where its place has been kept."""
+    found = _hash(path)
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(size)
+        place = header.index(f'"{HASH}":"{BLANK}"'.encode()) + len(f'"{HASH}":"')
+        file.seek(8 + place)
+        file.write(found.encode())
 
 
 def _hash(path: Path) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from pyro.poutine.util import site_is_subsample
 
+from llmppl.network.random_states import randomness_kept
 from llmppl.posterior.running_error import BLOCK
-from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Program, is_text, structure
 
 BLOCK_BYTES = 256 * 2**20

@@ -20,11 +20,11 @@ from llmppl.inference.blocks import block_size
 from llmppl.inference.gathering import Gathering, check_unscaled, of_observations
 from llmppl.inference.stages import Stages, Values
 from llmppl.network.drawing import Stream, choose
+from llmppl.network.random_states import randomness_kept
 from llmppl.network.text_tensors import unpad_rows
 from llmppl.posterior.posterior import Posterior
 from llmppl.programs.particles import Particles, compute_log_prob
 from llmppl.programs.plates import in_data_plate, in_particles
-from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Program, Site, is_latent
 from llmppl.text import PAD
 from llmppl.text.arguments import check_programs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,7 +17,7 @@ from llmppl.inference.stages import latents_of
 from llmppl.posterior.exactness import check_scores_given, check_share, check_weights
 from llmppl.posterior.posterior import Posterior
 from llmppl.posterior.running_error import RunningError, check_target, plan
-from llmppl.programs.particles import check_finite, log_prior, run_particles
+from llmppl.programs.particles import check_finite, log_mixture, log_prior, run_particles
 from llmppl.programs.plates import in_data_plate
 from llmppl.programs.structure import Program, is_latent
 from llmppl.text.arguments import check_count, check_programs
@@ -139,6 +138,5 @@ def _take(
         check_finite(particles.guide_trace)
         check_finite(particles.model_trace, allow_zero=True)
         if share:
-            shares = (math.log(share / count), math.log1p(-share / count) if share < count else -math.inf)
-            particles = replace(particles, log_q=torch.logaddexp(of_prior + shares[0], of_guide + shares[1]))
+            particles = replace(particles, log_q=log_mixture(of_guide, of_prior, share / count))
         gathering.add(particles)

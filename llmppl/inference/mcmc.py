@@ -21,12 +21,12 @@ from llmppl.inference.importance import importance
 from llmppl.inference.rewriting import alternatives, propose
 from llmppl.inference.stages import Stages, Values, latents_of
 from llmppl.network.drawing import choose
+from llmppl.network.random_states import randomness_kept
 from llmppl.network.text_tensors import lengths
 from llmppl.posterior.exactness import check_weights
 from llmppl.posterior.posterior import Array, Posterior
 from llmppl.programs.particles import Particles, compute_log_prob, run_particles
 from llmppl.programs.plates import in_data_plate
-from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Program, is_latent
 from llmppl.text.arguments import check_programs
 from llmppl.text.declared import declared

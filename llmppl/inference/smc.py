@@ -14,12 +14,12 @@ from tqdm.auto import tqdm
 from llmppl.inference.gathering import NoWeightError, check_unscaled, gather, of_observations
 from llmppl.inference.population import Population
 from llmppl.inference.stages import Stages
+from llmppl.network.random_states import randomness_kept
 from llmppl.posterior.exactness import check_share, check_weights
 from llmppl.posterior.posterior import Posterior
 from llmppl.posterior.smc_runs import check_settings, pooled
 from llmppl.programs.particles import Particles
 from llmppl.programs.plates import in_data_plate
-from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.structure import Program
 from llmppl.text.arguments import check_programs
 from llmppl.text.declared import declared

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyro
 import torch
 from torch import Tensor
 
+from llmppl.network.random_states import randomness_kept
 from llmppl.text import PAD
 from llmppl.text.arguments import check_count
 
@@ -299,12 +299,12 @@ class VLLM:
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """vLLM seeds every generator of the process, and sets torch's threads."""
-    threads, state = torch.get_num_threads(), pyro.util.get_rng_state()
+    threads = torch.get_num_threads()
     try:
-        yield
+        with randomness_kept():
+            yield
     finally:
         torch.set_num_threads(threads)
-        pyro.util.set_rng_state(state)
 
 
 def _vllm() -> Any:

@@ -77,9 +77,8 @@ class ChainScore(ParticleObjective):
         before = self._before(names, proposed, events, split)
         new = self._scored(model, proposed, args, kwargs, nesting)
         fits, prior = (new.log_p - log_prior(new)).detach(), log_prior(new)
-        with torch.no_grad():
-            old = self._scored(model, before, args, kwargs, nesting)
-            ratio = fits - (old.log_p - log_prior(old))
+        old = self._scored(model, before, args, kwargs, nesting)
+        ratio = fits - (old.log_p - log_prior(old)).detach()
         # From an impossible latent every proposal is taken; 0/0 is no ratio.
         alpha = torch.where(ratio.isnan(), 1.0, ratio.clamp(max=0.0).exp())
         taken = torch.rand_like(alpha) < alpha
@@ -87,10 +86,10 @@ class ChainScore(ParticleObjective):
             name: torch.where(_over(taken, new.axes, nesting, events[name]), value, before[name])
             for name, value in proposed.items()
         }
-        now = self._scored(model, after, args, kwargs, nesting)
         self._keep(names, after, events, split)
-        possible = (now.log_p > -math.inf).detach()
-        surrogate = torch.where(possible, now.log_p, 0.0)
+        log_p = torch.where(taken, new.log_p, old.log_p)
+        possible = (log_p > -math.inf).detach()
+        surrogate = torch.where(possible, log_p, 0.0)
         if self.control_variate:
             others = (alpha.sum(0) - alpha) / (self.num_particles - 1)
             surrogate = surrogate - others * prior

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from llmppl.network.text_tensors import pad_rows
 from llmppl.objectives.behaviour import Behaviour, first_given, prior_draws
 from llmppl.objectives.particle_objective import ParticleObjective, diagnostics, normalised_weights, program_loss
 from llmppl.programs.observations import Given, Observed, Unconstrained, has_other_observations
-from llmppl.programs.particles import check_finite, common_axes, compute_log_prob, log_prior, sum_sites
+from llmppl.programs.particles import check_finite, common_axes, compute_log_prob, log_mixture, log_prior, sum_sites
 from llmppl.programs.plates import PARTICLES, in_particles
 from llmppl.programs.simulation import Simulated
 from llmppl.programs.structure import Program, is_latent, learns, plate_nesting, structure
@@ -114,8 +113,8 @@ class WakeSleep(ParticleObjective):
         log_weights = particles.log_weights.detach()
         if from_prior:
             share = from_prior / self.num_particles
-            log_q = particles.log_proposal + math.log1p(-share) if share < 1 else torch.tensor(-torch.inf)
-            log_weights = (particles.log_p - torch.logaddexp(log_q, log_prior(particles) + math.log(share))).detach()
+            mixture = log_mixture(particles.log_proposal, log_prior(particles), share)
+            log_weights = (particles.log_p - mixture).detach()
         self.diagnostics["skipped"] = int((log_weights == -torch.inf).all(0).sum())
         learned = program_loss(model, particles.log_p, log_weights)
         if self.insomnia == 0:

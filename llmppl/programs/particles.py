@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -253,6 +254,16 @@ def log_prior(particles: Particles) -> Tensor:
     sites = [site for site in particles.model_trace.nodes.values() if is_latent(site)]
     total = sum(sum_site(site["log_prob"], particles.axes, particles.nesting) for site in sites)
     return torch.as_tensor(total).expand(particles.log_p.shape)
+
+
+def log_mixture(log_q: Tensor, log_prior: Tensor, share: float) -> Tensor:
+    """log [(1 − share) q + share p] of latents, where a share of the particles comes from the prior (the balance
+    heuristic, Veach and Guibas 1995).
+
+    :param share: above 0, at most 1.
+    """
+    rest = math.log1p(-share) if share < 1 else -math.inf
+    return torch.logaddexp(log_prior + math.log(share), log_q + rest)
 
 
 def check_finite(trace: poutine.Trace, allow_zero: bool = False) -> None:

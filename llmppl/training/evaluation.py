@@ -15,9 +15,9 @@ from torch import Tensor
 from llmppl.inference.bounds import bounds
 from llmppl.inference.gathering import NoWeightError
 from llmppl.inference.importance import importance
+from llmppl.network.random_states import randomness_kept
 from llmppl.posterior.brackets import Bounds, Estimate
 from llmppl.posterior.posterior import Posterior
-from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.simulated_pair import SimulatedPair
 from llmppl.programs.structure import Program
 from llmppl.text.declared import check_fields, is_list

@@ -18,9 +18,9 @@ from pyro.infer import ELBO
 from torch import nn
 from tqdm.auto import tqdm
 
+from llmppl.network.random_states import randomness_kept
 from llmppl.programs.observations import observing
 from llmppl.programs.plates import in_data_plate
-from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.simulated_pair import SimulatedPair, with_pair
 from llmppl.programs.structure import Program
 from llmppl.text.arguments import check_count, check_programs

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmppl.programs.random_states import random_state, set_random_state
+from llmppl.network.random_states import random_state, set_random_state
 from llmppl.programs.structure import Program
 from llmppl.training.run_folder import RunFolder
 from llmppl.training.run_identity import check_identity

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from llmppl.network.random_states import randomness_kept
 from llmppl.network.text_tensors import widen
 from llmppl.programs.plates import in_data_plate
-from llmppl.programs.random_states import randomness_kept
 from llmppl.programs.simulated_pair import SimulatedPair
 from llmppl.programs.simulation import check_simulable
 from llmppl.programs.simulation import simulate as simulate_once
