@@ -112,7 +112,7 @@ def test_every_latent_goes_to_its_own_row_and_plate(t: SimpleNamespace) -> None:
             with t.primitives.plate("sentences", 3, dim=-2):
                 t.primitives.sample("body", t.lm("a", max_tokens=3, stop="."))
 
-    ys = t.array([[210.0, 100.0], [200.0, 110.0], [220.0, 110.0]])
+    ys = t.array([[210.0, 100.0], [200.0, 110.0], [220.0, 110.0]])  # sentences, rows
     posterior = t.importance(program, guide, 400, ys)
     assert posterior.plates == ("rows",)
     assert posterior.dims["body"] == ("sentences",)
@@ -124,6 +124,9 @@ def test_every_latent_goes_to_its_own_row_and_plate(t: SimpleNamespace) -> None:
         lengths = {n: (np.char.str_len(np.char.rstrip(np.array(drawn.decode(n)), "."))) for n in ("title", "body")}
         mean = 100 * lengths["title"][:, :, None] + 10 * lengths["body"]
         np.testing.assert_allclose(drawn.observations["y"], mean, atol=0.1)
+        if drawn.of_posterior:  # its own draws, each where it was
+            for name, value in posterior.resample(200).samples.items():
+                np.testing.assert_array_equal(drawn.latents[name], value)
         assert drawn is not prior or len(np.unique(mean)) > 3
     data = posterior.to_arviz(
         coords={"rows": ["left", "right"]},
