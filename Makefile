@@ -35,7 +35,7 @@ test-arviz: venv-arviz
 
 # vLLM itself, in an environment of some GB; what it brings beside torch's CPU build does not load there.
 test-vllm: .venv-vllm/.installed
-	.venv-vllm/bin/python -W ignore -m pytest -q --noconftest -p no:cacheprovider --rootdir tests/vllm tests/vllm/with_vllm.py
+	.venv-vllm/bin/python -m pytest -q -W ignore --noconftest -p no:cacheprovider --rootdir tests/vllm tests/vllm/with_vllm.py
 	.venv-vllm/bin/python -W ignore tests/vllm/with_vllm.py
 
 .venv-vllm/.installed: pyproject.toml
