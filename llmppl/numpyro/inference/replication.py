@@ -95,7 +95,8 @@ def replicate(
             keys = jax.vmap(lambda number: random.fold_in(rng_key, number))(first + jnp.arange(size))
             drawn = block(keys, {name: jnp.asarray(value[places]) for name, value in given.items()})
             parts.append({name: np.asarray(value)[: count - first] for name, value in drawn.items()})
-        return _replicates(parts, sites, where, posterior is not None)
+        values = {name: np.concatenate([part[name] for part in parts]) for name in kept}
+        return _replicates(values, sites, where, posterior is not None)
 
     return run
 
@@ -109,16 +110,10 @@ def _as_drawn(value: np.ndarray, site: Site) -> np.ndarray:
     return own.astype(np.asarray(site["value"]).dtype)
 
 
-def _replicates(parts: list[dict[str, np.ndarray]], sites: Trace, where: Layout, of_posterior: bool) -> Replicates:
-    computed = computed_events(sites)
-    values = {}
-    for name in parts[0]:
-        site = sites[name]
-        event = computed[name] if name in computed else site["fn"].event_dim
-        columns = [laid_out(jnp.asarray(part[name]), where, event) for part in parts]
-        width = max(column.shape[-1] for column in columns) if event else 0
-        text = name not in computed and is_text(site)
-        values[name] = np.concatenate([widened(column, width) if text else column for column in columns])
+def _replicates(drawn: dict[str, np.ndarray], sites: Trace, where: Layout, of_posterior: bool) -> Replicates:
+    events = {name: site["fn"].event_dim for name, site in sites.items() if site["type"] == "sample"}
+    events |= computed_events(sites)
+    values = {name: laid_out(jnp.asarray(value), where, events[name]) for name, value in drawn.items()}
     texts = {n: s["fn"].lm.decode for n, s in sites.items() if s["type"] == "sample" and is_text(s)}
     plates, dims = plate_names(sites, where)
     seen = {name for name, site in sites.items() if is_observation(site)}
