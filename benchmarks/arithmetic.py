@@ -304,14 +304,21 @@ class Bench:
         return answers, traces, torch.as_tensor(log_p).expand(self.draws, len(questions))
 
 
-def prompt_of(step: int, told: bool) -> Callable[..., list[Any]]:
-    """What a guide is told before an expression: the question, the answer where it may, and what came before."""
+def prompt_of(step: int, told: bool, shots: bool = False) -> Callable[..., list[Any]]:
+    """What a guide is told before an expression: the question, the answer where it may, and what came before; behind
+    the worked examples where it is to be."""
     names = [f"{kind}_{n}" for n in range(1, step) for kind in ("expression", "result")]
     asked = ["questions", *(["answer"] if told else []), *names]
+    shown = "".join(
+        f"Question: {question} = {answer + '.' if told else '?'}\nAnswer:"
+        + "".join(f" {expression} = {calculate(expression)}," for expression in expressions)
+        + f" the answer is {answer}.\n\n"
+        for question, expressions, answer in SHOTS * shots
+    )
 
     def pieces(**values: Any) -> list[Any]:
         goal = [" =", values["answer"], "\nAnswer:"] if told else [" = ?\nAnswer:"]
-        return ["Question: ", values["questions"], *goal, *(values[name] for name in names)]
+        return [shown + "Question: ", values["questions"], *goal, *(values[name] for name in names)]
 
     return with_parameters(pieces, asked)
 

@@ -25,7 +25,7 @@ from measure import keep, machine, records, table
 from pyro import poutine
 from torch import Tensor
 
-from llmppl import LM, Behaviour, exact_posterior, fit, replicate
+from llmppl import LM, Behaviour, exact_posterior, fit
 from llmppl.guides import AutoregressiveGuide, PromptGuide
 from llmppl.models import rationale
 from llmppl.objectives import ChainScore, LeaveOneOutELBO, ParticleObjective, SubTrajectoryBalance, WakeSleep
@@ -69,23 +69,18 @@ class Task:
 # --- the methods: who draws z and what it is told, the guide's loss, the program's loss; what draws z in the end ------
 
 
+class KeptWhereRight(ParticleObjective):
+    """−log p(z, y) of draws, each kept with probability p(y|x, z): where the label that follows is right."""
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        particles = self._particles(model, guide, args, kwargs)
+        kept = (particles.log_p - log_prior(particles)).detach().exp()
+        return -(kept * particles.log_p).mean(0).sum()
+
+
 def rejection_fine_tuning(task: Task) -> Any:
     """Rationales of the prior, kept where the label that follows is right."""
-    optimizer = torch.optim.AdamW(task.theta.parameters(), lr=task.rate)
-    for step in range(task.steps):
-        chosen = [task.rows[(6 * step + n) % len(task.rows)] for n in range(6)]
-        texts, labels = map(list, zip(*chosen, strict=True))
-        drawn = replicate(task.program, None, task.particles, vectorize_data=True, progress=False)(texts, labels)
-        loss = torch.zeros(())
-        for n, (text, label) in enumerate(chosen):
-            right = torch.tensor([own[n] == label for own in drawn.decode("label")])
-            if bool(right.any()):
-                kept = torch.as_tensor(drawn.latents["rationale"][:, n])[right]
-                loss = loss - log_joints(task.program, kept, text, label).sum() / task.particles
-        if loss.requires_grad:
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    task.fit(task.prompt(told=False), KeptWhereRight(task.particles))
     return None
 
 
@@ -144,9 +139,10 @@ class LengthDivided(ParticleObjective):
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         particles = self._particles(model, guide, args, kwargs)
-        value = particles.guide_trace.nodes["rationale"]["value"]
+        sites = particles.guide_trace.nodes
+        lengths = sum((sites[n]["value"] >= 0).sum(-1) for n in sites if n.startswith(("rationale", "expression")))
         prior = log_prior(particles).detach()
-        residual = (particles.log_q - prior) / (value >= 0).sum(-1) - (particles.log_p.detach() - prior)
+        residual = (particles.log_q - prior) / lengths - (particles.log_p.detach() - prior)
         return residual.var(0).sum()  # the best log-partition of each text
 
 
@@ -210,18 +206,6 @@ evidence, ``llmppl.answer``; of a program that does not learn it is the language
 
 
 # --- by enumeration ----------------------------------------------------------------------------------------------
-
-
-def log_joints(program: Any, rationales: Tensor, text: str, label: str) -> Tensor:
-    """log p(z, y | x) of rationales ``(K, T)``, with gradients."""
-
-    def at_each() -> None:
-        with pyro.plate("rationales", len(rationales)):
-            poutine.condition(program, {"rationale": rationales})(text, label)
-
-    trace = poutine.trace(at_each).get_trace()
-    trace.compute_log_prob()
-    return trace.nodes["rationale"]["log_prob"] + trace.nodes["label"]["log_prob"]
 
 
 class Exact:

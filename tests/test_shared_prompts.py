@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig
 
 from llmppl.inference.writing import _check_memory
-from llmppl.network import drawing
+from llmppl.network import drawing, prompt_reading
 from llmppl.network.drawing import Stream, blocks
 from llmppl.network.shared_prompts import SharedPrompts, pays
+from llmppl.network.transformer import reading_of
 from llmppl.testing import tiny_lm
 
 TINY: dict[str, Any] = {
@@ -110,3 +111,38 @@ def test_stream_of_the_drawing_takes_the_cheaper_way() -> None:
     model = AutoModelForCausalLM.from_config(CONFIGURATIONS["llama"]).eval()
     assert Stream(model, [[1, 2, 3] * 20] * 12, 8)._held is not None
     assert Stream(model, [[1, 2, 3] * 20], 8)._held is None
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("reader", [SharedPrompts, lambda model, rows: Stream(model, rows, 1)])
+def test_what_prompts_begin_with_is_read_once(name: str, reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of three lengths behind one beginning, one of them that beginning itself; a window is not narrowed."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGURATIONS[name]).double().eval()
+    beginning = (1, 2, 3, 4, 5, 6, 1, 2)
+    rows = [[*beginning, *rest] for rest in ((3, 1, 4, 2), (3, 2), (), (3, 1, 4, 2))]
+    monkeypatch.setattr(prompt_reading, "FEWEST", 10)
+    monkeypatch.setattr(drawing, "pays", lambda contexts, tokens: False)
+    reading_of(model)  # which tries it out
+    read: list[int] = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, keywords: read.append(keywords["input_ids"].numel()), with_kwargs=True
+    )
+    stream = reader(model, [tuple(row) for row in rows])
+    handle.remove()
+    assert read == ([3 * 12] if name in ("sliding window", "two kinds of layers") else [7, 3 * 5])
+    for step in range(4):
+        plain = torch.stack([model(torch.tensor([row])).logits[0, -1] for row in rows])
+        torch.testing.assert_close(stream.logits, plain, atol=1e-9, rtol=0)
+        tokens = torch.tensor([step, 3, 5, 6 - step])
+        stream.advance(tokens)
+        rows = [[*row, token] for row, token in zip(rows, tokens.tolist(), strict=True)]
+
+
+def test_beginnings_that_are_short_or_of_one_prompt_are_not_read_apart() -> None:
+    model = AutoModelForCausalLM.from_config(CONFIGURATIONS["llama"])
+    long = tuple(range(100))
+    assert prompt_reading.shared_beginning(model, [(*long, 1, 2), (*long, 1, 3), (*long, 1, 4, 5)]) == 101
+    assert prompt_reading.shared_beginning(model, [long]) == 0
+    assert prompt_reading.shared_beginning(model, [(1, 2, 3), (1, 2, 4)]) == 0
+    assert prompt_reading.shared_beginning(model, [(*long, 1), (0, *long)]) == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from llmppl.network.forked_rows import ForkedRows
+from llmppl.network.prompt_reading import read_prompts
 from llmppl.network.shared_prompts import SharedPrompts, pays
 from llmppl.network.text_tensors import unpad_rows
 from llmppl.network.transformer import Network, reading_of
@@ -188,26 +188,18 @@ class Stream:
         rows, reading = [tuple(context) for context in contexts], reading_of(transformer)
         if not reading.packs and not reading.forks:
             self._rows = [list(context) for context in contexts]
-            self.tokens_read = 0
             self._read_rows()
             return
         if not reading.packs or pays(rows, tokens):
             self._held = SharedPrompts(transformer, rows) if reading.packs else ForkedRows(transformer, rows)
             self.logits = self._held.logits
-            self.tokens_read = sum(map(len, dict.fromkeys(rows)))
             return
         device = next(transformer.parameters()).device
         distinct = list(dict.fromkeys(tuple(context) for context in contexts))
         number = {context: n for n, context in enumerate(distinct)}
         source = torch.tensor([number[tuple(context)] for context in contexts], device=device)
-        longest = max(map(len, distinct))
-        # Left padding, masked out: every row's last token stands in the last column.
-        ids = torch.tensor([[0] * (longest - len(c)) + list(c) for c in distinct], device=device)
-        self._seen = torch.tensor([[0] * (longest - len(c)) + [1] * len(c) for c in distinct], device=device)
         self._cache = DynamicCache(config=transformer.config)
-        last_only = "logits_to_keep" in inspect.signature(transformer.forward).parameters
-        self._read(ids, (self._seen.cumsum(-1) - 1).clamp(min=0), **({"logits_to_keep": 1} if last_only else {}))
-        self.tokens_read = sum(map(len, distinct))
+        self.logits, self._seen = read_prompts(transformer, distinct, self._cache)
         self.select(source)
 
     def select(self, rows: Tensor) -> None:
@@ -229,7 +221,6 @@ class Stream:
             self._rows = [[*row, token] for row, token in zip(self._rows, tokens.tolist(), strict=True)]
             self._read_rows()
             return
-        self.tokens_read += len(tokens)
         if self._held is not None:
             self._held.advance(tokens)
             self.logits = self._held.logits
@@ -245,17 +236,15 @@ class Stream:
         number = {row: n for n, row in enumerate(distinct)}
         last = Network(self.transformer).rows(distinct, [(n, len(row) - 1) for n, row in enumerate(distinct)])
         self.logits = last[torch.tensor([number[tuple(row)] for row in self._rows], device=last.device)]
-        self.tokens_read += sum(map(len, distinct))
 
     @torch.no_grad()
-    def _read(self, ids: Tensor, positions: Tensor, **keywords: int) -> None:
+    def _read(self, ids: Tensor, positions: Tensor) -> None:
         self.logits = self.transformer(
             input_ids=ids,
             attention_mask=self._seen,
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,
-            **keywords,
         ).logits[:, -1]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from llmppl.network.prompt_reading import read_prompts
 from llmppl.network.windows import Windows
 
 COPYING = 6
@@ -58,24 +58,11 @@ class SharedPrompts:
         number = {context: n for n, context in enumerate(distinct)}
         self.group = torch.tensor([number[context] for context in contexts], device=self.device)
         self.place = torch.tensor([len(context) for context in contexts], device=self.device)
-        longest = max(map(len, distinct))
-        self.longest = longest
-        ids = torch.tensor([[0] * (longest - len(c)) + list(c) for c in distinct], device=self.device)
-        seen = torch.tensor([[0] * (longest - len(c)) + [1] * len(c) for c in distinct], device=self.device)
-        self._keys_at = (seen.cumsum(-1) - 1).clamp(min=0)  # (prompts, keys), the place of each key in its row
         # Without a configuration every layer keeps all keys, which the mask counts on.
         self._cache = DynamicCache()
-        keywords = (
-            {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(transformer.forward).parameters else {}
-        )
-        logits = transformer(
-            input_ids=ids,
-            attention_mask=seen,
-            position_ids=self._keys_at,
-            past_key_values=self._cache,
-            use_cache=True,
-            **keywords,
-        ).logits[:, -1]
+        logits, seen = read_prompts(transformer, distinct, self._cache)
+        self.longest = seen.shape[-1]
+        self._keys_at = (seen.cumsum(-1) - 1).clamp(min=0)  # (prompts, keys), the place of each key in its row
         self._visible = seen.bool()[self.group]  # (N, keys)
         self.logits = logits[self.group]
 
