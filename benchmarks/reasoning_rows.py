@@ -174,10 +174,13 @@ class Calculation(Task):
         """Of each row: the most frequent answer's share and whether it is right, log p(answer), distinct right ways."""
         values = latents(drawer or self.program, (questions,), draws, len(questions))
         logs = likelihood(self.program, values, (questions, truth), draws, "answer")
-        run = poutine.condition(self.program, {k: v for k, v in values.items() if k != "answer"})
-        said = latents(run, (questions,), draws, len(questions))["answer"]
+        if drawer is None:
+            said = values.pop("answer")
+        else:  # the program answers behind what the guide has drawn
+            values.pop("answer", None)
+            said = latents(poutine.condition(self.program, values), (questions,), draws, len(questions))["answer"]
         answers = [text.strip().removesuffix(".").strip() for text in self.lm.decode(said.flatten(0, 1))]
-        written = [self.lm.decode(value.flatten(0, 1)) for name, value in values.items() if name != "answer"]
+        written = [self.lm.decode(value.flatten(0, 1)) for value in values.values()]
         found: dict[str, list[float]] = {"confidence": [], "right": [], "distinct": [], "each": []}
         for n, true in enumerate(truth):
             own = answers[n :: len(truth)]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llmppl.language_model import LM
 from llmppl.models.captioned import PROMPT as PICTURE
 from llmppl.models.described_series import PROMPT as YEAR
 from llmppl.network.embedded import Embedded
+from llmppl.text import PAD
+from llmppl.text.declared import declared
 
 
 def image_told(encoder: nn.Module, event_dim: int = 2, prompt: str = PICTURE) -> dict[str, Callable[..., list[Any]]]:
@@ -76,3 +79,45 @@ class SmallEar(nn.Module):
 
     def forward(self, series: Tensor) -> Tensor:
         return self.norm(self.layers(series[:, None] / self.unit).unflatten(-1, (self.count, -1)))
+
+
+class SoftSentence(nn.Module):
+    """What an array is, said in words: the embeddings of sentences, mixed by how probable a classifier finds each.
+
+    A language model has to learn what the embeddings of another encoder mean; these it can read from the start, and
+    repeat. Where the classifier is sure they are those of one sentence as it is written.
+
+    :param classifier: maps arrays to logits ``(N, S)``. It can be taught alone first: its loss needs no language model.
+    :param lm: whose embeddings the sentences have.
+    :param sentences: ``S`` of them, as they stand in the context.
+    :param padding: a token that makes shorter ones as long as the longest.
+    :raises TypeError: sentences that are no list of strings.
+    :raises ValueError: no sentence, an empty one, padding of more tokens than one; while it is called: logits of
+        another number than ``S``.
+    """
+
+    said: Tensor
+
+    @declared
+    def __init__(self, classifier: nn.Module, lm: LM, sentences: Sequence[str], padding: str = "\n") -> None:
+        super().__init__()
+        if not len(sentences) or not all(sentences):
+            raise ValueError(f"sentences={sentences!r} must be a list of texts, none empty.")
+        fill = lm.encode(padding)
+        if fill.shape != (1,):
+            raise ValueError(f"padding={padding!r} has {len(fill)} tokens. Give a text of one.")
+        self.classifier = classifier
+        ids = lm.encode(list(sentences))
+        with torch.no_grad():
+            said = lm.transformer.get_input_embeddings()(torch.where(ids == PAD, fill, ids))
+        said = said.to(torch.promote_types(said.dtype, torch.float32))
+        self.register_buffer("said", said, persistent=False)  # the language model's own
+
+    def forward(self, arrays: Tensor) -> Tensor:
+        logits = self.classifier(arrays)
+        if logits.shape != (len(arrays), len(self.said)):
+            raise ValueError(
+                f"the classifier's logits have shape {tuple(logits.shape)}; {len(arrays)} arrays and {len(self.said)} "
+                f"sentences make {(len(arrays), len(self.said))}. Let it end with a linear layer of that width."
+            )
+        return torch.einsum("ns,stw->ntw", logits.to(self.said.dtype).softmax(-1), self.said)

@@ -16,8 +16,9 @@ from llmppl import LM, Grammar, exact_posterior, fit, importance, simulate
 from llmppl.guides import AutoregressiveGuide
 from llmppl.models import captioned, described, described_series, descriptions
 from llmppl.models.described_series import MONTHS
-from llmppl.models.encoders import SmallEar, SmallEye, image_told, series_told
+from llmppl.models.encoders import SmallEar, SmallEye, SoftSentence, image_told, series_told
 from llmppl.models.image_mixtures import ImageMixtures
+from llmppl.network.embedded import Embedded
 from llmppl.objectives import TrajectoryBalance, WakeSleep
 from llmppl.programs.plates import in_data_plate
 from llmppl.programs.structure import structure
@@ -168,6 +169,55 @@ def test_numpyro_describes_series_with_the_same_evidence(letters: LM, tmp_path: 
     ours = exact_posterior(described_series(letters, prompt="N", max_tokens=60))(y).log_evidence
     twin = twin_series(Twin.from_pretrained(tmp_path), prompt="N", max_tokens=60)
     assert twin_posterior(twin)(y.numpy()).log_evidence == pytest.approx(ours, abs=1e-3)
+
+
+class Thirds(torch.nn.Module):
+    """Logits of arrays ``(N, 3)``: themselves, scaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, arrays: Tensor) -> Tensor:
+        return self.scale * arrays
+
+
+def test_a_sentence_that_is_certain_is_read_as_if_it_were_written(letters: LM) -> None:
+    sentences = ["rsu", "u", "ta"]
+    sure = SoftSentence(Thirds(), letters, sentences, padding="e")
+    law = letters("s", Embedded(sure, 1e4 * torch.eye(3), 1), "t", max_tokens=2, stop=".")
+    for n, padded in enumerate(["rsu", "uee", "tae"]):
+        written = letters("s" + padded + "t", max_tokens=2, stop=".")
+        texts = written.enumerate_support()
+        torch.testing.assert_close(law.log_prob(texts[:, None])[:, n], written.log_prob(texts), rtol=0, atol=1e-5)
+
+
+def test_a_soft_sentence_mixes_embeddings_and_its_classifier_learns(letters: LM) -> None:
+    """The mixture from the table of embeddings; a guide's objective moves the classifier."""
+    table = letters.transformer.get_input_embeddings().weight.detach()
+    encoder = SoftSentence(Thirds(), letters, ["rs", "tu", "sr"])
+    a, b, c, d = (table[letters.encode(x)[0]] for x in "rstu")
+    array = torch.tensor([[0.3, -1.0, 0.5]])
+    p = array[0].softmax(-1)
+    p = p.to(table.dtype)
+    expected = torch.stack([p[0] * a + p[1] * c + p[2] * b, p[0] * b + p[1] * d + p[2] * a])[None]
+    torch.testing.assert_close(encoder(array), expected)
+    letters(Embedded(encoder, array[0], 1), max_tokens=1).log_prob(letters.encode("a")).backward()
+    (scale,) = encoder.parameters()
+    assert scale.grad is not None
+    assert float(scale.grad.abs()) > 0
+    with pytest.raises(ValueError, match=r"logits have shape \(1, 2\); 1 arrays and 3 sentences make \(1, 3\)"):
+        encoder(array[:, :2])
+
+
+def test_sentences_that_cannot_be_mixed_are_named(letters: LM) -> None:
+    with pytest.raises(TypeError, match="sentences must be a list of strings, got 'as'"):
+        SoftSentence(Thirds(), letters, "as")
+    for sentences in ([], ["a", ""]):
+        with pytest.raises(ValueError, match="must be a list of texts, none empty"):
+            SoftSentence(Thirds(), letters, sentences)
+    with pytest.raises(ValueError, match="padding='as' has 2 tokens"):
+        SoftSentence(Thirds(), letters, ["a"], padding="as")
 
 
 def test_what_makes_no_sense_is_named(characters: LM, monkeypatch: pytest.MonkeyPatch) -> None:
