@@ -10,6 +10,11 @@ run, one thread, float32, and ours with a bfloat16 copy as the sampler.
 
 Behind long prompts, which are kept once: CPU seconds of a draw beside those of reading the prompt alone, and of a draw
 where every row has a copy of the prompt's keys and values.
+
+    python benchmarks/sampling.py --beginnings
+
+Different prompts that begin alike, as behind worked examples, which are read once: CPU seconds of a draw, and of one
+that reads each prompt whole.
 """
 
 from __future__ import annotations
@@ -23,9 +28,10 @@ from measure import cpu_seconds, machine, table
 
 from llmppl import LM
 from llmppl.distributions import AutoregressiveText
-from llmppl.network import drawing
+from llmppl.network import drawing, prompt_reading
 
 SHAPES = [(60, 16, 20), (60, 1, 20), (10, 16, 20), (200, 16, 20)]  # prompt, particles, tokens
+BEGINNINGS = [(70, 15, 32, 8), (400, 30, 8, 16)]  # tokens of the beginning and of each rest, prompts, tokens drawn
 LONG = [(400, 8, 16), (1600, 8, 16), (3000, 8, 16)]
 
 
@@ -89,17 +95,41 @@ def long_prompts(lm: LM, repeats: int) -> None:
     print("\n" + table(header, rows))
 
 
+@torch.no_grad()
+def alike(lm: LM, repeats: int) -> None:
+    """Draws behind different prompts that begin alike."""
+    rows = []
+    for common, own, prompts, tokens in BEGINNINGS:
+        source = torch.Generator().manual_seed(0)
+        beginning = torch.randint(1000, 40000, (common,), generator=source).expand(prompts, -1)
+        prompt = torch.cat([beginning, torch.randint(1000, 40000, (prompts, own), generator=source)], -1)
+        given = (lm, prompt, 1, tokens, None)
+
+        def whole(given: tuple[Any, ...] = given) -> None:
+            with mock.patch.object(prompt_reading, "FEWEST", 10**9):
+                ours(*given)
+
+        seconds = cpu_seconds({"once": lambda g=given: ours(*g), "whole": whole}, repeats)
+        rows.append((f"{common}/{own}/{prompts}/{tokens}", *seconds.values(), seconds["whole"] / seconds["once"]))
+        print(rows[-1], flush=True)
+    print("\n" + table(("beginning/rest/prompts/tokens", "read once, s", "read whole, s", "ratio"), rows))
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--repeats", type=int, default=5)
     arguments.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes")
     arguments.add_argument("--long", action="store_true", help="long shared prompts")
+    arguments.add_argument("--beginnings", action="store_true", help="different prompts that begin alike")
     options = arguments.parse_args()
     torch.set_num_threads(1)
     lm = LM.from_pretrained("smollm2-135m")
     print(machine(), flush=True)
     if options.long:
         long_prompts(lm, options.repeats)
+        return
+    if options.beginnings:
+        alike(lm, options.repeats)
         return
     rows = []
     for length, particles, tokens in SHAPES[: options.shapes]:
