@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from conftest import Story
 from pyro.ops.stats import fit_generalized_pareto
 
 from llmppl import exact_posterior, importance
+from llmppl.diagnostics.findings import of_weights
 from llmppl.guides import PromptGuide
 from llmppl.posterior.pareto import _fit, pareto_k
 from llmppl.posterior.posterior import Posterior
@@ -63,6 +66,39 @@ def test_khat_of_equal_weights_is_minus_infinity_and_of_few_is_nan() -> None:
     assert pareto_k(np.full(100, -30.0) + 1e-6 * np.random.default_rng(0).normal(size=100)) == -np.inf
     assert np.isnan(pareto_k(np.array([0.0, 1.0, 2.0])))
     assert np.isnan(pareto_k(np.full(100, -np.inf)))
+
+
+def long_texts(tokens: int, log_weights: np.ndarray) -> Posterior:
+    """Two rows; the second's texts are half as long."""
+    ids = np.full((len(log_weights), 2, tokens), 3)
+    ids[:, 1, tokens // 2 :] = -1
+    both = np.stack([log_weights, log_weights], 1)
+    return Posterior({"z": ids, "x": np.zeros((len(both), 2))}, both, both, decoders={"z": str})
+
+
+def test_the_tokens_of_latent_texts_are_counted_without_padding_and_over_inner_plates() -> None:
+    posterior = long_texts(100, np.zeros(4))
+    assert posterior.mean_tokens == 75
+    made = replace(posterior, deterministic=("z",))
+    assert made.mean_tokens == 0
+    inner = Posterior({"z": np.ones((4, 3, 5), int)}, np.zeros(4), np.zeros(4), decoders={"z": str})
+    assert inner.mean_tokens == 15
+
+
+def test_weights_of_long_texts_that_degenerate_say_what_helps() -> None:
+    bad = np.array([0.0, *[-40.0] * 63])
+    (doubt,) = (text for text in long_texts(100, bad).doubts if "size" in text)
+    assert doubt.startswith("the effective sample size is 1.0 of texts of 75 tokens")
+    assert "check_every=" in doubt
+    finding = of_weights([long_texts(100, bad)])
+    assert "texts of 75 tokens" in finding.number
+    assert "check_every=" in finding.advice
+    short = long_texts(60, bad)
+    assert "the effective sample size is 1.0" in short.doubts
+    assert of_weights([short]).advice == "more samples, smc(), or more training"
+    good = long_texts(100, np.linspace(-0.1, 0.1, 64))
+    assert not good.doubts
+    assert not of_weights([good]).advice
 
 
 def test_resampling_keeps_evidence_and_follows_the_weights() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from llmppl.diagnostics.calibration import Calibration
 from llmppl.posterior.brackets import Bounds
+from llmppl.posterior.doubts import FOR_LONG, LONG
 from llmppl.posterior.posterior import Posterior
 
 Array = np.ndarray
@@ -175,12 +176,15 @@ def of_weights(posteriors: Sequence[Posterior]) -> Finding:
     limit = min(1 - 1 / math.log10(count), 0.7) if count > 1 else -math.inf
     # Few distinct weights make k̂ large although they are nearly equal; then the ESS is large too.
     bad = (ess < 2) | ((khat > limit) & (ess < count / 2))
+    tokens = max(p.mean_tokens for p in posteriors)
+    long = tokens >= LONG
     shape = f"k̂ {_range(khat)} (limit {limit:.2f})" if not np.isnan(khat).all() else f"no k̂ of {count} samples"
     return Finding(
         "failed" if bad.any() else "suggested",
         "the weights on the data can be relied on, if no mode is missed",
-        f"{int(bad.sum())} of {len(ess)} x bad: {shape}, ESS {_range(ess, 1)} of {count}",
-        "more samples, smc(), or more training" if bad.any() else "",
+        f"{int(bad.sum())} of {len(ess)} x bad: {shape}, ESS {_range(ess, 1)} of {count}"
+        + (f", texts of {tokens:.0f} tokens" if long else ""),
+        "" if not bad.any() else FOR_LONG if long else "more samples, smc(), or more training",
         "weights",
     )
 

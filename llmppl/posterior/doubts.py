@@ -13,6 +13,16 @@ LARGEST_KHAT = 0.7
 """Above it no practical number of samples is enough (Vehtari et al. 2024)."""
 
 
+LONG = 64
+"""Tokens of a sample's latent texts from which on their number is what makes weights degenerate: the variance of a
+log-weight grows with every token that the proposal gets wrong."""
+
+FOR_LONG = (
+    "resample while they grow, smc(..., check_every=) with about a sentence's tokens, train towards the condition at "
+    "higher temperatures first, fit(..., target_temperature=), or train a guide longer"
+)
+
+
 class Weighted(Protocol):
     """What is asked of a posterior to doubt it."""
 
@@ -30,6 +40,8 @@ class Weighted(Protocol):
     def num_ancestors(self) -> int: ...
     @property
     def distinct_ancestors(self) -> np.ndarray: ...
+    @property
+    def mean_tokens(self) -> float: ...
     @property
     def ess(self) -> np.ndarray: ...
     @property
@@ -62,7 +74,9 @@ def doubts(posterior: Weighted) -> list[str]:
         elif np.min(posterior.distinct_ancestors) < fewest:
             found.append(f"only {np.min(posterior.distinct_ancestors)} ancestors are left of {posterior.num_ancestors}")
     if ess < fewest:
-        found.append(f"the effective sample size is {ess:.1f}")
+        tokens = posterior.mean_tokens
+        long = f" of texts of {tokens:.0f} tokens, too many for one weight: {FOR_LONG}" if tokens >= LONG else ""
+        found.append(f"the effective sample size is {ess:.1f}{long}")
     if (khat > LARGEST_KHAT).any():
         found.append(f"k̂ is {np.nanmax(khat):.2f}, above {LARGEST_KHAT}")
     return found

@@ -21,6 +21,7 @@ from llmppl.files.folders import written_whole
 from llmppl.posterior.doubts import doubts
 from llmppl.posterior.pareto import Tail, pareto_k, pareto_tail
 from llmppl.posterior.replicates import Replicates, decoded
+from llmppl.text import PAD
 from llmppl.text.declared import check_fields, declared
 
 Array = NDArray[Any]
@@ -115,6 +116,17 @@ class Posterior:
     def texts(self) -> list[str]:
         """The text sites of the samples."""
         return [site for site in self.samples if site in self.decoders]
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens of all latent texts of a sample together, their mean over samples and rows."""
+        total = 0.0
+        for site in self.texts:
+            if site not in self.deterministic:
+                tokens = (self.samples[site] != PAD).sum(-1)  # (K,) + batch_shape + inner plates
+                inner = tokens.shape[1 + len(self.batch_shape) :]
+                total += float(tokens.mean()) * math.prod(inner)
+        return total
 
     # --- evidence and quality, each of shape batch_shape -------------------------------------------
 
