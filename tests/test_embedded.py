@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from llmppl import LM, Behaviour, Embedded, exact_posterior, fit, importance, smc
 from llmppl.guides import AutoregressiveGuide, DirectGuide, PromptGuide, SoftPromptGuide, WordGuide
+from llmppl.network import embedded
+from llmppl.network.embedded import EmbeddedArrays
 from llmppl.objectives import SubTrajectoryBalance, TrajectoryBalance, WakeSleep
 from llmppl.testing import tiny_lm
 
@@ -261,6 +264,18 @@ def test_what_has_changed_is_scored_anew(lm: LM, eye: Eye) -> None:
         torch.testing.assert_close(law.log_prob(text), after)
         assert not torch.allclose(before, after, atol=1e-3)
         assert not torch.allclose(chosen, lm.choice(Embedded(eye, IMAGES, 2), options=["a", "bc"]).logits, atol=1e-3)
+
+
+def test_an_encoder_that_is_gone_leaves_no_size_behind(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its id may be that of the next one, which has another number of embeddings."""
+    monkeypatch.setattr(embedded, "KEPT", 1)
+    arrays = EmbeddedArrays(lm.transformer)
+    for n in range(20):
+        encoder = Eye(count=1 + n % 3).requires_grad_(False)
+        assert arrays.ids(Embedded(encoder, IMAGES[0] + n, 2)).shape == (1 + n % 3,)
+        del encoder
+        gc.collect()
+    assert len(arrays._sizes) == 1, "that of the one array that is kept"
 
 
 def test_what_cannot_be_embedded_is_named(lm: LM, eye: Eye) -> None:

@@ -148,6 +148,8 @@ class EmbeddedArrays:
             self._next += size
             while len(self._entries) > KEPT:
                 _, old = self._entries.popitem(last=False)
+                # With its last array an encoder may go, and another may have its id.
+                self._sizes.pop((id(old.encoder), old.array.shape), None)
                 for n in range(old.size):
                     del self._of_id[old.first + n]
         self._entries.move_to_end(key)
