@@ -31,11 +31,12 @@ from llmppl.models import (
     walk,
 )
 from llmppl.models.described_series import PROMPT
-from llmppl.models.encoders import SmallEar, series_told
+from llmppl.models.encoders import SmallEar, SoftSentence
 from llmppl.models.formula import BY_LIKELIHOOD, noise_given, points_listed, unexplained
 from llmppl.models.plan import BY_CHANCE, arriving, goal_told, maze_and_goal
 from llmppl.models.record import field as field_of
 from llmppl.models.record import fields_told, given
+from llmppl.network.embedded import Embedded
 from llmppl.objectives import TrajectoryBalance, WakeSleep
 from llmppl.posterior.posterior import Posterior
 
@@ -420,45 +421,51 @@ def year(source: random.Random) -> torch.Tensor:
     return torch.tensor([value + source.gauss(0, 1) for value in described(source.choice(descriptions()))])
 
 
-def learn_descriptions(ear: SmallEar, steps: int = 3000) -> None:
-    """Teach an encoder, with a linear layer that is then thrown away, which description a series comes from."""
+def learn_descriptions(classifier: torch.nn.Module, prior: torch.Tensor, steps: int = 3000) -> None:
+    """Teach a classifier the posterior over all descriptions, of series of each of them; no language model is read."""
     known = torch.tensor([described(text) for text in descriptions()])
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        head = torch.nn.Linear(ear.norm.normalized_shape[0], len(known))
     source = torch.Generator().manual_seed(3)
-    optimizer = torch.optim.Adam([*ear.parameters(), *head.parameters()])
+    optimizer = torch.optim.Adam(classifier.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
     for _ in range(steps):
         chosen = torch.randint(len(known), (64,), generator=source)
         noisy = known[chosen] + torch.randn(64, known.shape[1], generator=source)
+        exact = (prior + dist.Normal(known, 1.0).log_prob(noisy[:, None]).sum(-1)).softmax(-1)
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(head(ear(noisy)[:, 0]), chosen).backward()
+        torch.nn.functional.cross_entropy(classifier(noisy), exact).backward()
         optimizer.step()
         schedule.step()
 
 
 def series(lm: LM, steps: int) -> Application:
-    """A sentence for a year's twelve values; the guide sees them by a small convolutional encoder."""
-    source, told = random.Random(2), SmallEar(lm.transformer.config.hidden_size, unit=4.0)
-    program = described_series(lm)
+    """A sentence for a year's twelve values; the guide sees a small classifier's guess, in words, twice."""
+    source, program = random.Random(2), described_series(lm)
+    ear = SmallEar(lm.transformer.config.hidden_size, unit=4.0, scale=1.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = torch.nn.Linear(ear.norm.normalized_shape[0], len(descriptions()))
+    classifier = torch.nn.Sequential(ear, torch.nn.Flatten(), head)
+    guess = SoftSentence(classifier, lm, descriptions())
+
+    def told(y: torch.Tensor) -> list[Any]:
+        said = Embedded(guess, y, 1)
+        return [PROMPT, said, "\n" + PROMPT, said, "\n" + PROMPT]
+
     listed = {
         "description": lambda y: [
             lm.map(lambda *v: "Visitors: " + ", ".join(f"{o:.0f}" for o in v) + "\n", *(y[..., n] for n in range(12))),
             PROMPT,
         ]
     }
-    flatter = described_series(lm, temperature=2.0)
-    guide = AutoregressiveGuide(program, lm, prompt=series_told(told), rank=8, seed=0)
+    guide = AutoregressiveGuide(program, lm, prompt={"description": told}, rank=8, seed=0)
     held_out, rows = ([(year(source),) for _ in range(count)] for count in (16, 400))
 
     def train() -> float:
         def work() -> None:
-            learn_descriptions(told)
-            fit(flatter, guide, rows, WakeSleep(1, insomnia=0.0), 4 * steps, 32, vectorize_data=True,
-                learning_rate=1e-3, seed=0, progress=False)  # fmt: skip
-            fit(program, guide, rows, WakeSleep(16, insomnia=1.0), steps, 8, vectorize_data=True,
-                learning_rate=1e-3, schedule="cosine", seed=1, progress=False)  # fmt: skip
+            learn_descriptions(classifier, log_prior())
+            classifier.requires_grad_(False)
+            fit(program, guide, rows, WakeSleep(1, insomnia=0.0), steps, 32, vectorize_data=True,
+                learning_rate=5e-4, schedule="cosine", seed=0, progress=False)  # fmt: skip
 
         return timed(work)
 
@@ -470,16 +477,19 @@ def series(lm: LM, steps: int) -> Application:
     known = set(descriptions())
     table: dict[str, torch.Tensor] = {}
 
-    def log_joints(y: torch.Tensor) -> torch.Tensor:
+    def log_prior() -> torch.Tensor:
         """Of every description; each has one spelling."""
         if not table:
-            law = pyro.poutine.trace(program).get_trace(y).nodes["description"]["fn"]
+            law = pyro.poutine.trace(program).get_trace(held_out[0][0]).nodes["description"]["fn"]
             table["texts"] = lm.encode([text + lm.spelling.end for text in descriptions()], special=True)
             texts = torch.nn.functional.pad(table["texts"], (0, law.event_shape[0] - table["texts"].shape[1]), value=-1)
             with torch.no_grad():
                 table["prior"] = torch.cat([law.log_prob(some) for some in texts.split(41)])
             table["means"] = torch.tensor([described(text) for text in descriptions()])
-        return table["prior"] + dist.Normal(table["means"], 1.0).log_prob(y).sum(-1)
+        return table["prior"]
+
+    def log_joints(y: torch.Tensor) -> torch.Tensor:
+        return log_prior() + dist.Normal(table["means"], 1.0).log_prob(y).sum(-1)
 
     def drawn(query: Query, count: int) -> dict[str, torch.Tensor]:
         return {"description": table["texts"][dist.Categorical(logits=log_joints(*query)).sample((count,))]}
