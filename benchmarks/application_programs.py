@@ -528,5 +528,5 @@ STEPS = {
     "plans-7": 20,
     "dialogue": 16,
     "data": 40,
-    "series": 40,
+    "series": 60,
 }
