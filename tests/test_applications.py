@@ -59,9 +59,12 @@ def test_completions_on_the_real_model(smollm2: LM) -> None:
     pyro.set_rng_seed(0)
     guide = PromptGuide(program, smollm2, prompt={"body": lambda prefix: [prefix]})
     posterior = importance(program, guide, 24)("def double(x):\n    return", "", "4", "10")
-    best, weight = posterior.top("body", 1)[0]
-    assert run("def double(x):\n    return" + best, "double(7)") == "14"
-    assert weight > 0.9
+    # Which of the right texts are drawn is the processor's affair; hardly any weight may lie on others.
+    found = posterior.top("body", 24)
+    right = [weight for body, weight in found if run("def double(x):\n    return" + body, "double(7)") == "14"]
+    assert right
+    assert right[0] == found[0][1]
+    assert sum(right) > 0.9
 
 
 @pytest.mark.parametrize(
