@@ -14,7 +14,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-from llmppl import LM, Grammar, fit, simulate
+from llmppl import LM, Embedded, Grammar, fit, simulate
 from llmppl.guides import AutoregressiveGuide, PromptGuide, SteeredGuide, WordGuide
 from llmppl.models import (
     completion,
@@ -36,7 +36,6 @@ from llmppl.models.formula import BY_LIKELIHOOD, noise_given, points_listed, une
 from llmppl.models.plan import BY_CHANCE, arriving, goal_told, maze_and_goal
 from llmppl.models.record import field as field_of
 from llmppl.models.record import fields_told, given
-from llmppl.network.embedded import Embedded
 from llmppl.objectives import TrajectoryBalance, WakeSleep
 from llmppl.posterior.posterior import Posterior
 

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -60,6 +61,17 @@ def keep(path: Path, record: dict[str, Any]) -> None:
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
     print(record, flush=True)
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> float:
+    """Expected calibration error (Guo et al. 2017) of what was chosen, equal-width bins."""
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [
+        (place == n).mean() * abs(right[place == n].mean() - confidence[place == n].mean())
+        for n in range(bins)
+        if (place == n).any()
+    ]
+    return float(sum(gaps))
 
 
 def nothing(*args: Any) -> None:

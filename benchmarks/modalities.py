@@ -18,17 +18,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measure import machine, table
+from measure import calibration_error, machine, table
 from pyro import poutine
 from torch import Tensor, nn
 
-from llmppl import LM, Behaviour, fit
+from llmppl import LM, Behaviour, Embedded, fit
 from llmppl.guides import AutoregressiveGuide
 from llmppl.models import captioned
 from llmppl.models.captioned import PROMPT
 from llmppl.models.encoders import SmallEye, SoftSentence
 from llmppl.models.image_mixtures import ImageMixtures
-from llmppl.network.embedded import Embedded
 from llmppl.objectives import TrajectoryBalance, WakeSleep
 from llmppl.programs.plates import in_data_plate
 
@@ -160,17 +159,10 @@ def digits(lm: LM, options: Any) -> None:
     print(table(["captions by", "accuracy", "ECE against the posterior, %", "ECE against the labels, %"], rows))
 
 
-def calibration(log_probs: Tensor, truth: Tensor, bins: int = 15) -> float:
+def calibration(log_probs: Tensor, truth: Tensor) -> float:
     """Expected calibration error of the most probable caption, per cent."""
-    confidence, chosen = log_probs.exp().max(-1)
-    right = (chosen == truth).float()
-    place = (confidence * bins).long().clamp(max=bins - 1)
-    total = 0.0
-    for n in range(bins):
-        own = place == n
-        if bool(own.any()):
-            total += float(own.float().mean() * abs(right[own].mean() - confidence[own].mean()).detach())
-    return 100 * total
+    confidence, chosen = log_probs.detach().exp().max(-1)
+    return 100 * calibration_error(confidence.numpy(), (chosen == truth).numpy().astype(float), bins=15)
 
 
 if __name__ == "__main__":

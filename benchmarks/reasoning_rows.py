@@ -28,7 +28,7 @@ import pyro
 import reasoning
 import torch
 from latent_reasoning import METHODS
-from measure import keep, machine, records, table
+from measure import calibration_error, keep, machine, records, table
 from pyro import poutine
 from torch import Tensor
 
@@ -229,14 +229,6 @@ def likelihood(program: Any, values: dict[str, Tensor], args: tuple[Any, ...], c
     trace = poutine.trace(in_draws(poutine.condition(program, given), count)).get_trace(*args)
     node = trace.nodes[site]
     return node["fn"].log_prob(node["value"]).expand(count, -1)
-
-
-def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> float:
-    """Expected calibration error (Guo et al. 2017), equal-width bins."""
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = [(place == n).mean() * abs(right[place == n].mean() - confidence[place == n].mean())
-            for n in range(bins) if (place == n).any()]  # fmt: skip
-    return float(sum(gaps))
 
 
 def tested(task: Any, drawer: Any, told: Any, rows: int, draws: int) -> dict[str, float]:

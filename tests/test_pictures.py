@@ -12,13 +12,12 @@ from conftest import character_lm, kl
 from pyro import poutine
 from torch import Tensor
 
-from llmppl import LM, Grammar, exact_posterior, fit, importance, simulate
+from llmppl import LM, Embedded, Grammar, exact_posterior, fit, importance, simulate
 from llmppl.guides import AutoregressiveGuide
 from llmppl.models import captioned, described, described_series, descriptions
 from llmppl.models.described_series import MONTHS
 from llmppl.models.encoders import SmallEar, SmallEye, SoftSentence, image_told, series_told
 from llmppl.models.image_mixtures import ImageMixtures
-from llmppl.network.embedded import Embedded
 from llmppl.objectives import TrajectoryBalance, WakeSleep
 from llmppl.programs.plates import in_data_plate
 from llmppl.programs.structure import structure
@@ -193,13 +192,12 @@ def test_a_sentence_that_is_certain_is_read_as_if_it_were_written(letters: LM) -
 
 
 def test_a_soft_sentence_mixes_embeddings_and_its_classifier_learns(letters: LM) -> None:
-    """The mixture from the table of embeddings; a guide's objective moves the classifier."""
+    """The mixture from the table of embeddings; a gradient reaches the classifier."""
     table = letters.transformer.get_input_embeddings().weight.detach()
     encoder = SoftSentence(Thirds(), letters, ["rs", "tu", "sr"])
     a, b, c, d = (table[letters.encode(x)[0]] for x in "rstu")
     array = torch.tensor([[0.3, -1.0, 0.5]])
-    p = array[0].softmax(-1)
-    p = p.to(table.dtype)
+    p = array[0].to(table.dtype).softmax(-1)
     expected = torch.stack([p[0] * a + p[1] * c + p[2] * b, p[0] * b + p[1] * d + p[2] * a])[None]
     torch.testing.assert_close(encoder(array), expected)
     letters(Embedded(encoder, array[0], 1), max_tokens=1).log_prob(letters.encode("a")).backward()
