@@ -5,8 +5,9 @@
 8 latents of 512 tokens before an observed sentence, on SmolLM2: CPU seconds and peak memory of the passes of a step of
 ``SubTrajectoryBalance(every=16)`` and of ``WakeSleep`` (drawing left out), against cross-entropy on the same tokens by
 ``transformers`` and ``peft``, row by row, each in a process of its own; at half and a quarter of the length, too, for
-the memory. Then the effective sample size of 16 particles over 256 tokens, with resampling and without. A line of
-``--out`` is written for each, and what is there already is not run again.
+the memory. Then the effective sample size of 16 particles at every one of 256 tokens, proposed by a prompt that is told
+the ending, with resampling and without. A line of ``--out`` is written for each, and what is there already is not run
+again; ``--plot`` draws them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import pyro
 import torch
 from measure import keep, machine, records, table
 
-from llmppl import LM, importance, smc
+from llmppl import LM, smc
 from llmppl.guides import AutoregressiveGuide, PromptGuide
 from llmppl.objectives import SubTrajectoryBalance, WakeSleep
 from llmppl.objectives.behaviour import Mixed
@@ -37,6 +38,7 @@ OBJECTIVES = {
     "SubTrajectoryBalance(every=16)": lambda: SubTrajectoryBalance(PARTICLES, every=16),
 }
 CASES = ("cross-entropy", *OBJECTIVES)
+RESAMPLED = {0.0: "never resampled", 0.5: "resampled below half"}
 
 
 def program_of(lm: LM, tokens: int) -> Any:
@@ -71,23 +73,21 @@ def step(case: str, tokens: int) -> dict[str, Any]:
     return {"case": case, "tokens": tokens, "seconds": seconds, "GB": peak}
 
 
-def effective(tokens: int, particles: int) -> dict[str, Any]:
-    """Of SMC, and of importance sampling with the same prior."""
+def effective(tokens: int, threshold: float) -> dict[str, Any]:
+    """At each token: of what a prompt draws that is told the ending, against the prior of the text so far."""
     torch.set_num_threads(1)
-    pyro.set_rng_seed(0)
     lm = LM.from_pretrained("smollm2-135m")
     program = program_of(lm, tokens)
-    prior = PromptGuide(program, lm, {"thought": lambda beginning: [beginning]})
+    told = PromptGuide(program, lm, {"thought": lambda beginning, ending: ["It ends: ", ending, "\n", beginning]})
     start = time.process_time()
-    weighed = importance(program, prior, particles, progress=False)(BEGINNING, ENDING)
-    middle = time.process_time()
-    resampled = smc(program, prior, particles, progress=False)(BEGINNING, ENDING)
+    found = smc(program, told, 16, targets="prefixes", ess_threshold=threshold, seed=0, progress=False)(
+        BEGINNING, ENDING
+    )
     return {
-        "case": "effective sample size", "tokens": tokens, "particles": particles,
-        "importance": float(weighed.ess), "smc": float(resampled.ess), "ancestors": int(resampled.distinct_ancestors),
-        "log Z, importance": float(weighed.log_evidence), "log Z, smc": float(resampled.log_evidence),
-        "doubts": [weighed.doubts, resampled.doubts],
-        "seconds": [middle - start, time.process_time() - middle],
+        "case": RESAMPLED[threshold], "tokens": tokens, "history": [float(ess) for ess in found.ess_history],
+        "ancestors": int(found.distinct_ancestors), "log Z": float(found.log_evidence),
+        "error": float(found.log_evidence_error), "length": found.mean_tokens, "doubts": found.doubts,
+        "seconds": time.process_time() - start,
     }  # fmt: skip
 
 
@@ -95,6 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("long_latents.jsonl"))
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 256, 128])
+    parser.add_argument("--plot", type=Path, help="a picture of both")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -108,12 +109,42 @@ def main() -> None:
                 called = [sys.executable, __file__, "--one", case, str(tokens)]
                 said = subprocess.run(called, capture_output=True, text=True, check=True).stdout
                 keep(options.out, json.loads(said.splitlines()[-1]))
-    if ("effective sample size", 256) not in done:
-        keep(options.out, effective(256, 16))
+    for threshold, case in RESAMPLED.items():
+        if (case, 256) not in done:
+            keep(options.out, effective(256, threshold))
+    if options.plot:
+        plot(records(options.out), options.plot)
     found = [record for record in records(options.out) if record["case"] in CASES]
     plain = {record["tokens"]: record["seconds"] for record in found if record["case"] == "cross-entropy"}
     rows = [[r["case"], r["tokens"], r["seconds"], r["seconds"] / plain[r["tokens"]], r["GB"]] for r in found]
     print(table(["passes of", "tokens", "CPU s", "of cross-entropy's", "peak, GB"], rows))
+    texts = [r for r in records(options.out) if r["case"] in RESAMPLED.values()]
+    rows = [
+        [r["case"], min(r["history"]), r["ancestors"], r["log Z"], r["error"], r["length"], r["seconds"]] for r in texts
+    ]
+    heads = ["SMC over 256 tokens", "smallest ESS", "ancestors", "log Ẑ", "±", "tokens a text", "CPU s"]
+    print("", table(heads, rows), *(f"{r['case']}: {r['doubts']}" for r in texts), sep="\n")
+
+
+def plot(found: list[dict[str, Any]], path: Path) -> None:
+    """Peak memory over the length, and the effective sample size over the tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for case in CASES:
+        own = sorted((r["tokens"], r["GB"]) for r in found if r["case"] == case)
+        left.plot(*zip(*own, strict=True), marker="o", label=case)
+    left.set(xlabel="tokens of each of 8 latents", ylabel="peak memory, GB", ylim=(0, None))
+    left.legend(fontsize=8, frameon=False)
+    for case in RESAMPLED.values():
+        (own,) = (r["history"] for r in found if r["case"] == case)
+        right.plot(range(1, len(own) + 1), own, label=case)
+    right.set(xlabel="looks, one a token", ylabel="effective sample size of 16", ylim=(0, 16.5))
+    right.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,10 @@ methods of a task. Each row trains for so many CPU minutes of one thread and is 
 among them: accuracy by several rationales of who answers, expected calibration error, log p(answer) by them, distinct
 right rationales, and the effective sample size of what draws rationales, told what it is told. A line of ``--out`` is
 written for each row, and what is there already is not run again.
+
+With ``--traces 6`` the program of *arithmetic* has first learned six worked questions, the same for all rows and in no
+row's time, and stands without examples; guides read those six before they train, in their row's time. The test has
+questions of five numbers, too.
 """
 
 from __future__ import annotations
@@ -64,9 +68,18 @@ class Task:
         pyro.clear_param_store()
         pyro.set_rng_seed(seed)
         self.lm, self.seconds, self.particles, self.seed = lm, 60 * minutes, particles, seed
-        self.theta = lm.adapt(rank=8, seed=seed) if learns else lm
+        self.before = self.begun()
+        self.theta = self.learner() if learns else self.before
         self.program = self.made(self.theta)
         self.steps = 0
+
+    def begun(self) -> LM:
+        """What the program was before it learns here; a prompt draws from it."""
+        return self.lm
+
+    def learner(self) -> LM:
+        """The same, to learn."""
+        return self.lm.adapt(rank=8, seed=self.seed)
 
     def made(self, theta: LM) -> Callable[..., Any]:
         raise NotImplementedError
@@ -79,7 +92,7 @@ class Task:
         return AutoregressiveGuide(self.program, self.lm, prompts, rank=8, seed=self.seed + 1, target_modules=LAYERS)
 
     def prompt(self, told: bool) -> PromptGuide:
-        return PromptGuide(self.program, self.lm, self.told if told else self.untold)
+        return PromptGuide(self.program, self.before, self.told if told else self.untold)
 
     def fit(self, guide: Any, objective: Any, share: float = 1.0) -> None:
         if isinstance(objective, SubTrajectoryBalance) and len(self.untold) > 1:
@@ -149,26 +162,58 @@ class Subjective(Task):
 
 
 class Calculation(Task):
-    """Arithmetic with a calculator, of three and four numbers, behind two worked examples."""
+    """Arithmetic with a calculator, of three and four numbers, behind two worked examples or after learning some.
+
+    :param traces: how many worked questions the program has learned; it then has no examples.
+    """
 
     rate, model_rate = 3e-4, 3e-4
-    untold: Prompts = {f"expression_{n}": calculator.prompt_of(n, told=False, shots=True) for n in (1, 2, 3)}
-    told: Prompts = {f"expression_{n}": calculator.prompt_of(n, told=True, shots=True) for n in (1, 2, 3)}
 
-    def __init__(self, folder: Path, *args: Any) -> None:
-        worked, self.tests = calculator.read(folder / "arithmetic_with_tool", 200)
-        self.train = [(question, answer) for question, _, answer in worked]
+    def __init__(self, folder: Path, traces: int, kept: Path, *args: Any) -> None:
+        self.worked, self.tests = calculator.read(folder / "arithmetic_with_tool", 200)
+        self.train = [(question, answer) for question, _, answer in self.worked]
+        self.traces, self.kept = traces, kept
+        self.sizes = calculator.SIZES if traces else (3, 4)
+        self.untold, self.told = (
+            {f"expression_{n}": calculator.prompt_of(n, told, shots=not traces) for n in range(1, self.sizes[-1])}
+            for told in (False, True)
+        )
         super().__init__(*args)
 
+    def begun(self) -> LM:
+        if not self.traces:
+            return self.lm
+        bench = calculator.Bench(self.lm, self.worked, self.tests, self.traces, 0, 0, self.seed, self.kept)
+        self.bench, begun = bench, bench.supervised()
+        begun.requires_grad_(False)
+        return begun
+
+    def learner(self) -> LM:
+        if not self.traces:
+            return super().learner()
+        return self.bench.supervised()
+
     def made(self, theta: LM) -> Callable[..., Any]:
-        return calculator.batched(arithmetic(theta, calculator.SHOTS, max_tokens=calculator.MAX_TOKENS))
+        shots = [] if self.traces else calculator.SHOTS
+        return calculator.batched(arithmetic(theta, shots, max_tokens=calculator.MAX_TOKENS))
+
+    def guide(self, told: bool) -> AutoregressiveGuide:
+        if not self.traces:
+            return super().guide(told)
+        start = time.process_time()
+        self.theta.requires_grad_(False)
+        guide = self.bench.guide(self.program, told)
+        self.theta.requires_grad_(self.theta is not self.before)
+        self.seconds -= time.process_time() - start
+        return guide
 
     def batches(self) -> list[tuple[list[str], list[str]]]:
         sizes = [[row for row in self.train if len(row[0].split()) == 2 * size - 1] for size in (3, 4)]
         return [in_columns(rows[n : n + 4]) for rows in sizes for n in range(0, len(rows), 4)]
 
     def tested(self, count: int) -> list[tuple[list[str], list[str]]]:
-        return [in_columns(self.tests[size][n : n + 10]) for size in (3, 4) for n in range(0, count // 2, 10)]
+        own = count // len(self.sizes)
+        return [in_columns(self.tests[size][n : min(n + 10, own)]) for size in self.sizes for n in range(0, own, 10)]
 
     def answers(self, drawer: Any, questions: list[str], truth: list[str], draws: int) -> dict[str, np.ndarray]:
         """Of each row: the most frequent answer's share and whether it is right, log p(answer), distinct right ways."""
@@ -181,13 +226,14 @@ class Calculation(Task):
             said = latents(poutine.condition(self.program, values), (questions,), draws, len(questions))["answer"]
         answers = [text.strip().removesuffix(".").strip() for text in self.lm.decode(said.flatten(0, 1))]
         written = [self.lm.decode(value.flatten(0, 1)) for value in values.values()]
-        found: dict[str, list[float]] = {"confidence": [], "right": [], "distinct": [], "each": []}
+        found: dict[str, list[float]] = {"confidence": [], "right": [], "distinct": [], "each": [], "numbers": []}
         for n, true in enumerate(truth):
             own = answers[n :: len(truth)]
             best = max(dict.fromkeys(own), key=own.count)
             found["confidence"].append(own.count(best) / draws)
             found["right"].append(best == true)
             found["each"].append(own.count(true) / draws)
+            found["numbers"].append((len(questions[n].split()) + 1) // 2)
             ways = zip(*(texts[n :: len(truth)] for texts in written), strict=True)
             found["distinct"].append(len({way for way, answer in zip(ways, own, strict=True) if answer == true}))
         return {k: np.array(v, dtype=float) for k, v in found.items()} | {
@@ -244,6 +290,8 @@ def tested(task: Any, drawer: Any, told: Any, rows: int, draws: int) -> dict[str
         gaps.extend(np.atleast_1d(posterior.log_evidence) - np.atleast_1d(posterior.elbo))
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     result = {name: float(value.mean()) for name, value in found.items()}
+    for size in dict.fromkeys(found.get("numbers", ())):
+        result[f"right of {size:.0f}"] = float(found["right"][found["numbers"] == size].mean())
     result |= {f"{name}, error": float(value.std(ddof=1) / len(value) ** 0.5) for name, value in found.items()}
     return result | {
         "ECE": calibration_error(found["confidence"], found["right"]),
@@ -254,9 +302,9 @@ def tested(task: Any, drawer: Any, told: Any, rows: int, draws: int) -> dict[str
 
 def run(name: str, task_name: str, lm: LM, options: Any, seed: int) -> dict[str, Any]:
     method, answers = (None, "program") if name == UNTRAINED else METHODS[name]
-    task = TASKS[task_name](
-        options.folder, lm, options.minutes, options.particles, seed, method and answers == "program"
-    )
+    own = (options.traces, options.out.with_suffix("")) if task_name == "arithmetic" else ()
+    learns = method is not None and answers == "program"
+    task = TASKS[task_name](options.folder, *own, lm, options.minutes, options.particles, seed, learns)
     start = time.process_time()
     drawer = method(task) if method else None
     trained, steps = time.process_time() - start, task.steps
@@ -275,6 +323,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=[UNTRAINED, *ROWS], default=[UNTRAINED, *ROWS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=30, help="of CPU time for each row's training")
+    parser.add_argument("--traces", type=int, default=0, help="worked questions that arithmetic starts from")
     parser.add_argument("--particles", type=int, default=8)
     parser.add_argument("--rows", type=int, default=100, help="tested, of each task")
     parser.add_argument("--draws", type=int, default=8, help="for each of them")
@@ -285,13 +334,17 @@ def main() -> None:
     torch.set_num_threads(1)
     print(machine(), flush=True)
     lm = LM.from_pretrained("smollm2-135m")
-    done = {(r["task"], r["method"], r["seed"], r["minutes"]) for r in records(options.out)}
+
+    def setting(r: dict[str, Any]) -> tuple[Any, ...]:
+        return r["task"], r["method"], r["seed"], r["minutes"], r.get("traces", 0)
+
+    done = {setting(r) for r in records(options.out)}
     for seed in options.seeds:
         for task in options.tasks:
             for name in options.methods:
-                if (task, name, seed, options.minutes) not in done:
-                    found = run(name, task, lm, options, seed)
-                    keep(options.out, {"task": task, "method": name, "seed": seed, "minutes": options.minutes, **found})
+                row = {"task": task, "method": name, "seed": seed, "minutes": options.minutes, "traces": options.traces}
+                if setting(row) not in done:
+                    keep(options.out, {**row, **run(name, task, lm, options, seed)})
     print(summary(records(options.out)))
 
 

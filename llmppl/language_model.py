@@ -38,7 +38,7 @@ from llmppl.text.arguments import check_name, unavailable
 from llmppl.text.chat import chat_pieces
 from llmppl.text.declared import declared
 from llmppl.text.row_function import Kind
-from llmppl.text.spelling import ALLOWED, Spelling, empty_context, log_probabilities
+from llmppl.text.spelling import ALLOWED, Spelling, check_tilt, empty_context, log_probabilities
 from llmppl.text.tokenization import Codec
 from llmppl.text.word_automaton import WordTokens
 from llmppl.text.words import SHORTEST
@@ -263,22 +263,35 @@ class LM(Adaptable):
         )
 
     @declared
-    def choice(self, *pieces: Piece, options: Sequence[str], probs: Sequence[float] | None = None) -> Choice:
+    def choice(
+        self,
+        *pieces: Piece,
+        options: Sequence[str],
+        probs: Sequence[float] | None = None,
+        tilt: Tensor | Sequence[float] | None = None,
+    ) -> Choice:
         """The finite distribution over ``options``, each weighted by the probability that the
         continuation of the joined pieces begins with it, normalised over the options.
 
         :param probs: of the options, in place of the model's, which prefers short ones and frequent words: a prior
             that is yours. A guide's proposal is weighted by the model in any case.
+        :param tilt: added to the options' log-probabilities before they are normalised, nats, ``(n,)`` or
+            ``batch_shape + (n,)``: what else is known of them. A guide of one choice is the model's law tilted by a
+            network that sees the data (:class:`llmppl.models.encoders.SeenChoice`). Another guide's proposal has none.
         :raises ValueError: fewer than two options, equal ones, or one the prefix of another; ``probs`` that are not
-            positive, or not one for each option.
+            positive, or not one for each option; a ``tilt`` that is not finite, or of another shape.
         """
         rows = self.spelling.options(options)
         texts, context = pad_rows(rows, device=self.device), self.context(*pieces)
+        if tilt is not None:
+            tilt = torch.as_tensor(tilt, device=self.device)
+            finite = tilt.is_floating_point() and bool(tilt.isfinite().all())
+            check_tilt(tuple(tilt.shape), finite, options, tuple(context.shape[:-1]))
         if probs is not None:
             given = torch.tensor(log_probabilities(probs, options), device=self.device)
-            return Choice(self.base, context, texts, given=given)
+            return Choice(self.base, context, texts, given=given, tilt=tilt)
         self.register()
-        return Choice(self.base, context, texts, self.adapter)
+        return Choice(self.base, context, texts, self.adapter, tilt=tilt)
 
     @cached_property
     def word_tokens(self) -> WordTokens:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,41 @@ def image_told(encoder: nn.Module, event_dim: int = 2, prompt: str = PICTURE) ->
 def series_told(encoder: nn.Module, prompt: str = YEAR) -> dict[str, Callable[..., list[Any]]]:
     """What a guide of :func:`llmppl.models.described_series` is told: the series, by an encoder, and the prompt."""
     return {"description": lambda y: [Embedded(encoder, y, 1), prompt]}
+
+
+class SeenChoice(nn.Module):
+    r"""The guide of :func:`llmppl.models.captioned` that does not read: the language model's own law of the captions,
+    tilted by what a classifier sees.
+
+    .. math:: q(c_i|x) \propto P_{\text{lm}}(c_i)\, e^{f_i(x)}
+
+    The posterior has this form, with :math:`f_i(x) = \log p(x|c_i)` up to what all captions share; so a classifier that
+    is wide enough can reach it, which a language model that is told an embedding has to learn to say. For texts that
+    cannot be listed there is :func:`image_told`. Trained and weighed like any guide of Pyro's.
+
+    :param classifier: maps images ``(N, ...)`` to :math:`f`, ``(N, captions)``. It can be taught alone first.
+    :param lm: the program's.
+    :param captions: the program's.
+    :param event_dim: dimensions of an image.
+    :param prompt: the program's.
+    :raises ValueError: while it is called: scores of another number than the captions.
+    """
+
+    @declared
+    def __init__(
+        self, classifier: nn.Module, lm: LM, captions: Sequence[str], event_dim: int = 2, prompt: str = PICTURE
+    ) -> None:
+        super().__init__()
+        self.classifier, self.captions, self.event_dim, self.prompt = classifier, list(captions), event_dim, prompt
+        self._lm = [lm]  # not a module of this one: its weights are not the guide's
+
+    def forward(self, image: Tensor, observations: Mapping[str, Tensor] | None = None) -> Tensor:
+        image = (observations or {}).get("image", image)
+        pyro.module("seen_choice", self)
+        rows = image.shape[: image.dim() - self.event_dim]
+        scores = self.classifier(image.reshape(-1, *image.shape[len(rows) :]))
+        law = self._lm[0].choice(self.prompt, options=self.captions, tilt=scores.reshape(*rows, -1))
+        return pyro.sample("caption", law)
 
 
 class SmallEye(nn.Module):

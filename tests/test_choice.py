@@ -106,3 +106,68 @@ def test_given_probabilities_stand_in_for_the_models(lm: LM) -> None:
 def test_probabilities_that_are_none(lm: LM, probs: list[float]) -> None:
     with pytest.raises(ValueError, match="must be a positive number for each of the 2 options"):
         lm.choice("a", options=["b", "c"], probs=probs)
+
+
+def test_a_tilt_is_added_before_the_options_are_normalised(lm: LM) -> None:
+    """As a law, as a guide that learns, and in plates."""
+    options, tilt = ["c", "de"], torch.tensor([[0.0, 0.0], [1.0, -1.0], [3.0, 0.5]], dtype=torch.float64)
+    plain, choice = lm.choice("ab", options=options), lm.choice("ab", options=options, tilt=tilt)
+    assert choice.batch_shape == (3,)
+    weights = plain.logits.exp() * tilt.exp()
+    expected = weights / weights.sum(-1, keepdim=True)
+    torch.testing.assert_close(choice.logits.exp(), expected)
+    torch.testing.assert_close(choice.log_prob(choice.enumerate_support()).exp().T, expected)
+    torch.testing.assert_close(choice.expand((2, 3)).logits.exp(), expected.expand(2, 3, 2))
+    both = lm.choice(["ab", "d", "e"], options=options, probs=[1, 3], tilt=tilt[1])
+    torch.testing.assert_close(
+        both.logits.exp().double(), torch.tensor([[torch.e**2, 3]] * 3).double() / (torch.e**2 + 3)
+    )
+    assert repr(choice).endswith(", tilted)")
+    assert "tilted" not in repr(plain)
+    drawn = (choice.sample((4000,)) == choice.options[0]).all(-1).double().mean(0)
+    torch.testing.assert_close(drawn, expected[:, 0], atol=0.04, rtol=0)  # standard error at most 0.008
+
+    def program(endings: list[str]) -> None:
+        with pyro.plate("rows", len(endings), dim=-1):
+            plan = pyro.sample("plan", lm.choice("ab", options=options))
+            pyro.sample("ending", lm("ab", plan), obs=lm.encode(endings))
+
+    scores = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
+
+    def guide(endings: list[str]) -> None:
+        with pyro.plate("rows", len(endings), dim=-1):
+            pyro.sample("plan", lm.choice("ab", options=options, tilt=scores), infer={"enumerate": "parallel"})
+
+    # The posterior's tilt is the log-likelihood, where the ELBO is the evidence and its gradient is none.
+    endings = ["ed", "a."]
+    likelihood = torch.stack([
+        torch.stack([lm("ab" + plan).log_prob(lm.encode(ending)) for plan in options]) for ending in endings
+    ])  # fmt: skip
+    evidence = float((plain.logits + likelihood).logsumexp(-1).sum())
+    loss = TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(program, guide, endings)
+    (before,) = torch.autograd.grad(loss, scores)
+    assert float(-loss) < evidence - 1e-3
+    assert float(before.abs().max()) > 1e-3
+    scores.data = likelihood.detach() + torch.tensor([[5.0], [-3.0]])  # whatever they share
+    loss = TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(program, guide, endings)
+    (after,) = torch.autograd.grad(loss, scores)
+    assert float(-loss) == pytest.approx(evidence, abs=1e-8)
+    assert float(after.abs().max()) < 1e-8
+    proposal = choice.with_context(lm.context("d"), None)
+    torch.testing.assert_close(proposal.logits, lm.choice("d", options=options).logits)
+
+
+@pytest.mark.parametrize(
+    ("tilt", "said"),
+    [
+        ([1.0, 2.0, 3.0], r"tilt= has shape \(3,\)"),
+        (torch.zeros(()), r"tilt= has shape \(\)"),
+        (torch.zeros(3, 2), r"tilt= has shape \(3, 2\).*: \(2, 2\), or \(2,\)"),
+        ([1.0, float("nan")], "no finite floating point number"),
+        ([1.0, -float("inf")], "no finite floating point number"),
+        (torch.tensor([1, 2]), "no finite floating point number"),
+    ],
+)
+def test_a_tilt_of_another_shape_or_none_is_refused(lm: LM, tilt: object, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        lm.choice(["a", "d"], options=["b", "c"], tilt=tilt)  # type: ignore[arg-type]

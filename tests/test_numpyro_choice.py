@@ -114,3 +114,33 @@ def test_given_probabilities_stand_in_for_the_models(lm: LM) -> None:
     np.testing.assert_allclose(proposal.logits[0], lm.choice("d", options=OPTIONS).logits, atol=1e-5)
     with pytest.raises(ValueError, match="must be a positive number for each of the 3 options"):
         lm.choice("d", options=OPTIONS, probs=[1.0])
+
+
+def test_a_tilt_is_added_before_the_options_are_normalised(lm: LM) -> None:
+    """Compiled, mapped, expanded and with a gradient, as in the other twin."""
+    tilt = np.array([[0.0, 0.0, 0.0], [1.0, -1.0, 0.5]], dtype=np.float32)
+    plain, choice = lm.choice(["d", "ab"], options=OPTIONS), lm.choice(["d", "ab"], options=OPTIONS, tilt=tilt)
+    expected = np.exp(plain.logits + tilt)
+    expected /= expected.sum(-1, keepdims=True)
+    np.testing.assert_allclose(np.exp(choice.logits), expected, atol=1e-6)
+    np.testing.assert_allclose(np.exp(jax.jit(lambda c: c.logits)(choice)), expected, atol=1e-6)
+    np.testing.assert_allclose(np.exp(choice.expand((4, 2)).logits), np.broadcast_to(expected, (4, 2, 3)), atol=1e-6)
+    one = lm.choice("d", options=OPTIONS, tilt=tilt)
+    assert one.batch_shape == (2,)
+    assert repr(one).endswith(", tilted)")
+    number = OPTIONS.index("e")
+    np.testing.assert_allclose(one.log_prob(lm.encode("e")), one.logits[:, number], atol=1e-6)
+    mapped = jax.vmap(lambda own: lm.choice("d", options=OPTIONS, tilt=own).logits)(tilt)
+    np.testing.assert_allclose(mapped, one.logits, atol=1e-6)
+
+    def log_prob(own: jax.Array) -> jax.Array:
+        return lm.choice("d", options=OPTIONS, tilt=own).log_prob(lm.encode("e"))
+
+    wanted = np.eye(3)[number] - np.exp(one.logits[1])
+    np.testing.assert_allclose(jax.grad(log_prob)(tilt[1]), wanted, atol=1e-6)
+    np.testing.assert_allclose(
+        choice.with_context(lm.context("d"), None).logits[0], lm.choice("d", options=OPTIONS).logits, atol=1e-5
+    )
+    for wrong, said in (([1.0], r"tilt= has shape \(1,\)"), ([1.0, np.nan, 0.0], "no finite floating point number")):
+        with pytest.raises(ValueError, match=said):
+            lm.choice("d", options=OPTIONS, tilt=wrong)

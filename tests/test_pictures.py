@@ -16,7 +16,7 @@ from llmppl import LM, Embedded, Grammar, exact_posterior, fit, importance, simu
 from llmppl.guides import AutoregressiveGuide
 from llmppl.models import captioned, described, described_series, descriptions
 from llmppl.models.described_series import MONTHS
-from llmppl.models.encoders import SmallEar, SmallEye, SoftSentence, image_told, series_told
+from llmppl.models.encoders import SeenChoice, SmallEar, SmallEye, SoftSentence, image_told, series_told
 from llmppl.models.image_mixtures import ImageMixtures
 from llmppl.objectives import TrajectoryBalance, WakeSleep
 from llmppl.programs.plates import in_data_plate
@@ -106,6 +106,38 @@ def test_a_guide_that_sees_the_image_reaches_the_posterior_on_images_it_has_not_
         ),
         abs=0.15,
     )
+
+
+class Likelihood(torch.nn.Module):
+    """log p(x|c) itself, up to what all captions share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.scale * mixtures().log_probs(images) + images.sum((1, 2))[:, None]
+
+
+def test_a_seen_choice_whose_classifier_is_the_likelihood_is_the_posterior(characters: LM) -> None:
+    """By weights that are all equal, alone, in rows and of simulated images; and it learns a scale that is off."""
+    program, classifier = captioned(characters, CAPTIONS, mixtures(), prompt="A"), Likelihood()
+    guide = SeenChoice(classifier, characters, CAPTIONS, prompt="A")
+    assert [name for name, _ in guide.named_parameters()] == ["classifier.scale"]
+    seen = images(4)
+    log_p = exact(characters, seen)
+    found = poutine.trace(in_data_plate(guide)).get_trace(seen).nodes["caption"]["fn"]
+    torch.testing.assert_close(found.logits.reshape(4, 3).float(), log_p, atol=1e-4, rtol=0)
+    other = poutine.trace(guide).get_trace(seen[0], observations={"image": seen[1]}).nodes["caption"]["fn"]
+    torch.testing.assert_close(other.logits.float(), log_p[1], atol=1e-4, rtol=0)
+    posterior = importance(program, guide, 50, progress=False)(seen[0])
+    assert float(posterior.ess) == pytest.approx(50, abs=1e-2)
+    evidence = characters.choice("A", options=CAPTIONS).logits.float() + mixtures().log_probs(seen[:1])
+    assert float(posterior.log_evidence) == pytest.approx(float(evidence.logsumexp(-1)), abs=1e-3)
+    classifier.scale.data.fill_(0.1)
+    fit(program, guide, [(image,) for image in images(64, seed=2)], WakeSleep(8, insomnia=1.0), 120, batch_size=16,
+        vectorize_data=True, learning_rate=0.05, schedule="cosine", seed=0, progress=False)  # fmt: skip
+    assert float(classifier.scale.detach()) == pytest.approx(1.0, abs=0.2)
 
 
 @pytest.mark.parametrize(

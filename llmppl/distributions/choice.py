@@ -43,7 +43,7 @@ def option_index(value: Tensor, options: Tensor) -> Tensor:
 class Choice(ConditionedText, TorchDistribution):
     r"""The finite distribution over given strings.
 
-    .. math:: p(o_i) = \frac{P_i}{\sum_j P_j}, \qquad P_i = P(\text{the continuation begins with } o_i)
+    .. math:: p(o_i) = \frac{P_i e^{t_i}}{\sum_j P_j e^{t_j}}, \qquad P_i = P(\text{the continuation begins with } o_i)
 
     Made by :meth:`llmppl.LM.choice`. It enumerates, so that ``TraceEnum_ELBO`` is exact on it.
 
@@ -52,6 +52,7 @@ class Choice(ConditionedText, TorchDistribution):
     :param options: text tensor of shape ``(n, T)``, none a prefix of another.
     :param adapter: the adapter to switch on while scoring.
     :param given: normalised log-probabilities of the options that stand in for the model's, ``(n,)``.
+    :param tilt: added to them before they are normalised, ``batch_shape + (n,)``, nats.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}
@@ -65,8 +66,13 @@ class Choice(ConditionedText, TorchDistribution):
         adapter: str | None = None,
         validate_args: bool | None = None,
         given: Tensor | None = None,
+        tilt: Tensor | None = None,
     ) -> None:
+        if tilt is not None:
+            shape = torch.broadcast_shapes(context.shape[:-1], tilt.shape[:-1])
+            context, tilt = context.expand(*shape, -1), tilt.expand(*shape, -1)
         self.lm, self.context, self.options, self.adapter, self.given = lm, context, options, adapter, given
+        self.tilt = tilt
         self._cached_logits: Tensor | None = None
         super().__init__(context.shape[:-1], options.shape[-1:], validate_args=validate_args)
 
@@ -81,11 +87,16 @@ class Choice(ConditionedText, TorchDistribution):
     def expand(self, batch_shape: Any, _instance: object = None) -> Choice:
         batch_shape = torch.Size(batch_shape)
         context = self.context.expand(batch_shape + self.context.shape[-1:])
-        return Choice(self.lm, context, self.options, self.adapter, self._validate_args, self.given)
+        tilt = None if self.tilt is None else self.tilt.expand(*batch_shape, -1)
+        return Choice(self.lm, context, self.options, self.adapter, self._validate_args, self.given, tilt)
 
     @property
     def logits(self) -> Tensor:
         """Normalised log-probabilities of the options, of shape ``batch_shape + (n,)``, nats."""
+        return self._untilted if self.tilt is None else (self._untilted + self.tilt).log_softmax(-1)
+
+    @property
+    def _untilted(self) -> Tensor:
         if self.given is not None:
             return self.given.expand(*self.batch_shape, -1)
         if self._cached_logits is None:
@@ -154,4 +165,5 @@ class Choice(ConditionedText, TorchDistribution):
     def __repr__(self) -> str:
         more = "" if self.adapter is None else f", adapter={self.adapter!r}"
         more += "" if self.given is None else f", probs={[round(p, 3) for p in self.given.exp().tolist()]}"
+        more += "" if self.tilt is None else ", tilted"
         return f"Choice(batch_shape={tuple(self.batch_shape)}, options={self.lm.decode(self.options)}{more})"

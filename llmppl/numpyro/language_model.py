@@ -15,7 +15,7 @@ import numpy as np
 import numpyro
 from jax import Array
 
-from llmppl.numpyro.distributions.autoregressive_text import AutoregressiveText
+from llmppl.numpyro.distributions.autoregressive_text import AutoregressiveText, own_batch_shape
 from llmppl.numpyro.distributions.choice import Choice
 from llmppl.numpyro.distributions.content_word import ContentWord
 from llmppl.numpyro.distributions.echoed_text import EchoedText
@@ -32,7 +32,15 @@ from llmppl.text.arguments import check_name, unavailable
 from llmppl.text.chat import chat_pieces
 from llmppl.text.declared import declared
 from llmppl.text.row_function import Kind
-from llmppl.text.spelling import Spelling, describe, empty_context, log_probabilities, too_long, unbroadcastable
+from llmppl.text.spelling import (
+    Spelling,
+    check_tilt,
+    describe,
+    empty_context,
+    log_probabilities,
+    too_long,
+    unbroadcastable,
+)
 from llmppl.text.tokenization import Codec
 from llmppl.text.words import SHORTEST
 
@@ -207,18 +215,34 @@ class LM:
         )
 
     @declared
-    def choice(self, *pieces: Piece, options: Sequence[str], probs: Sequence[float] | None = None) -> Choice:
+    def choice(
+        self,
+        *pieces: Piece,
+        options: Sequence[str],
+        probs: Sequence[float] | None = None,
+        tilt: Array | Sequence[float] | None = None,
+    ) -> Choice:
         """The finite distribution over ``options``, each weighted by the probability that the continuation of the
         joined pieces begins with it, normalised over the options.
 
         :param probs: of the options, in place of the model's, which prefers short ones and frequent words: a prior
             that is yours. A guide's proposal is weighted by the model in any case.
+        :param tilt: added to the options' log-probabilities before they are normalised, nats, ``(n,)`` or
+            ``batch_shape + (n,)``: what else is known of them. A guide of one choice is the model's law tilted by a
+            network that sees the data. Another guide's proposal has none.
         :raises ValueError: fewer than two options, equal ones, or one the prefix of another; ``probs`` that are not
-            positive, or not one for each option.
+            positive, or not one for each option; a ``tilt`` that is not finite, or of another shape.
         """
         rows = self.spelling.options(options)
         given = None if probs is None else jnp.asarray(log_probabilities(probs, options))
-        return Choice(self, self.context(*pieces), pad_rows(rows), given=given)  # type: ignore[arg-type]
+        context = self.context(*pieces)
+        if tilt is not None:
+            tilt = jnp.asarray(tilt)
+            finite = jnp.issubdtype(tilt.dtype, jnp.floating) and (
+                not is_concrete(tilt) or bool(jnp.isfinite(tilt).all())
+            )
+            check_tilt(tilt.shape, finite, options, own_batch_shape(context))
+        return Choice(self, context, pad_rows(rows), given=given, tilt=tilt)  # type: ignore[arg-type]
 
     @declared
     def content_word(self, text: Piece, shortest: int = SHORTEST) -> ContentWord:

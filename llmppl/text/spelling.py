@@ -208,6 +208,22 @@ def log_probabilities(probs: Sequence[float], options: Sequence[str]) -> list[fl
     return [math.log(weight / total) for weight in weights]
 
 
+def check_tilt(shape: tuple[int, ...], finite: bool, options: Sequence[str], rows: tuple[int, ...]) -> None:
+    """Refuse what cannot be added to the log-probabilities of options.
+
+    :param finite: whether it is floating point numbers, none infinite.
+    :param rows: batch shape of the context.
+    :raises ValueError: naming the shape that it should have.
+    """
+    fits = bool(shape) and shape[-1] == len(options)
+    fits = fits and all(a == b or 1 in (a, b) for a, b in zip(shape[-2::-1], rows[::-1], strict=False))
+    if not fits:
+        asked = f"{(*rows, len(options))}, or {(len(options),)}"
+        raise ValueError(f"tilt= has shape {shape}. It has a number for each option in its last dimension: {asked}.")
+    if not finite:
+        raise ValueError("tilt= holds what is no finite floating point number. Check the network that it comes from.")
+
+
 def describe(piece: object) -> str:
     """A piece as an error message names it."""
     if isinstance(piece, str):

@@ -63,7 +63,7 @@ def option_index(value: Array, options: Array) -> Array:
 class Choice(Distribution):
     r"""The finite distribution over given strings.
 
-    .. math:: p(o_i) = \frac{P_i}{\sum_j P_j}, \qquad P_i = P(\text{the continuation begins with } o_i)
+    .. math:: p(o_i) = \frac{P_i e^{t_i}}{\sum_j P_j e^{t_j}}, \qquad P_i = P(\text{the continuation begins with } o_i)
 
     Made by :meth:`llmppl.numpyro.LM.choice`. A value that is none of the options has log-probability −inf; where
     validation is on and the numbers are known, a warning says so.
@@ -80,12 +80,13 @@ class Choice(Distribution):
     :param options: text array of shape ``(n, T)``, none a prefix of another.
     :param lora: low-rank additions to the weights, or ``None``.
     :param given: normalised log-probabilities of the options that stand in for the model's, ``(n,)``.
+    :param tilt: added to them before they are normalised, ``batch_shape + (n,)``, nats.
     """
 
     arg_constraints: dict[str, Any] = {}
     reparametrized_params: list[str] = []
     has_enumerate_support = True
-    pytree_data_fields = ("weights", "context", "options", "lora", "given")
+    pytree_data_fields = ("weights", "context", "options", "lora", "given", "tilt")
     pytree_aux_fields = ("lm",)
 
     def __init__(
@@ -98,12 +99,15 @@ class Choice(Distribution):
         *,
         weights: Weights | None = None,
         given: Array | None = None,
+        tilt: Array | None = None,
         validate_args: bool | None = None,
     ) -> None:
         self.lm, self.context, self.options, self.lora, self.given = lm, tuple(context), options, lora, given
+        self.tilt = tilt
         self.weights = lm.weights if weights is None else weights
         lm.check_length(count(self.context), options.shape[-1])
-        shape = np.broadcast_shapes(own_batch_shape(self.context), batch_shape or ())
+        tilted = () if tilt is None else np.shape(tilt)[:-1]
+        shape = np.broadcast_shapes(own_batch_shape(self.context), batch_shape or (), tilted)
         super().__init__(shape, options.shape[-1:], validate_args=validate_args)
 
     @property
@@ -132,6 +136,7 @@ class Choice(Distribution):
             expanded(self.batch_shape, shape),
             weights=self.weights,
             given=self.given,
+            tilt=self.tilt,
             validate_args=self.__dict__.get("_validate_args"),
         )
 
@@ -141,6 +146,10 @@ class Choice(Distribution):
         return _compiled_logits(self) if is_settled(self) else self._logits()
 
     def _logits(self) -> Array:
+        found = self._untilted()
+        return found if self.tilt is None else jax.nn.log_softmax(found + self.tilt, -1)
+
+    def _untilted(self) -> Array:
         if self.given is not None:
             return jnp.broadcast_to(self.given, (*self.batch_shape, len(self.options)))
         reader = Reader(self.lm.architecture, self.weights, self.lora)
@@ -216,8 +225,9 @@ class Choice(Distribution):
 
     def __repr__(self) -> str:
         options = repr(self.lm.decode(self.options)) if is_known(self.options) else f"{self.options!r}"
-        adapter = ", with adapter" if self.lora is not None else ""
-        return f"Choice(batch_shape={self.batch_shape}, options={options}{adapter})"
+        more = ", with adapter" if self.lora is not None else ""
+        more += ", tilted" if self.tilt is not None else ""
+        return f"Choice(batch_shape={self.batch_shape}, options={options}{more})"
 
 
 _compiled_logits = compiled(lambda fn: fn._logits())
