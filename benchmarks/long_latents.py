@@ -29,6 +29,7 @@ from llmppl import LM, smc
 from llmppl.guides import AutoregressiveGuide, PromptGuide
 from llmppl.objectives import SubTrajectoryBalance, WakeSleep
 from llmppl.objectives.behaviour import Mixed
+from llmppl.text import PAD
 
 BEGINNING = "Anna was thirsty. She thought about what she could do."
 ENDING = " So she drank a glass of cold water."
@@ -65,10 +66,13 @@ def step(case: str, tokens: int) -> dict[str, Any]:
                 torch.nn.functional.cross_entropy(logits, row[prompt.shape[1] :]).backward()
     else:
         lm.gradient_checkpointing = True
-        given = Mixed(torch.ones(PARTICLES), {"thought": texts}, torch.ones(PARTICLES, dtype=torch.bool))
-        start = time.process_time()
-        with given:
-            OBJECTIVES[case]().differentiable_loss(program, guide, BEGINNING, ENDING).backward()
+        objective, start = OBJECTIVES[case](), 0.0
+        short = torch.full_like(texts, PAD)
+        short[:, :20], short[:, 20] = texts[:, :20], lm.encode("<|im_end|>", special=True)
+        for values in (short, texts):  # what is done once for a program is done with the short ones
+            start = time.process_time()
+            with Mixed(torch.ones(PARTICLES), {"thought": values}, torch.ones(PARTICLES, dtype=torch.bool)):
+                objective.differentiable_loss(program, guide, BEGINNING, ENDING).backward()
     seconds, peak = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"case": case, "tokens": tokens, "seconds": seconds, "GB": peak}
 

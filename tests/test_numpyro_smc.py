@@ -14,7 +14,7 @@ from llmppl.numpyro import LM, Posterior, exact_posterior, smc
 from llmppl.numpyro.guides import PromptGuide
 from llmppl.numpyro.testing import tiny_lm
 
-PARTICLES, RUNS = 6, 1500
+PARTICLES, RUNS = 6, 500
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def estimates(posterior: Posterior, runs: int) -> np.ndarray:
 def test_the_evidence_is_unbiased_and_the_posterior_the_exact_one(
     lm: LM, story: Any, exact: Posterior, guided: bool, targets: str, resampling: str
 ) -> None:
-    """E[Ẑ] = Z, and E[Ẑ E_w[1{text}]] = Z p(text|x) for every text of more than 3 %, over 1500 runs of six particles
+    """E[Ẑ] = Z, and E[Ẑ E_w[1{text}]] = Z p(text|x) for every text of more than 3 %, over 500 runs of six particles
     that resample at every token: within 4 standard errors (one key; 3 for a single number). The standard error of the
     mean Ẑ is below 6 % of Z, so that resampling without resetting weights, say, is far outside."""
     guide = PromptGuide(story, lm) if guided else None

@@ -21,7 +21,6 @@ from llmppl.programs.particles import (
     log_q_drawn,
     propose,
     run_model,
-    run_particles,
     sum_sites,
 )
 from llmppl.programs.plates import has_data_plate, in_particles
@@ -107,7 +106,7 @@ class SubTrajectoryBalance(OffPolicyObjective):
         log_q = self._score(call.guide, call, states, axes, nesting)
         sampled_p, sampled_q = states.of_samples(log_p), states.of_samples(log_q)
         if self._checked is not original(model):
-            self._check_prefixes(call, trace, states, sampled_p)
+            self._check_prefixes(call, trace, sampled_p, axes, nesting)
             self._checked = original(model)
         chosen = call.on_policy.to(log_p.device)
         sampled = (sampled_p - (sampled_q if drawn is None else drawn)).detach()
@@ -135,11 +134,15 @@ class SubTrajectoryBalance(OffPolicyObjective):
         self, call: Call, trace: poutine.Trace, log_weights: Tensor, axes: tuple[int, ...], nesting: int
     ) -> Tensor:
         """What the program learns by: at the samples alone, whose prefixes only the guide is judged by."""
-        scored = run_model(call.model, trace, call.args, call.kwargs, self.num_particles, nesting)
-        compute_log_prob(scored)
-        log_p = sum_sites(scored, axes, nesting, self.num_particles)
+        log_p = self._at_samples(call, trace, axes, nesting)
         chosen = call.on_policy.to(log_p.device)
         return program_loss(call.model, log_p[chosen], log_weights[chosen])
+
+    def _at_samples(self, call: Call, trace: poutine.Trace, axes: tuple[int, ...], nesting: int) -> Tensor:
+        """The program's joint at the samples, run without their prefixes."""
+        scored = run_model(call.model, trace, call.args, call.kwargs, self.num_particles, nesting)
+        compute_log_prob(scored)
+        return sum_sites(scored, axes, nesting, self.num_particles)
 
     def _log_p(
         self, call: Call, trace: poutine.Trace, states: States, axes: tuple[int, ...], nesting: int, frozen: bool
@@ -177,19 +180,20 @@ class SubTrajectoryBalance(OffPolicyObjective):
         check_finite(trace, self.floor is not None and program is call.model)
         return sum_sites(trace, axes, nesting, number).unflatten(0, shape)
 
-    def _check_prefixes(self, call: Call, trace: poutine.Trace, states: States, sampled: Tensor) -> None:
+    def _check_prefixes(
+        self, call: Call, trace: poutine.Trace, sampled: Tensor, axes: tuple[int, ...], nesting: int
+    ) -> None:
         """Refuse a program whose joint at a text depends on which other particles are run.
 
         :raises ValueError: e.g. an observed site that Python cuts to the longest text of the batch.
         """
-        values = {name: site["value"] for name, site in trace.nodes.items() if name in states.values}
-        with torch.no_grad():
-            alone = run_particles(call.model, call.guide, call.args, call.kwargs, self.num_particles, Given(values))
-        same = alone.log_p == sampled.detach()  # −inf, both times
-        difference = float(torch.where(same, 0.0, alone.log_p - sampled.detach()).abs().max())
+        with torch.no_grad(), poutine.block():
+            alone = self._at_samples(call, trace, axes, nesting)
+        same = alone == sampled.detach()  # −inf, both times
+        difference = float(torch.where(same, 0.0, alone - sampled.detach()).abs().max())
         # Another batch sums in another order, half precision coarsely so; anything more is another density.
-        single = alone.log_p.dtype in (torch.float32, torch.float64)
-        size = float(torch.where(alone.log_p.isfinite(), alone.log_p, 0.0).abs().max())
+        single = alone.dtype in (torch.float32, torch.float64)
+        size = float(torch.where(alone.isfinite(), alone, 0.0).abs().max())
         if not difference < (1e-3 if single else 0.05) * (1.0 + size):
             raise ValueError(
                 f"the joint of a sampled text changes by {difference:.3g} nats when its prefixes are run beside it: "
