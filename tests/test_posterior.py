@@ -98,6 +98,11 @@ def test_weights_of_long_texts_that_degenerate_say_what_helps() -> None:
     assert of_weights([short]).advice == "more samples, smc(), or more training"
     good = long_texts(100, np.linspace(-0.1, 0.1, 64))
     assert not good.doubts
+    # Particles of smc are resampled already.
+    walked = replace(long_texts(100, bad), method="smc", ancestors=np.arange(128).reshape(64, 2), num_ancestors=64)
+    (doubt,) = (text for text in walked.doubts if "size" in text)
+    assert doubt.startswith("the effective sample size is 1.0 at some token of 75: take more particles")
+    assert "check_every=" not in doubt
     assert not of_weights([good]).advice
 
 

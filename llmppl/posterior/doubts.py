@@ -17,10 +17,14 @@ LONG = 64
 """Tokens of a sample's latent texts from which on their number is what makes weights degenerate: the variance of a
 log-weight grows with every token that the proposal gets wrong."""
 
-FOR_LONG = (
-    "resample while they grow, smc(..., check_every=) with about a sentence's tokens, train towards the condition at "
-    "higher temperatures first, fit(..., target_temperature=), or train a guide longer"
+_TRAINING = (
+    "train towards the condition at higher temperatures first, fit(..., target_temperature=), or train a guide longer"
 )
+
+FOR_LONG = f"resample while they grow, smc(..., check_every=) with about a sentence's tokens, {_TRAINING}"
+
+FOR_LONG_RESAMPLED = f"take more particles, or let them see ahead, smc(..., targets='flows') with a guide, {_TRAINING}"
+"""What helps where particles are resampled already, and are still surprised by what comes behind the texts."""
 
 
 class Weighted(Protocol):
@@ -74,8 +78,11 @@ def doubts(posterior: Weighted) -> list[str]:
         elif np.min(posterior.distinct_ancestors) < fewest:
             found.append(f"only {np.min(posterior.distinct_ancestors)} ancestors are left of {posterior.num_ancestors}")
     if ess < fewest:
-        tokens = posterior.mean_tokens
-        long = f" of texts of {tokens:.0f} tokens, too many for one weight: {FOR_LONG}" if tokens >= LONG else ""
+        tokens, long = posterior.mean_tokens, ""
+        if tokens >= LONG:
+            long = f" of texts of {tokens:.0f} tokens, too many for one weight: {FOR_LONG}"
+            if posterior.method == "smc":
+                long = f" at some token of {tokens:.0f}: {FOR_LONG_RESAMPLED}"
         found.append(f"the effective sample size is {ess:.1f}{long}")
     if (khat > LARGEST_KHAT).any():
         found.append(f"k̂ is {np.nanmax(khat):.2f}, above {LARGEST_KHAT}")
