@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,12 +10,15 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from llmppl.distributions.parameter_store import register_module
 from llmppl.language_model import LM
 from llmppl.models.captioned import PROMPT as PICTURE
 from llmppl.models.described_series import PROMPT as YEAR
 from llmppl.network.embedded import Embedded
 from llmppl.text import PAD
 from llmppl.text.declared import declared
+
+_numbers = itertools.count()
 
 
 def image_told(encoder: nn.Module, event_dim: int = 2, prompt: str = PICTURE) -> dict[str, Callable[..., list[Any]]]:
@@ -51,11 +55,13 @@ class SeenChoice(nn.Module):
     ) -> None:
         super().__init__()
         self.classifier, self.captions, self.event_dim, self.prompt = classifier, list(captions), event_dim, prompt
+        self._number = next(_numbers)
         self._lm = [lm]  # not a module of this one: its weights are not the guide's
 
     def forward(self, image: Tensor, observations: Mapping[str, Tensor] | None = None) -> Tensor:
         image = (observations or {}).get("image", image)
-        pyro.module("seen_choice", self)
+        if any(parameter.requires_grad for parameter in self.classifier.parameters()):
+            register_module(f"seen_choice_{self._number}", self)
         rows = image.shape[: image.dim() - self.event_dim]
         scores = self.classifier(image.reshape(-1, *image.shape[len(rows) :]))
         law = self._lm[0].choice(self.prompt, options=self.captions, tilt=scores.reshape(*rows, -1))

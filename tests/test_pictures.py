@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import character_lm, kl
 from pyro import poutine
+from pyro.infer import SVI
 from torch import Tensor
 
 from llmppl import LM, Embedded, Grammar, exact_posterior, fit, importance, simulate
@@ -138,6 +139,14 @@ def test_a_seen_choice_whose_classifier_is_the_likelihood_is_the_posterior(chara
     fit(program, guide, [(image,) for image in images(64, seed=2)], WakeSleep(8, insomnia=1.0), 120, batch_size=16,
         vectorize_data=True, learning_rate=0.05, schedule="cosine", seed=0, progress=False)  # fmt: skip
     assert float(classifier.scale.detach()) == pytest.approx(1.0, abs=0.2)
+    # Another guide of the kind, in one session, learns by itself; a frozen one is quietly run.
+    again = SeenChoice(Likelihood(), characters, CAPTIONS, prompt="A")
+    again.classifier.scale.data.fill_(0.1)
+    svi = SVI(program, again, pyro.optim.Adam({"lr": 0.05}), WakeSleep(8, insomnia=1.0))
+    for _ in range(3):
+        svi.step(seen[0])
+    assert float(again.classifier.scale.detach()) > 0.11
+    poutine.trace(again.requires_grad_(False)).get_trace(seen[0])
 
 
 @pytest.mark.parametrize(
