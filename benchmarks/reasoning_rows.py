@@ -289,9 +289,10 @@ def tested(task: Any, drawer: Any, told: Any, rows: int, draws: int) -> dict[str
         ess.extend(np.atleast_1d(posterior.ess) / draws)
         gaps.extend(np.atleast_1d(posterior.log_evidence) - np.atleast_1d(posterior.elbo))
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    numbers = found.pop("numbers", np.zeros(0))
     result = {name: float(value.mean()) for name, value in found.items()}
-    for size in dict.fromkeys(found.get("numbers", ())):
-        result[f"right of {size:.0f}"] = float(found["right"][found["numbers"] == size].mean())
+    for size in dict.fromkeys(numbers):
+        result[f"right of {size:.0f}"] = float(found["right"][numbers == size].mean())
     result |= {f"{name}, error": float(value.std(ddof=1) / len(value) ** 0.5) for name, value in found.items()}
     return result | {
         "ECE": calibration_error(found["confidence"], found["right"]),

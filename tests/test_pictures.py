@@ -147,6 +147,8 @@ def test_a_seen_choice_whose_classifier_is_the_likelihood_is_the_posterior(chara
         svi.step(seen[0])
     assert float(again.classifier.scale.detach()) > 0.11
     poutine.trace(again.requires_grad_(False)).get_trace(seen[0])
+    with pytest.raises(ValueError, match=r"tilt= has shape \(3,\).*a number for each option"):
+        SeenChoice(Likelihood(), characters, CAPTIONS[:2], prompt="A")(seen[0])
 
 
 @pytest.mark.parametrize(
