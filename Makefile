@@ -8,7 +8,7 @@ NEWER := $(PYTHON312) python3.12 python3.13 python3.14 $(sort $(wildcard $(HOME)
 # Those that `make test-package` installs the wheel into; one that is not there fails it.
 PYTHONS ?= $(PYTHON) $(or $(PYTHON313),$(firstword $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python) python3.13))
 
-.PHONY: demo test test-arviz test-vllm drills package test-package lint format docs venv venv-arviz
+.PHONY: demo test test-long test-arviz test-vllm drills package test-package lint format docs venv venv-arviz
 
 demo: venv
 	$(BIN)/llmppl demo
@@ -16,7 +16,11 @@ demo: venv
 # The small environment is installed, and its tests are run, while the large one is installed.
 test:
 	$(MAKE) --no-print-directory -j2 venv test-arviz
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not long"
+
+# The tests that `make test` leaves out to be quick: they train to convergence, average many runs or start processes.
+test-long: venv
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m long
 
 # Kills, interrupts, damages and fuzzes what `make test` does in short. About half an hour, and then hours of soaking.
 DRILLS := fuzzed damaged hostile full_disk two_runs killed interrupted

@@ -39,6 +39,7 @@ def exact(lm: LM, question: str, replies: list[str]) -> np.ndarray:
     return np.array(found)
 
 
+@pytest.mark.long
 def test_options_have_the_share_of_their_evidence_with_honest_errors(lm: LM) -> None:
     evidence = exact(lm, "ab", OPTIONS)
     expected = evidence / evidence.sum()
@@ -77,6 +78,7 @@ def test_draws_are_grouped_by_what_they_are_once_normalised(lm: LM) -> None:
     np.testing.assert_allclose(found.error, np.sqrt(found.probabilities * (1 - found.probabilities) / 3999))
 
 
+@pytest.mark.long
 def test_rows_have_answers_of_their_own_and_a_guide_may_think(lm: LM) -> None:
     program = asked(lm)
     both = answer(program, options=OPTIONS, num_samples=3000, vectorize_data=True)(["ab", "e"])

@@ -148,6 +148,7 @@ def test_formulas_are_explained_exactly() -> None:
     assert {posterior.top("formula", 2)[n][0].rstrip(".") for n in (0, 1)} == {"x+1", "1+x"}
 
 
+@pytest.mark.long
 def test_formula_and_noise_are_proposed_together() -> None:
     """A text guide with an AutoGuide for the noise, trained; its log Ẑ is that of a sum over formulas and a grid of
     noises."""
@@ -205,6 +206,7 @@ def test_a_small_grammar_is_enumerated_over_the_whole_vocabulary(smollm2: LM) ->
         smollm2("y =", grammar=Grammar.regex(r"[a-z ]*"), max_tokens=9).enumerate_support()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [AutoNormal, AutoDiagonalNormal])
 def test_an_autoguide_beside_the_text_learns_asleep(kind: Any) -> None:
     """It draws on the real line and is given values of the program's: the noise's prior is what it learns, told
@@ -288,6 +290,7 @@ def test_noise_is_proposed_by_what_a_formula_leaves(form: str, slope: float) -> 
     assert posterior.ess > 0.85 * 400
 
 
+@pytest.mark.long
 def test_numpyro_has_the_same_evidence_of_code_and_formulas(tmp_path: Path) -> None:
     from llmppl.numpyro import LM as Twin
     from llmppl.numpyro import exact_posterior as twin_posterior

@@ -43,6 +43,7 @@ def simulated(
     return run([story.beginning] * rows, [story.ending] * rows)
 
 
+@pytest.mark.long
 def test_the_brackets_contain_the_enumerated_values_and_close_with_more_samples(story: Story) -> None:
     """In expectation, so up to 3 standard errors over 1500 simulated endings (0.1 nats each at most)."""
     story.ending = "c"

@@ -112,6 +112,7 @@ def test_rows_and_single_calls_follow_the_same_chains() -> None:
     assert {tuple(text) for text in objective.chains[key(DATA[1])]["middle"].tolist()} <= prior
 
 
+@pytest.mark.long
 def test_it_learns_as_exact_em_does_and_resumes_to_the_bit(tmp_path: Path) -> None:
     def run(folder: Path | None, steps: int, **more: Any) -> tuple[float, list[Tensor]]:
         _, theta, program = learned()

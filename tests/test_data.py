@@ -87,6 +87,7 @@ def test_all_that_takes_data_takes_mappings(story: Story) -> None:
     assert evaluated[0] == evaluated[1]
 
 
+@pytest.mark.long
 def test_numpyro_takes_them_too() -> None:
     import numpyro
 

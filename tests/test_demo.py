@@ -33,6 +33,7 @@ def test_the_stories_are_five_sentences_and_the_held_out_ones_are_not_trained_on
         assert ending.count(".") == 1
 
 
+@pytest.mark.long
 def test_the_keyword_demo_trains_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2: LM) -> None:
     monkeypatch.setattr(keyword_demo, "UNSEEN", 2)
     path = str(tmp_path / "guide.safetensors")
@@ -117,6 +118,7 @@ def test_the_demo_trains_and_reports(
     assert len(re.findall(r"ELBO -?\d", result.output)) == 2
 
 
+@pytest.mark.long
 def test_the_shipped_adapter_beats_the_prompt_guide_and_the_prior(smollm2: LM) -> None:
     story = infilling(smollm2)
     guide = demo.make_guide(story, smollm2)

@@ -107,6 +107,7 @@ def test_dialogues_that_make_no_sense(lm: LM, keywords: Any, message: str) -> No
         small(lm, replies=0)("a", "b")
 
 
+@pytest.mark.long
 def test_numpyro_has_the_same_evidence(tmp_path: Path) -> None:
     from llmppl.numpyro import LM as Twin
     from llmppl.numpyro import exact_posterior as twin_posterior

@@ -142,7 +142,14 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("damaged", 60), ("hostile", 60), ("full_disk", 15), ("fuzzed", 120), ("fuzzed", -1)]
+    ("name", "count"),
+    [
+        ("damaged", 60),
+        ("hostile", 60),
+        pytest.param("full_disk", 15, marks=pytest.mark.long),
+        pytest.param("fuzzed", 120, marks=pytest.mark.long),
+        ("fuzzed", -1),
+    ],
 )
 def test_a_short_drill(name: str, count: int) -> None:
     drill = importlib.import_module(name)

@@ -130,6 +130,7 @@ def exact(lm: LM, program: Any, image: Tensor) -> tuple[Tensor, Tensor]:
     return order, torch.as_tensor(posterior.log_weights).log_softmax(0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("vectorize", [False, True])
 def test_an_encoder_trains_with_its_guide_to_the_exact_posterior(lm: LM, eye: Eye, vectorize: bool) -> None:
     program, told = seen(lm, eye)

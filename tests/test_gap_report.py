@@ -109,6 +109,7 @@ def test_on_the_twin_the_inference_gap_is_the_enumerated_divergence(story: Story
         np.testing.assert_allclose(gaps.approximation + gaps.amortization, gaps.inference, atol=1e-9)
 
 
+@pytest.mark.long
 def test_an_adapter_fitted_to_one_text_alone_comes_near_its_posterior(story: Story) -> None:
     """A member within 0.05 nats of the posterior is known by gradient descent on the enumerated ELBO; the
     fit comes within 0.1 of it, up to 3 standard errors, from a guide 1.3 nats away. The rest is amortization."""
@@ -138,6 +139,7 @@ def test_an_adapter_fitted_to_one_text_alone_comes_near_its_posterior(story: Sto
     assert found.amortization[0] > 0.6
 
 
+@pytest.mark.long
 def test_the_fits_find_the_optimum_of_a_family_that_misses_the_posterior() -> None:
     """The approximation gap within 0.1 nats and 3 standard errors above the family's own optimum of 0.83, and
     never below it beyond 3 standard errors."""
@@ -152,6 +154,7 @@ def test_the_fits_find_the_optimum_of_a_family_that_misses_the_posterior() -> No
     assert found.mean("amortization").value > 0.5
 
 
+@pytest.mark.long
 def test_the_best_member_is_not_judged_by_the_samples_that_chose_it() -> None:
     """Members that are all the same: their largest ELBO of four is above the true one by a whole standard
     deviation, the reported one is not (3 standard errors over 60 observations)."""
@@ -200,6 +203,7 @@ def test_a_failed_fit_leaves_the_guide_the_best_member_and_is_shown() -> None:
     assert "the guide as it is 1, fitted 0, fitted anew 0" in repr(found)
 
 
+@pytest.mark.long
 def test_the_amortization_gap_is_a_lower_bound_near_the_exact_one() -> None:
     """The amortization gap lies below the exact one, as the best member found is not better than the best there is,
     by at most 0.6 nats (independent causes have local optima), up to 3 standard errors."""

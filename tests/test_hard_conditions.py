@@ -120,6 +120,7 @@ def test_prefixes_of_probability_zero_count_as_the_floor(story: Story, hard: Any
         kind(16).loss(hard, guide, *story.args)
 
 
+@pytest.mark.long
 def test_training_with_a_floor_reaches_the_posterior_and_history_counts(story: Story, hard: Any) -> None:
     """KL(q‖p) to the posterior with the floor below 0.2 nats, from more than 3."""
     guide = AutoregressiveGuide(hard, story.lm, seed=0)

@@ -183,6 +183,7 @@ def test_the_gradient_of_the_twist_is_that_of_finite_differences(small: LM) -> N
     assert float(gradient[place]) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4)
 
 
+@pytest.mark.long
 def test_a_trained_word_guide_comes_near_the_exact_posterior_of_every_word(small: LM) -> None:
     """Sleep on all words of every simulated sentence, a stop token and no stop alike; told no word in training."""
     program = keyword(small, max_tokens=4, stop=None, temperature=1.0, shortest=1)
@@ -211,6 +212,7 @@ def test_a_trained_word_guide_comes_near_the_exact_posterior_of_every_word(small
         assert abs(float(posterior.log_evidence - exact.log_evidence)) < 4 * float(posterior.log_evidence_error) + 1e-9
 
 
+@pytest.mark.long
 def test_all_words_of_a_sentence_are_the_expectation_of_a_sampled_one(small: LM) -> None:
     """The gradient of the exhausted sleep loss against the mean of 300 sampled ones, at the same sentences."""
     program = keyword(small, max_tokens=9, stop=None, temperature=1.0, shortest=1)

@@ -203,6 +203,7 @@ def test_the_m_step_is_skipped_where_the_observations_are_simulated() -> None:
 # --- EM ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "objective",
     [TrajectoryBalance(8), SubTrajectoryBalance(8), WakeSleep(8), LeaveOneOutELBO(8)],
@@ -224,6 +225,7 @@ def test_em_raises_the_evidence_of_held_out_rows(objective: ELBO) -> None:
     assert "the program learned, too" in repr(history)
 
 
+@pytest.mark.long
 def test_the_guide_follows_the_program_that_learns() -> None:
     """After EM the guide is near the posterior of the program as it is by then, and far from that of before."""
     lm, theta, program = learned()

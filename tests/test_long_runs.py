@@ -124,6 +124,7 @@ def test_parameters_of_the_model_and_of_numpy_samplers_resume(tmp_path: Path, st
     assert run("b", 4) == straight > 0.51
 
 
+@pytest.mark.long
 def test_killed_at_random_moments_it_ends_as_the_uninterrupted_run(tmp_path: Path) -> None:
     """SIGKILL, twice at any time and twice while a checkpoint is being written, then to the end."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}

@@ -367,6 +367,7 @@ def test_what_makes_no_chain_is_refused(story: Story, monkeypatch: pytest.Monkey
         mcmc(program, None, "gibbs", 10, 2)(*story.args)
 
 
+@pytest.mark.long
 def test_a_real_model_moves(smollm2: LM) -> None:
     story = infilling(smollm2, max_tokens=4)
     posterior = mcmc(story, None, "block", 10, 2, warmup=0, block=2, seed=0)("Tom lost his key", " home.")

@@ -85,6 +85,7 @@ def test_weights_are_those_of_the_laws_and_their_mean_over_the_support_is_the_ev
     assert sum(whole) == pytest.approx(math.exp(exact.log_evidence), rel=1e-9)
 
 
+@pytest.mark.long
 def test_the_evidence_is_unbiased_over_seeds(twin: Any) -> None:
     """Mean of Ẑ/Z over 20 seeds of 1000 samples, within 4 of its exact standard errors (below 2 %); the draws follow
     the law that they are weighted by, chi-square above 1e-3, without which the mean could be right by chance."""
@@ -174,6 +175,7 @@ def test_torch_enumerates_the_same_posterior(tmp_path: Path, double: None) -> No
     assert found.decode("mood") == expected.decode("mood")
 
 
+@pytest.mark.long
 def test_a_program_that_looks_at_its_values_is_run_for_each(twin: Any) -> None:
     lm = twin.lm
 
@@ -194,6 +196,7 @@ def test_a_program_that_looks_at_its_values_is_run_for_each(twin: Any) -> None:
     assert (found.samples["mood"][found.samples["short"] == 1] == -1).all()
 
 
+@pytest.mark.long
 def test_bounds_bracket_the_enumerated_values(twin: Any) -> None:
     """In expectation, so up to 3 standard errors over 600 simulated endings of one token (0.1 nats each at most)."""
     lm, total = twin.lm, np.zeros(3)
@@ -216,6 +219,7 @@ def test_bounds_bracket_the_enumerated_values(twin: Any) -> None:
     assert "600 simulated observations" in repr(found)
 
 
+@pytest.mark.long
 def test_a_hand_written_guide_and_a_continuous_latent_agree_with_nuts(twin: Any) -> None:
     """Posterior mean of the latent: weighted samples against NUTS against the integral, each within 4 of its errors."""
     lm = twin.lm
@@ -251,6 +255,7 @@ def test_a_hand_written_guide_and_a_continuous_latent_agree_with_nuts(twin: Any)
     assert chain.mean() == pytest.approx(mean, abs=4 * chain.std() / math.sqrt(size))
 
 
+@pytest.mark.long
 def test_a_text_and_a_number_together(twin: Any) -> None:
     """The guide of the number is given as others=; each weight is p/q to 1e-9."""
     lm = twin.lm

@@ -63,6 +63,7 @@ def adapted_guide(lm: LM) -> Callable[[], Any]:
     return guide
 
 
+@pytest.mark.long
 def test_trace_graph_elbo_has_the_exact_gradient_in_expectation(lm: LM) -> None:
     model, guide = story(lm), adapted_guide(lm)
     texts = lm(BEGINNING, max_tokens=2, stop=".").enumerate_support()
@@ -218,6 +219,7 @@ def test_a_plate_names_what_does_not_fit(lm: LM) -> None:
 # --- continuous latents -----------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_nuts_finds_the_posterior_of_continuous_latents_of_a_text(lm: LM) -> None:
     """The temperature of a law, and the weight of one of two prompts, against a sum over a grid."""
     ending = lm.encode("cded")

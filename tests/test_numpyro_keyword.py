@@ -122,6 +122,7 @@ def test_predictions_in_plates_are_words_of_their_own_sentences(lm: LM) -> None:
     assert trace["keyword"]["fn"].log_prob(trace["keyword"]["value"]).shape == (2,)
 
 
+@pytest.mark.long
 def test_the_evidence_is_that_of_torch_and_samplers_agree(twins: Any, lm: LM, exact: Any) -> None:
     theirs = torch_exact_posterior(keyword(twins.torch, **LAW))("ab", "c")
     assert float(exact.log_evidence) == pytest.approx(float(theirs.log_evidence), abs=1e-4)
@@ -164,6 +165,7 @@ def test_rows_of_a_plate_are_observations_of_their_own(lm: LM, exact: Any) -> No
     assert abs(rows.log_evidence[0] - exact.log_evidence) < 4 * rows.log_evidence_error[0]
 
 
+@pytest.mark.long
 def test_a_guide_that_sleeps_is_told_the_simulated_word_and_comes_nearer_the_posterior(lm: LM, exact: Any) -> None:
     program = keyword(lm, **LAW)
     told = []

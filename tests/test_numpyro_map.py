@@ -119,6 +119,7 @@ def test_an_error_in_compiled_code_has_the_same_text(lm: LM) -> None:
         jax.block_until_ready(run(jnp.asarray(lm.encode(["a", "ab"]))))
 
 
+@pytest.mark.long
 def test_posteriors_hold_it_and_show_strings(lm: LM, counted: Any) -> None:
     exact = exact_posterior(counted.program)("a")
     assert float(exact.log_evidence) == pytest.approx(counted.evidence, abs=1e-9)

@@ -245,6 +245,7 @@ def kls(guide: AutoregressiveGuide) -> tuple[float, float]:
     )
 
 
+@pytest.mark.long
 def test_trained_guide_is_the_exact_posterior() -> None:
     """Within 0.05 nats both ways, from more than a nat away. Half of the particles are drawn hotter: on-policy alone a
     small mode can be missed (KL(p‖q) stayed at 0.12)."""
@@ -279,6 +280,7 @@ def test_fit_names_what_is_wrong() -> None:
         fit(story, guide, [("ab", None), ("ab", "cd")], objective, steps=1)
 
 
+@pytest.mark.long
 def test_hard_conditions_have_weight_zero_or_the_floor() -> None:
     """A condition excludes z = 0 of the first row and every z of the second. Wake-φ is −E log q given the condition,
     and nothing for the second row; balance has the floor in its place. 40 000 particles, within 5 standard errors."""

@@ -28,6 +28,7 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, LM]:
     return theirs, LM.from_pretrained(folder)
 
 
+@pytest.mark.long
 def test_rationales_have_the_evidence_of_torch(twins: tuple[Any, LM]) -> None:
     theirs, ours = twins
     for label in ("b", "c"):
@@ -40,6 +41,7 @@ def test_rationales_have_the_evidence_of_torch(twins: tuple[Any, LM]) -> None:
         program("ab", "d")
 
 
+@pytest.mark.long
 def test_tools_have_the_evidence_of_torch(counting_folder: Path) -> None:
     theirs, ours = _torch(counting_folder), LM.from_pretrained(counting_folder)
     expected = torch_exact_posterior(torch_models.arithmetic(theirs, max_tokens=2))("1 + 1", "2").log_evidence

@@ -44,6 +44,7 @@ def estimates(posterior: Posterior, runs: int) -> np.ndarray:
     return weights.reshape(runs, -1, *weights.shape[1:]).mean(1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("guided", "targets", "resampling"),
     [(False, "prefixes", "residual"), (True, "prefixes", "systematic"), (True, "flows", "multinomial")],
@@ -90,6 +91,7 @@ def test_the_evidence_is_unbiased_and_the_posterior_the_exact_one(
         assert abs(share.mean() - wanted) < 4 * share.std(ddof=1) / np.sqrt(RUNS) + 1e-6
 
 
+@pytest.mark.long
 def test_two_latents_with_an_observation_between_and_rows_of_their_own(lm: LM) -> None:
     """Each row of the data plate resamples by itself: its evidence is that of a call for it alone, enumerated. Of 40
     rows every other one is of the same observation, so that 50 calls are 1000 runs for each of the two."""

@@ -223,7 +223,9 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize("case", TRAINED)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in ("vargrad", "wake") else pytest.mark.long) for case in TRAINED]
+)
 def test_a_trained_guide_reaches_the_exact_posterior_both_ways(case: str, record_property: Callable) -> None:
     from llmppl.testing import tiny_lm
 

@@ -86,6 +86,7 @@ def test_the_posterior_over_captions_is_enumerated_and_simulated(characters: LM)
     assert (mixtures().log_probs(shown).argmax(-1) == labels).float().mean() > 0.9
 
 
+@pytest.mark.long
 def test_a_guide_that_sees_the_image_reaches_the_posterior_on_images_it_has_not_seen(characters: LM) -> None:
     program = captioned(characters, CAPTIONS, mixtures(), prompt="A")
     eye = SmallEye(characters.transformer.config.hidden_size, channels=8, scale=1.0)

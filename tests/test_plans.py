@@ -67,6 +67,7 @@ def program_law(lm: LM) -> pyro.distributions.TorchDistribution:
     return lm("m:", grammar=Grammar.regex(r"( (up|down|left|right)){1,2}"), max_tokens=13)
 
 
+@pytest.mark.long
 def test_sleep_teaches_plans_for_goals_that_were_reached() -> None:
     """Trained on nothing but its own simulations, told the goal, the guide proposes near the posterior."""
     lm = character_lm(LETTERS + "0123456789Thegoalishr.Tw and", ".")

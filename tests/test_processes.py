@@ -59,6 +59,7 @@ def group(tmp_path: Path) -> Any:
     distributed.destroy_process_group()
 
 
+@pytest.mark.long
 def test_two_processes_are_one_with_twice_the_minibatches(tmp_path: Path, group: None) -> None:
     """Losses and parameters to 1e-5; one writer; the same again from a checkpoint of the two, by one."""
     script = SCRIPT.format(tests=str(Path(__file__).parent))

@@ -75,6 +75,7 @@ def test_predictive_of_the_prior_and_of_a_guide(story: Story) -> None:
         assert samples["middle"].shape == (7, 3)
 
 
+@pytest.mark.long
 def test_pyros_importance_agrees_with_enumeration(story: Story) -> None:
     guide = PromptGuide(story.program, story.lm)
     run = Importance(story.program, guide, num_samples=300).run(*story.args)
@@ -114,6 +115,7 @@ def test_plates_expand_and_subsample(lm: LM) -> None:
     assert svi.step(None) >= 0
 
 
+@pytest.mark.long
 def test_a_mixed_program_trains_text_and_continuous_latents_together() -> None:
     from llmppl.testing import tiny_lm
 

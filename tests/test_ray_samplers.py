@@ -180,6 +180,7 @@ def test_a_sampler_that_is_killed_is_replaced_and_may_search(story: Story, clust
         assert entry.log_joint == pytest.approx(exact[tuple(entry.values["middle"].tolist())], abs=1e-9)
 
 
+@pytest.mark.long
 def test_an_error_of_the_program_reaches_the_learner(story: Story, cluster: None) -> None:
     import pyro
 
@@ -214,6 +215,7 @@ def test_no_samplers_are_none(story: Story) -> None:
         assert torch.equal(own, other)
 
 
+@pytest.mark.long
 def test_a_learner_of_samplers_reaches_the_posterior_and_says_how_old_its_draws_were(
     story: Story, cluster: None, tmp_path: Path
 ) -> None:
@@ -291,6 +293,7 @@ fit(story, guide, [("ab", "cd")], TrajectoryBalance(4, behaviour=Behaviour(repla
 """
 
 
+@pytest.mark.long
 def test_an_interrupt_leaves_no_process_behind(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     # What starts the tests in the background has its processes ignore interrupts.

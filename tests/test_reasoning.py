@@ -105,6 +105,7 @@ def test_arithmetic_sums_over_its_expressions(counting: LM) -> None:
     assert set(posterior.decode("result_1")) == set(results)
 
 
+@pytest.mark.long
 def test_arithmetic_is_amortized_and_learned(counting: LM) -> None:
     """A guide reaches the exact posterior over two expressions; EM raises the evidence."""
     theta = counting.adapt(rank=2, seed=0)

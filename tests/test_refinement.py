@@ -140,6 +140,7 @@ def seen_ratio(patch: pytest.MonkeyPatch, move: object) -> Tensor:
     return seen[0]
 
 
+@pytest.mark.long
 def test_moves_leave_their_targets_invariant_and_annealed_weights_have_mean_z(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +253,7 @@ def test_draws_of_the_mixture_follow_its_density(toy: Toy) -> None:
         assert float(weights.mean()) == pytest.approx(truth, abs=4 * float(weights.std()) / math.sqrt(12_000))
 
 
+@pytest.mark.long
 def test_the_gap_falls_and_the_bracket_closes_with_temperatures(toy: Toy) -> None:
     """600 samples, standard errors of 0.1 nats at most; both bounds within 3 standard errors of the truth."""
     gaps, widths = [], []

@@ -60,6 +60,7 @@ def test_gradients_of_reverse_kl_are_the_exact_ones(story: Story, objective: Par
     assert float((estimate - exact).norm() / exact.norm()) < 0.12
 
 
+@pytest.mark.long
 def test_sleep_then_balance_comes_near_the_posterior_both_ways(story: Story) -> None:
     guide = RefinementGuide(
         story.program,

@@ -240,6 +240,7 @@ def test_sleep_takes_a_simulated_observation_with_its_exact_draw(
     assert math.isfinite(objective.loss_and_grads(model, proposal, *args))
 
 
+@pytest.mark.long
 def test_sleep_draws_are_exact_posterior_draws(story: Story) -> None:
     """The first particle given its simulated ending, over all endings, has the law of the program."""
     objective = TrajectoryBalance(2, behaviour=Behaviour(sleep=1.0))

@@ -65,6 +65,7 @@ def story(t: SimpleNamespace) -> Callable[..., None]:
     return program
 
 
+@pytest.mark.long
 def test_frequencies_are_the_predictive_laws(t: SimpleNamespace) -> None:
     program, ending = story(t), t.lm.encode("c")
     exact = t.exact(program, "ab", ending)
@@ -91,6 +92,7 @@ def test_frequencies_are_the_predictive_laws(t: SimpleNamespace) -> None:
         assert np.abs(np.array([np.mean([e == c for e in own]) for c in support]) - row).sum() / 2 < 0.2
 
 
+@pytest.mark.long
 def test_every_latent_goes_to_its_own_row_and_plate(t: SimpleNamespace) -> None:
     """A reading is ten times its sentence's length, a hundred times its row's, nearly without noise."""
 

@@ -76,6 +76,7 @@ def test_what_cannot_be_read_or_simulated_is_refused(story: Story, tmp_path: Pat
         Evaluation(pairs=DATA)  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 def test_sleep_on_a_stored_set_trains_the_posterior_and_the_gain_shows_it(story: Story) -> None:
     pairs = simulate(story.program, [("ab", "cd")], 512, seed=0, progress=False)
     unseen = simulate(story.program, [("ab", "cd")], 128, seed=1, progress=False)
@@ -140,6 +141,7 @@ def test_a_hard_condition_leaves_the_gain_and_tells_the_share_of_impossible_draw
     assert float(posterior.khat) == -math.inf, "those that are possible all have one weight"
 
 
+@pytest.mark.long
 def test_a_defensive_share_is_exact_and_bounds_the_weights(story: Story) -> None:
     """Ẑ / Z over 120 runs of 16 samples is 1 within four standard errors; no weight is above the likelihood over the
     share."""
@@ -235,6 +237,7 @@ def test_a_gain_that_parts_from_the_loss_is_told_of_once(story: Story) -> None:
     assert np.mean(history.loss[-10:]) < np.mean(history.loss[:10])
 
 
+@pytest.mark.long
 def test_kl_is_the_mutual_information_less_the_gain(story: Story) -> None:
     """With log Z by enumeration, against KL(p(z|x)‖q) by enumeration, averaged over 1500 simulated endings: within four
     standard errors of their paired difference."""

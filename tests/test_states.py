@@ -143,6 +143,7 @@ def test_the_loss_over_several_texts_is_zero_at_the_posterior_alone(lm: LM, obje
     assert loss == pytest.approx(sum(expected) / 8, rel=1e-4)
 
 
+@pytest.mark.long
 def test_a_guide_of_two_texts_reaches_the_exact_posterior() -> None:
     lm = tiny_lm(vocabulary=4)
     program = two_texts(lm)

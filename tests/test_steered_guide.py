@@ -173,6 +173,7 @@ def steered(lm: LM, program: Any, **keywords: Any) -> SteeredGuide:
     return SteeredGuide(program, lm, {"text": toward}, told, seed=0, **keywords)
 
 
+@pytest.mark.long
 def test_a_steered_guide_learns_the_posterior(numbered: LM) -> None:
     program = letters_counted(numbered)
     guide = steered(numbered, program)

@@ -98,6 +98,7 @@ def told_longer(lm: LM) -> Program:
     return program
 
 
+@pytest.mark.long
 def test_search_and_chains_have_the_exact_posterior(small: LM) -> None:
     """SMC's evidence is unbiased within three standard errors; a chain's frequencies are near; beams are the best."""
     program = told(small)
@@ -123,6 +124,7 @@ def test_search_and_chains_have_the_exact_posterior(small: LM) -> None:
         smc(program, None, 4, "flows")("b", "c")
 
 
+@pytest.mark.long
 def test_a_block_is_rewritten_within_the_support_and_can_be_rewritten_back(small: LM) -> None:
     """From every text, at every place, by the density of every text: at most one in sum, and both ways or neither."""
     fn = small("b", **STOP)

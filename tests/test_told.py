@@ -133,6 +133,7 @@ def mean_log_evidence(name: str, model: Program) -> float:
     return float(torch.trapezoid(log_p.exp() * log_p, k))
 
 
+@pytest.mark.long
 def test_sleep_training_reaches_the_exact_posterior(trained: tuple[str, Program, AutoregressiveGuide]) -> None:
     """KL at most 0.05 nats both ways at each of three observations; told the data's instead, counts had 13."""
     name, model, guide = trained
@@ -145,6 +146,7 @@ def test_sleep_training_reaches_the_exact_posterior(trained: tuple[str, Program,
         assert kl(log_p, log_q) < 0.05
 
 
+@pytest.mark.long
 def test_bounds_hold_the_mean_log_evidence(trained: tuple[str, Program, AutoregressiveGuide]) -> None:
     """Within three standard errors and less than 0.1 nats apart; a guide told the data's has bounds far apart."""
     name, model, guide = trained
@@ -158,6 +160,7 @@ def test_bounds_hold_the_mean_log_evidence(trained: tuple[str, Program, Autoregr
     assert wrong_upper.value - wrong_lower.value > 0.3
 
 
+@pytest.mark.long
 def test_calibration_accepts_the_posterior_and_rejects_a_guide_told_the_data(
     trained: tuple[str, Program, AutoregressiveGuide],
 ) -> None:

@@ -17,11 +17,15 @@ from llmppl import LM
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "tutorials").glob("*.ipynb"))
+LONG = ["04_numpyro", "05_reasoning", "06_tools", "07_formats_and_code", "08_plans", "10_pictures"]
 # Cells that show on a real model what cells before them show on a tiny one: other tests use that model in this way.
 REAL_MODEL = "real-model"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.long if path.stem in LONG else (), id=path.stem) for path in NOTEBOOKS],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_the_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch, smollm2: LM) -> None:
     """In this process, and with the model that is loaded already: a kernel of its own would import everything anew."""

@@ -89,6 +89,7 @@ def test_a_tenth_that_is_all_but_impossible_fails(story: Story, source: str) -> 
     assert "the guide misses part of the posterior" in found.verdict
 
 
+@pytest.mark.long
 def test_the_exact_posterior_does_not_fail(story: Story, source: str) -> None:
     """Over 3 seeds: nothing fails but SBC, which may in 5 % each (one of 3 at most with probability 99 %)."""
     rejections = 0

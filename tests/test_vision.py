@@ -114,6 +114,7 @@ def test_log_probabilities_are_those_of_the_whole_model(loaded: tuple[str, Any, 
     torch.testing.assert_close(lm(*lm.image(array), "a b").token_log_prob(texts[0]), found[0])
 
 
+@pytest.mark.long
 def test_a_guide_told_a_picture_trains_and_has_exact_weights(loaded: tuple[str, Any, Any, LM]) -> None:
     _, _, _, lm = loaded
     shown = picture(1)
