@@ -13,7 +13,7 @@ from jax.scipy.special import logsumexp
 
 from llmppl.numpyro.inference.arguments import Compiled, check_key, language_model
 from llmppl.numpyro.inference.gathering import blame, check_unscaled, faulty
-from llmppl.numpyro.inference.importance import block_size, check_lists, with_params
+from llmppl.numpyro.inference.importance import block_size, check_lists, current_params, with_params
 from llmppl.numpyro.network.reading import sharing
 from llmppl.numpyro.programs.particles import Particle, given, layout, run_particle, score_particle
 from llmppl.numpyro.programs.tracing import Program, Values, in_data_plate, is_latent, observing, simulate, structure
@@ -74,7 +74,6 @@ def bounds(
     told = guide
     if vectorize_data:
         model, guide = in_data_plate(model), in_data_plate(guide)
-    own_params = dict(params or {})
 
     def once(
         keys: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -103,6 +102,7 @@ def bounds(
         check_key(rng_key)
         if vectorize_data:
             check_lists(args)
+        own_params = current_params(told, params)
         sites, proposed = (structure(with_params(own_params, own), args, kwargs) for own in (model, guide))
         check_unscaled(sites, proposed)
         hidden = [name for name, site in proposed.items() if is_latent(site) and name not in sites]

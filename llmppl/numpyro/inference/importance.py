@@ -72,7 +72,6 @@ def importance(
     told = guide
     if vectorize_data:
         model, guide = in_data_plate(model), in_data_plate(guide)
-    own_params = dict(params or {})
 
     def block(keys: Array, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Particle:
         where = layout(with_params(params, model), with_params(params, guide), args, kwargs)
@@ -84,6 +83,7 @@ def importance(
         check_key(rng_key)
         if vectorize_data:
             check_lists(args)
+        own_params = current_params(told, params)
         program, proposer = with_params(own_params, model), with_params(own_params, guide)
         sites, proposed = (structure(own, args, kwargs) for own in (program, proposer))
         check_unscaled(sites, proposed)
@@ -133,6 +133,13 @@ def block_size(num_samples: int, sites: Trace, decides: bool = False) -> int:
     # Blocks of one size compile once; as even as can be, so that few particles are thrown away.
     blocks = -(-num_samples // largest)
     return -(-num_samples // blocks)
+
+
+def current_params(guide: Program | None, params: dict[str, Any] | None) -> dict[str, Any]:
+    """The guide's parameters as they are at a call, under those that are given: an argument of compiled code, which
+    would keep what they were when it was compiled."""
+    own = guide.parameters() if hasattr(guide, "parameters") else {}
+    return {**own, **getattr(guide, "params", {}), **(params or {})}
 
 
 def with_params(params: dict[str, Any], program: Program) -> Program:

@@ -16,8 +16,9 @@ from llmppl.numpyro.distributions.autoregressive_text import choose
 from llmppl.numpyro.inference.following import Follow
 from llmppl.numpyro.inference.resampling import compete, effective_size
 from llmppl.numpyro.inference.stages import Stages, Walk
-from llmppl.numpyro.inference.writing import Stream, Writer, check_same_length
+from llmppl.numpyro.inference.writing import Stream, Writer, check_same_length, followed_law
 from llmppl.numpyro.network.reading import sharing
+from llmppl.numpyro.network.text_law import TextLaw
 from llmppl.numpyro.programs.particles import Layout
 from llmppl.numpyro.programs.tracing import Values
 from llmppl.posterior.smc_runs import FLOWS_EVERY
@@ -91,13 +92,14 @@ class _State(NamedTuple):
 
 class _Text(NamedTuple):
     """A text under way: its tokens and their log q, ``batch_shape + (T,)``; whether it has ended, ``batch_shape``; what
-    the guide's and the program's network have read."""
+    the guide's and the program's network have read; the program's law."""
 
     tokens: Array
     log_q: Array
     ended: Array
     stream: Stream
     prior: Stream | None
+    law: TextLaw
 
 
 def run_population(
@@ -205,6 +207,7 @@ class _Population:
             jnp.zeros(shape, bool),
             writer.start(),
             None if prior is None else prior.start(),
+            p.law,
         )
 
         def advance(carry: tuple[_State, _Text], at: tuple[Array, ...]) -> tuple[tuple[_State, _Text], Any]:
@@ -228,6 +231,7 @@ class _Population:
                 text.ended | text.stream.law.ends(text.tokens, token),
                 writer.read(text.stream, token, number),
                 None if prior is None or text.prior is None else prior.read(text.prior, token, number),
+                text.law,
             )
             looks = looks & _anyone(~text.ended)
             carry, ess = lax.cond(looks, look, unseen, (state, text), number + 1, look_key)
@@ -237,7 +241,7 @@ class _Population:
             state, text = carry
             if targets == "flows":
                 with sharing():
-                    state = self._weighed_by_flows(state, text, name, writer, p.law, number)
+                    state = self._weighed_by_flows(state, text, name, writer, number)
             ess = self._effective(state)
             is_open = where.sum_rows(jnp.where(text.ended, 0.0, 1.0)) > 0
             # A prefix and a text that has ended have made different numbers of choices.
@@ -265,12 +269,9 @@ class _Population:
 
     # --- weighing ----------------------------------------------------------------------------------
 
-    def _weighed_by_flows(
-        self, state: _State, text: _Text, name: str, writer: Writer, prior_law: Any, number: Array
-    ) -> _State:
+    def _weighed_by_flows(self, state: _State, text: _Text, name: str, writer: Writer, number: Array) -> _State:
         """Weigh against the joint with the text ended here, over the guide's probability of ending it."""
-        law = text.stream.law
-        stop = jnp.argmax(_may_end(law) & _may_end(prior_law))
+        stop = jnp.argmax(_may_end(text.stream.law) & _may_end(text.law), -1)
         closing = jnp.where(text.ended, 0.0, writer.next(text.stream, number, text.tokens)[..., stop])
         at_end = (jnp.arange(text.tokens.shape[-1]) == number) & ~text.ended[..., None]
         closed = jnp.where(at_end, stop.astype(jnp.int32), text.tokens)
@@ -320,6 +321,7 @@ def _followed_text(text: _Text | None, follow: Follow) -> _Text | None:
         follow(text.ended, 0),
         text.stream.following(follow),
         None if text.prior is None else text.prior.following(follow),
+        followed_law(text.law, follow),
     )
 
 

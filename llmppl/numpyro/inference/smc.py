@@ -10,7 +10,7 @@ from jax import Array, random
 from tqdm.auto import tqdm
 
 from llmppl.numpyro.inference.arguments import Compiled, check_key, language_model
-from llmppl.numpyro.inference.importance import check_lists
+from llmppl.numpyro.inference.importance import check_lists, current_params
 from llmppl.numpyro.inference.outcomes import posterior_of
 from llmppl.numpyro.inference.population import Outcome, Settings, run_population
 from llmppl.numpyro.inference.stages import Stages
@@ -113,7 +113,7 @@ def smc(
             check_lists(args)
         stages = Stages(model, guide, args, kwargs)
         lm = language_model(told, stages.sites, stages.proposed)
-        once = compiled.at(params or {}, args, kwargs, lm)
+        once = compiled.at(current_params(told, params), args, kwargs, lm)
         parts = []
         for key in tqdm(
             random.split(rng_key, num_runs), desc="smc", unit="run", disable=not progress, delay=5, leave=False

@@ -34,10 +34,14 @@ class Stream(NamedTuple):
         before = tuple(
             Reading(_past(r.past, follow), state := follow(r.last, 1), state, follow(r.tokens, 0)) for r in self.before
         )
-        law, heat = self.law, self.law.temperature
-        if not isinstance(heat, (int, float)):
-            law = replace(law, temperature=follow(heat, 0))
-        return Stream(before, _past(self.written, follow), follow(self.state, 1), law)
+        return Stream(before, _past(self.written, follow), follow(self.state, 1), followed_law(self.law, follow))
+
+
+def followed_law(law: TextLaw, follow: Follow) -> TextLaw:
+    """The law of the particle that this one goes on from: a latent may set its temperature and what it allows."""
+    if not isinstance(law.temperature, (int, float)):
+        law = replace(law, temperature=follow(law.temperature, 0))
+    return law if law.allowed is None else replace(law, allowed=follow(law.allowed, 1))
 
 
 class Writer:
