@@ -201,6 +201,8 @@ class _Proposer(Messenger):
 
         trace = traced(args, kwargs)
         sites, self.nesting = dict(trace.nodes), plate_nesting(trace)
+        # What the guide is told is of the rows that plates took in the run that looked for it.
+        self.rows = {name: site["value"] for name, site in sites.items() if site_is_subsample(site)}
         observed = _PYRO.observed_sites(sites, given, guide.prompt, guide.proposals)
         told = {name: observations.get(name, site["value"]) for name, site in observed.items()}
         self.observed = {name: (told[name], site) for name, site in observed.items() if is_text(site)}
@@ -211,9 +213,11 @@ class _Proposer(Messenger):
         self.telling = Telling(own.arguments, told, simulated, own.relation)
 
     def _pyro_sample(self, msg: Site) -> None:
-        if site_is_subsample(msg):
-            return
         name = msg["name"]
+        if site_is_subsample(msg):
+            if name in self.rows:
+                msg["value"], msg["done"] = self.rows[name], True
+            return
         if not is_latent(msg) or name in self.given:
             if name in self.given:
                 msg["value"], msg["done"] = self.given[name], True
@@ -243,6 +247,11 @@ class _Proposer(Messenger):
 
     def _pyro_post_sample(self, msg: Site) -> None:
         name = msg["name"]
+        if site_is_subsample(msg) and name in self.rows and not torch.equal(msg["value"], self.rows[name]):
+            raise ValueError(
+                f"plate {name!r} takes other rows than the guide was told of: they are replayed from another run. Give "
+                "the program the rows as arguments: fit(..., batch_size=)."
+            )
         if is_latent(msg) and name not in self.given and (is_text(msg) or name in self.guide.proposals):
             self.proposed[name] = msg["value"]
 

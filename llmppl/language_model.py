@@ -288,7 +288,8 @@ class LM(Adaptable):
             finite = tilt.is_floating_point() and bool(tilt.isfinite().all())
             check_tilt(tuple(tilt.shape), finite, options, tuple(context.shape[:-1]))
         if probs is not None:
-            given = torch.tensor(log_probabilities(probs, options), device=self.device)
+            precision = torch.promote_types(self.dtype, torch.float32)
+            given = torch.tensor(log_probabilities(probs, options), dtype=precision, device=self.device)
             return Choice(self.base, context, texts, given=given, tilt=tilt)
         self.register()
         return Choice(self.base, context, texts, self.adapter, tilt=tilt)

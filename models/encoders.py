@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -66,6 +67,20 @@ class SeenChoice(nn.Module):
         scores = self.classifier(image.reshape(-1, *image.shape[len(rows) :]))
         law = self._lm[0].choice(self.prompt, options=self.captions, tilt=scores.reshape(*rows, -1))
         return pyro.sample("caption", law)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro's store leaves a weak reference on parameters, which does not pickle.
+        classifier = copy.deepcopy(self.classifier)
+        return {**self.__dict__, "_modules": {**self._modules, "classifier": classifier}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number = next(_numbers)  # a module of its own in Pyro's store
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SeenChoice:
+        """With a classifier of its own, to train alone; the language model is the same."""
+        twin = SeenChoice(copy.deepcopy(self.classifier, memo), self._lm[0], self.captions, self.event_dim, self.prompt)
+        return twin.train(self.training)
 
 
 class SmallEye(nn.Module):

@@ -130,3 +130,20 @@ def test_what_cannot_be_answered_is_named(lm: LM) -> None:
     for call, message in calls:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_options_of_less_than_the_smallest_float_are_answered() -> None:
+    from llmppl.testing import tiny_lm
+
+    lm = tiny_lm(vocabulary=6)
+
+    def program(question: str, answered: Any = None) -> Any:
+        way = pyro.sample("way", lm(question, max_tokens=1, allowed=[1]))
+        law = lm(question, way, max_tokens=60)
+        return pyro.sample("answer", law, obs=None if answered is None else lm.encode(answered))
+
+    options = ["e" * 60, "e" * 59 + "d", "e" * 58 + "dd"]
+    exact = lm("aa", max_tokens=60).log_prob(lm.encode(options)).double().detach()
+    assert float(exact.max()) < -104, "no float32"
+    found = answer(program, options=options, num_samples=2)("a")
+    np.testing.assert_allclose(found.probabilities, exact.softmax(-1).numpy(), rtol=1e-3)

@@ -171,3 +171,9 @@ def test_a_tilt_is_added_before_the_options_are_normalised(lm: LM) -> None:
 def test_a_tilt_of_another_shape_or_none_is_refused(lm: LM, tilt: object, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         lm.choice(["a", "d"], options=["b", "c"], tilt=tilt)  # type: ignore[arg-type]
+
+
+def test_given_probabilities_have_the_models_precision(lm: LM) -> None:
+    assert lm.dtype == torch.float64
+    fn = lm.choice("a", options=["b", "cd"], probs=[0.25, 0.75])
+    assert fn.log_prob(fn.enumerate_support()).dtype == torch.float64

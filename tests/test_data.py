@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Story
 
-from llmppl import Evaluation, diagnose, fit, gap_report, simulate
+from llmppl import LM, Evaluation, diagnose, fit, gap_report, simulate
 from llmppl.guides import AutoregressiveGuide
 from llmppl.objectives import TrajectoryBalance
 from llmppl.training.minibatches import checked
@@ -132,3 +132,23 @@ def test_what_are_no_rows_is_refused_with_the_mend(story: Story, data: Any, erro
     guide = AutoregressiveGuide(story.program, story.lm, rank=2, seed=0)
     with pytest.raises(error, match=message):
         fit(story.program, guide, data, TrajectoryBalance(2), steps=1, progress=False)
+
+
+def test_integers_are_numbers_to_mapped_functions_in_batches_too(lm: LM) -> None:
+    """int64 is text everywhere: a batch of integers is int32."""
+    seen = set()
+
+    def word(number: Any) -> str:
+        seen.add((type(number), number))
+        return "ab"[int(number) % 2]
+
+    def program(number: Any, ending: Any) -> None:
+        beginning = lm.map(word, number, max_tokens=1)
+        middle = pyro.sample("middle", lm(beginning, max_tokens=2, stop="."))
+        pyro.sample("ending", lm(beginning, middle), obs=lm.encode(ending))
+
+    simulate(program, [(1, "c"), (2, "c"), (1, "d")], num_pairs=3, progress=False)
+    assert {value for _, value in seen} == {1, 2}
+    assert not any(isinstance(value, str) for _, value in seen)
+    with pytest.raises(TypeError, match="argument 0 has integers of more than 31 bits"):
+        simulate(program, [(1 << 40, "c"), (2, "c")], num_pairs=2, progress=False)

@@ -229,3 +229,23 @@ def test_what_cannot_be_enumerated_is_refused(story: Story, monkeypatch: pytest.
     monkeypatch.setattr("llmppl.posterior.combinations.MOST_RUNS", 100)
     with pytest.raises(ValueError, match="must be run for each combination of values, because .* more than 100 runs"):
         exact_posterior(branching)()
+
+
+def test_two_plates_of_one_size_are_no_rows_of_their_own(lm: LM) -> None:
+    """What stands in the second depends on all that stands in the first."""
+    p, y = torch.tensor([0.2, 0.7]), torch.tensor([0.5, 1.5])
+
+    def program() -> None:
+        with pyro.plate("a", 2):
+            z = pyro.sample("z", dist.Bernoulli(p))
+        with pyro.plate("b", 2):
+            pyro.sample("y", dist.Normal(z.sum(-1, keepdim=True), torch.tensor([1.0, 2.0])), obs=y)
+
+    found = exact_posterior(program)()
+    each = [
+        float(dist.Bernoulli(p).log_prob(torch.tensor(z)).sum())
+        + float(dist.Normal(sum(z), torch.tensor([1.0, 2.0])).log_prob(y).sum())
+        for z in itertools.product([0.0, 1.0], repeat=2)
+    ]
+    assert found.batch_shape == ()
+    assert float(found.log_evidence) == pytest.approx(float(np.logaddexp.reduce(each)), abs=1e-6)

@@ -325,3 +325,16 @@ def test_other_guides_learn_keywords_too(small: LM) -> None:
     fit(program, guide, pairs, WakeSleep(1, insomnia=0.0), steps=30, batch_size=40, vectorize_data=True,
         learning_rate=1e-2, progress=False)  # fmt: skip
     assert held_out_gain(program, guide, unseen).mean > before.mean + 0.3
+
+
+def test_laws_that_differ_in_their_stops_or_tokens_alone_are_read_apart(small: LM) -> None:
+    twist = WordTwist(8).double()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in twist.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    for options in ({"stop": "."}, {"stop": "b"}, {"stop": ".", "allowed": [0, 1, 2]}):
+        prior = small("ab", max_tokens=4, **options)
+        fn = TwistedText(small, prior.context, prior.law, small.encode("cd"), twist)
+        mass = float(fn.log_prob(fn.enumerate_support()).detach().exp().sum())
+        assert mass == pytest.approx(1.0, abs=1e-9), options

@@ -188,7 +188,8 @@ def test_only_draws_of_the_guide_as_it_is_teach_the_program(objective: Any) -> N
     for _ in range(2):
         loss = replaying.differentiable_loss(program, guide, *DATA[0])
     # What was replayed is scored anew: its program was another.
-    assert all(entry.log_p is None for entry in replaying.behaviour.buffer.draw(next(iter(rows_of(DATA[0], False))), 6))
+    (name,) = rows_of(DATA[0], {}, False)
+    assert all(entry.log_p is None for entry in replaying.behaviour.buffer.draw(name, 6))
 
 
 def test_the_m_step_is_skipped_where_the_observations_are_simulated() -> None:

@@ -14,7 +14,7 @@ from jax import Array, random
 from numpyro import handlers
 from scipy.stats import chisquare
 
-from llmppl.numpyro import LM
+from llmppl.numpyro import LM, exact_posterior
 from llmppl.numpyro.distributions import choice as module
 from llmppl.numpyro.testing import tiny_lm
 from llmppl.text import PAD
@@ -144,3 +144,14 @@ def test_a_tilt_is_added_before_the_options_are_normalised(lm: LM) -> None:
     for wrong, said in (([1.0], r"tilt= has shape \(1,\)"), ([1.0, np.nan, 0.0], "no finite floating point number")):
         with pytest.raises(ValueError, match=said):
             lm.choice("d", options=OPTIONS, tilt=wrong)
+
+
+def test_a_tilt_that_a_compiled_program_closes_over_is_read(lm: LM) -> None:
+    tilt = jnp.array([0.5, -0.5])
+
+    def program() -> None:
+        numpyro.sample("word", lm.choice("a", options=["b", "cd"], tilt=tilt))
+
+    found = jax.jit(lambda: lm.choice("a", options=["b", "cd"], tilt=tilt).logits)()
+    np.testing.assert_allclose(found, lm.choice("a", options=["b", "cd"], tilt=np.asarray(tilt)).logits, rtol=1e-5)
+    assert float(exact_posterior(program)().log_evidence) == pytest.approx(0.0, abs=1e-5)

@@ -24,7 +24,8 @@ from scipy import stats
 
 from llmppl import LM as TorchLM
 from llmppl import exact_posterior as torch_exact_posterior
-from llmppl.numpyro import LM, bounds, exact_posterior, importance, inference_gap
+from llmppl.numpyro import LM, bounds, exact_posterior, importance, inference_gap, smc
+from llmppl.numpyro.guides import AutoregressiveGuide
 from llmppl.numpyro.guides.prompt import PromptGuide
 from llmppl.numpyro.testing import tiny_lm
 from llmppl.testing import tiny_lm as torch_tiny_lm
@@ -354,3 +355,65 @@ def undefined(data: Any) -> None:
 def excluding(data: Any) -> None:
     numbers(data)
     numpyro.factor("never", -jnp.inf)
+
+
+def test_a_callable_that_is_used_again_has_the_guides_weights_of_now() -> None:
+    """Compiled code would keep what they were when it was compiled."""
+    lm = tiny_lm()
+
+    def program(beginning: Any, ending: Any) -> None:
+        middle = numpyro.sample("middle", lm(beginning, max_tokens=2, stop="."))
+        numpyro.sample("ending", lm(beginning, middle), obs=lm.encode(ending))
+
+    guide = AutoregressiveGuide(program, lm, rank=2)
+    runs = [
+        lambda make: make(importance(program, guide, 32, progress=False)),
+        lambda make: make(bounds(program, guide, 8, simulations=0)),
+        lambda make: make(smc(program, guide, 8, progress=False)),
+    ]
+    kept = [run(lambda own: own) for run in runs]
+    before = [own(random.key(0), "ab", "cd") for own in kept]
+    guide.update({name: jax.tree.map(lambda w: w + 0.5, value) for name, value in guide.parameters().items()})
+    fresh = [run(lambda own: own) for run in runs]
+
+    def number(found: Any) -> float:
+        return float(np.mean(found.lower.value if hasattr(found, "lower") else found.log_evidence))
+
+    for first, own, new in zip(before, kept, fresh, strict=True):
+        now = number(own(random.key(0), "ab", "cd"))
+        assert now == pytest.approx(number(new(random.key(0), "ab", "cd")), abs=1e-6)
+        assert abs(now - number(first)) > 1e-3
+
+
+def test_a_proposal_without_the_plates_shape_is_drawn_for_each_row() -> None:
+    lm, y = tiny_lm(), jnp.array([0.0, 1.5])
+
+    def program(y: Any, ending: Any) -> None:
+        with numpyro.plate("inner", 2):
+            z = numpyro.sample("z", dist.Bernoulli(0.3))
+            numpyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        middle = numpyro.sample("middle", lm("ab", max_tokens=1))
+        numpyro.sample("ending", lm("ab", middle), obs=lm.encode(ending))
+
+    exact = float(exact_posterior(program)(y, "cd").log_evidence)
+    guide = PromptGuide(program, lm, others={"z": lambda y: dist.Bernoulli(0.5)})
+    found = importance(program, guide, 2000, progress=False)(random.key(0), y, "cd")
+    assert found.samples["z"].shape == (2000, 2)
+    assert float(found.log_evidence) == pytest.approx(exact, abs=0.06), "four standard errors"
+
+
+def test_two_plates_of_one_size_are_no_rows_of_their_own() -> None:
+    p, y = np.array([0.2, 0.7]), np.array([0.5, 1.5])
+
+    def program() -> None:
+        with numpyro.plate("a", 2):
+            z = numpyro.sample("z", dist.Bernoulli(jnp.array(p)))
+        with numpyro.plate("b", 2):
+            numpyro.sample("y", dist.Normal(z.sum(-1), jnp.array([1.0, 2.0])), obs=jnp.array(y))
+
+    each = [
+        stats.bernoulli.logpmf(z, p).sum() + stats.norm.logpdf(y, sum(z), [1.0, 2.0]).sum()
+        for z in ([0, 0], [0, 1], [1, 0], [1, 1])
+    ]
+    found = exact_posterior(program)()
+    assert float(found.log_evidence) == pytest.approx(float(np.logaddexp.reduce(each)), abs=1e-5)

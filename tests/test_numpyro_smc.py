@@ -9,6 +9,7 @@ import numpy as np
 import numpyro
 import pytest
 from jax import random
+from numpyro import distributions as dist
 
 from llmppl.numpyro import LM, Posterior, exact_posterior, smc
 from llmppl.numpyro.guides import PromptGuide
@@ -132,3 +133,23 @@ def test_a_key_gives_one_result_and_bad_numbers_are_refused(lm: LM, story: Any) 
     ):
         with pytest.raises(ValueError, match=message):
             smc(story, None, **{"num_samples": 4, **arguments})  # type: ignore[arg-type]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("targets", ["prefixes", "flows"])
+def test_what_a_latent_allows_follows_its_particle(lm: LM, targets: str) -> None:
+    masks = np.array([[True, True, True, False, False, False], [True, False, False, True, True, True]])
+
+    def program(beginning: Any, ending: Any) -> None:
+        z = numpyro.sample("z", dist.Bernoulli(0.5))
+        allowed = jax.numpy.asarray(masks)[z]
+        middle = numpyro.sample("middle", lm(beginning, max_tokens=3, stop=".", allowed=allowed))
+        numpyro.sample("ending", lm(beginning, middle), obs=lm.encode(ending))
+
+    exact = float(exact_posterior(program)("ab", "cd").log_evidence)
+    told = {"z": lambda beginning: dist.Bernoulli(0.5)}
+    guide = PromptGuide(program, lm, others=told) if targets == "prefixes" else None
+    run = smc(program, guide, 64, targets=targets, check_every=1, ess_threshold=1.0, progress=False)
+    found = [run(random.key(n), "ab", "cd") for n in range(30)]
+    assert all(np.isfinite(own.log_joint).all() for own in found), "no particle outside its law"
+    assert np.mean([np.exp(own.log_evidence - exact) for own in found]) == pytest.approx(1.0, abs=0.12)

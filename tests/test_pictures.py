@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 from pathlib import Path
 
@@ -285,3 +287,13 @@ def test_a_description_has_one_spelling_on_a_real_model(smollm2: LM) -> None:
     with torch.no_grad():
         mass = torch.cat([law.log_prob(some) for some in padded.split(41)]).logsumexp(0)
     assert float(mass) == pytest.approx(0.0, abs=1e-3)
+
+
+def test_a_seen_choice_pickles_and_copies_after_a_call(characters: LM) -> None:
+    guide = SeenChoice(Likelihood(), characters, CAPTIONS, prompt="A")
+    image = torch.zeros(1, 4, 4)
+    guide(image)
+    again, twin = pickle.loads(pickle.dumps(guide)), copy.deepcopy(guide)
+    assert len({own._number for own in (guide, again, twin)}) == 3, "modules of their own in Pyro's store"
+    assert twin._lm[0] is characters
+    assert twin.classifier is not guide.classifier

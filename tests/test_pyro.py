@@ -19,9 +19,9 @@ from pyro.infer import (
 )
 from pyro.infer.autoguide import AutoNormal
 
-from llmppl import LM, exact_posterior
+from llmppl import LM, Behaviour, exact_posterior
 from llmppl.guides import AutoregressiveGuide, PromptGuide
-from llmppl.objectives import LeaveOneOutELBO, TrajectoryBalance
+from llmppl.objectives import LeaveOneOutELBO, SubTrajectoryBalance, TrajectoryBalance
 
 ELBOS = {
     "trace": Trace_ELBO(num_particles=4),
@@ -163,3 +163,23 @@ def test_the_sleep_phase_of_pyros_wake_sleep_works_on_a_bounded_observation(lm: 
     loss = ReweightedWakeSleep(num_particles=4, insomnia=0.5, model_has_params=False)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss=loss)
     svi.step("cd")
+
+
+def test_in_a_subsampled_plate_each_text_is_told_its_own_row(lm: LM) -> None:
+    endings = ["a", "b", "c", "d", "e", "ab"]
+
+    def program(endings: list[str]) -> None:
+        with pyro.plate("data", len(endings), subsample_size=2) as rows:
+            middle = pyro.sample("middle", lm("a", max_tokens=2, stop="."))
+            pyro.sample("ending", lm("a", middle), obs=lm.encode([endings[n] for n in rows.tolist()]))
+
+    guide = PromptGuide(program, lm)
+    for _ in range(20):
+        nodes = poutine.trace(guide).get_trace(endings).nodes
+        told = [lm.decode(row[row >= 0]) for row in nodes["middle"]["fn"].context]
+        assert told == [endings[n] + "a" for n in nodes["data"]["value"].tolist()]
+    with pytest.raises(ValueError, match=r"plate 'data' takes 2 of 6 rows.*batch_size="):
+        SubTrajectoryBalance(2).loss(program, AutoregressiveGuide(program, lm, rank=2), endings)
+    replaying = TrajectoryBalance(4, behaviour=Behaviour(0.5, replayed=0.5))
+    with pytest.raises(ValueError, match=r"plate 'data'.*a replay buffer needs to know which"):
+        replaying.loss(program, AutoregressiveGuide(program, lm, rank=2), endings)

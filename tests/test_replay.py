@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -14,7 +15,7 @@ from conftest import Story
 from llmppl import Behaviour, ReplayBuffer, exact_posterior, fit, importance, mcmc, smc
 from llmppl.guides import AutoregressiveGuide, GFlowNetGuide, PromptGuide
 from llmppl.objectives import SubTrajectoryBalance, TrajectoryBalance, WakeSleep
-from llmppl.programs.observation_keys import key
+from llmppl.programs.observation_keys import key, rows_of
 from llmppl.programs.particles import propose, run_particles
 from llmppl.programs.plates import in_data_plate
 
@@ -475,3 +476,29 @@ def test_rows_within_a_plate_of_the_program_are_filed_under_their_own_observatio
             assert entry.values["middle"].shape == (2, 3)
             places = [(texts == text).all(-1).nonzero().item() for text in entry.values["middle"]]
             assert entry.log_joint == pytest.approx(float(log_joint[places].sum()), abs=1e-5)
+
+
+def test_observations_have_names_of_their_own_by_all_that_they_are() -> None:
+    """What a repr leaves out, and what is passed by name, is part of them; a number has the name that a batch gives."""
+    image = np.zeros((40, 40))
+    other = image.copy()
+    other[20, 20] = 1.0
+    assert key((image,)) != key((other,))
+    assert key(([torch.tensor(0.1234561), 1],)) != key(([torch.tensor(0.1234569), 1],))
+    assert key(({"image": torch.from_numpy(image)},)) != key(({"image": torch.from_numpy(other)},))
+    assert key((0.1, 3)) == key((torch.tensor([0.1])[0], torch.tensor([3], dtype=torch.int32)[0]))
+    assert rows_of(("b",), {"ending": "a"}, False) != rows_of(("b",), {"ending": "c"}, False)
+    assert rows_of((["b"],), {"ending": "a"}, True) != rows_of((["b"],), {"ending": "c"}, True)
+
+
+def test_what_is_passed_by_name_is_not_replayed_for_another(story: Story) -> None:
+    """A stored log p of one ending would be taken for another's."""
+    objective = TrajectoryBalance(8, behaviour=Behaviour(0.25, replayed=0.75))
+    guide = AutoregressiveGuide(story.program, story.lm, rank=2)
+    beginning, ending = story.args
+    for _ in range(2):
+        objective.loss(story.program, guide, beginning, ending=ending)
+    call = objective.prepare(story.program, guide, (beginning,), {"ending": "ae"})
+    assert call.handler is not None
+    assert not call.handler.given, "nothing is known of this ending"
+    assert objective.prepare(story.program, guide, (beginning,), {"ending": ending}).handler.given

@@ -421,3 +421,34 @@ def test_a_masked_guide_is_distrusted_and_optimal_resampling_finds_what_it_misse
     for posterior in (importance(program, masked, 20)(), smc(program, masked, 20, resampling="systematic", seed=0)()):
         assert posterior.masked == ("text",)
         assert "NOT TO BE TRUSTED: the guide writes 'text' under a mask" in repr(posterior)
+
+
+def test_masked_latents_are_refused_where_they_would_count() -> None:
+    lm = tiny_lm(vocabulary=6)
+
+    def program(mask: torch.Tensor) -> None:
+        with pyro.plate("rows", 2), pyro.poutine.mask(mask=mask):
+            z = pyro.sample("z", lm(["a", "b"], max_tokens=2, stop="."))
+            pyro.sample("y", lm(["a", "b"], z), obs=lm.encode(["c", "d"]))
+
+    whole, part = torch.tensor([True, True]), torch.tensor([True, False])
+    assert np.isfinite(smc(program, num_samples=8, progress=False)(whole).log_evidence).all()
+    assert np.isfinite(exact_posterior(program)(whole).log_evidence).all()
+    for run in (smc(program, num_samples=8, progress=False), exact_posterior(program)):
+        with pytest.raises(ValueError, match=r"latent site 'z' is masked.*importance"):
+            run(part)
+
+
+@pytest.mark.parametrize("targets", ["prefixes", "flows"])
+def test_a_stop_that_may_not_occur_is_not_what_ends_a_text(targets: str) -> None:
+    lm = tiny_lm(vocabulary=6)
+
+    def program(ending: str) -> None:
+        z = pyro.sample("z", lm("ab", max_tokens=5, stop=[0, 1], allowed=[1, 2, 3]))
+        pyro.sample("ending", lm("ab", z), obs=lm.encode(ending))
+
+    exact = float(exact_posterior(program)("c").log_evidence)
+    guide = PromptGuide(program, lm)
+    runs = [smc(program, guide, 256, targets=targets, check_every=1, progress=False, seed=n)("c") for n in range(20)]
+    ratio = np.exp([float(own.log_evidence) - exact for own in runs])
+    assert ratio.mean() == pytest.approx(1.0, abs=0.47), "four standard errors"

@@ -193,3 +193,11 @@ def test_the_numpyro_twin_ends_texts_there(small: LM, tmp_path: Any) -> None:
     found = smc_jax(program, None, 16, num_runs=40)(random_jax.key(0), "b", "c")
     assert float(found.log_evidence) == pytest.approx(log_z, abs=4 * float(found.log_evidence_error) + 1e-6)
     assert float(found.log_evidence_error) < 0.15
+
+
+def test_an_end_that_comes_too_early_whatever_is_written_is_refused() -> None:
+    lm = tiny_lm(vocabulary=6)
+    with pytest.raises(ValueError, match=r"min_tokens=3 cannot be kept: after some 1 tokens every allowed one"):
+        lm("c", max_tokens=4, min_tokens=3, stop=["aa", "ab"], allowed=[1, 2])
+    fn = lm("c", max_tokens=4, min_tokens=3, stop=["aa", "ab"], allowed=[1, 2, 3])
+    assert float(fn.log_prob(fn.enumerate_support()).exp().sum()) == pytest.approx(1.0, abs=1e-5)

@@ -273,7 +273,10 @@ class TwistedText(AutoregressiveText):
         self._memo.version = self._version()
 
     def _keys(self, contexts: Any, texts: Any, told: list[str]) -> list[Key]:
-        law = (self.law.max_tokens, self.law.min_tokens, self.law.temperature, id(self.law.grammar))
+        own = self.law
+        allowed = None if own.allowed is None else own.allowed.cpu().numpy().tobytes()
+        ends = (tuple(own.stop.tolist()), own.automaton, own.grammar)
+        law = (own.max_tokens, own.min_tokens, own.temperature, allowed, *ends)
         return [(law, tuple(c), tuple(t), w) for c, t, w in zip(contexts, texts, told, strict=True)]
 
     def _strings(self, shape: torch.Size) -> list[str]:

@@ -90,9 +90,11 @@ def _by_evidence(nodes: list[Any], options: list[str], site: str, count: int) ->
                     "its stop token at the end, within max_tokens."
                 )
             with torch.no_grad():
-                columns.append(fn.log_prob(value).exp().expand(fn.batch_shape))
+                columns.append(fn.log_prob(value).expand(fn.batch_shape))
         found.append(torch.stack(columns, -1))
-    drawn = torch.cat(found).double().cpu().numpy()  # (K,) + batch_shape + (n,)
+    logs = torch.cat(found).double().cpu().numpy()  # (K,) + batch_shape + (n,)
+    largest = logs.max((0, -1), keepdims=True)
+    drawn = np.exp(logs - np.where(np.isneginf(largest), 0.0, largest))
     mean = drawn.mean(0)
     total = mean.sum(-1, keepdims=True)
     if not (total > 0).all():

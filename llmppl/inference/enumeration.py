@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from llmppl.distributions.conditioned_text import score_together
 from llmppl.distributions.process_text import ProcessText
-from llmppl.inference.gathering import Gathering, check_unscaled, of_observations
+from llmppl.inference.gathering import Gathering, check_unmasked, check_unscaled, of_observations
 from llmppl.network.text_law import TextLaw
 from llmppl.posterior.combinations import (
     LARGEST,
@@ -74,7 +74,7 @@ def exact_posterior(model: Program) -> Callable[..., Posterior]:
     check_programs(model=model)
 
     def run(*args: Any, **kwargs: Any) -> Posterior:
-        return of_observations(_enumerated(model, args, kwargs), args, data_plate=False)
+        return of_observations(_enumerated(model, args, kwargs), args, kwargs, data_plate=False)
 
     return run
 
@@ -300,6 +300,7 @@ def _summed(trace: poutine.Trace, axes: tuple[int, ...], nesting: int, count: in
     log_p = sum_sites(trace, axes, nesting, count)
     particles = Particles(log_p, torch.zeros_like(log_p), trace, poutine.Trace(), axes, nesting)
     check_unscaled(particles)
+    check_unmasked(particles, "exact_posterior")
     return particles
 
 

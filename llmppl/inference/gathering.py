@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,12 +31,14 @@ class NoWeightError(ValueError):
         self.posterior = posterior
 
 
-def of_observations(posterior: Posterior, args: tuple[Any, ...], data_plate: bool) -> Posterior:
+def of_observations(
+    posterior: Posterior, args: tuple[Any, ...], kwargs: Mapping[str, Any], data_plate: bool
+) -> Posterior:
     """A posterior that knows which observations it is of.
 
     :param data_plate: whether the arguments are those of several rows of data.
     """
-    names = rows_of(args, data_plate)
+    names = rows_of(args, kwargs, data_plate)
     return replace(posterior, observations=tuple(names) if data_plate else names[0])
 
 
@@ -123,6 +125,20 @@ def check_unscaled(particles: Particles) -> None:
                     f"site {name!r} is scaled (by poutine.scale or a subsampled plate), so its weights are not those "
                     "of the program. Run importance sampling without scaling or subsampling."
                 )
+
+
+def check_unmasked(particles: Particles, method: str) -> None:
+    """Refuse masked latents: what the method draws or counts for them, the joint does not hold.
+
+    :raises ValueError: naming the site.
+    """
+    for name, site in particles.model_trace.nodes.items():
+        mask = site.get("mask") if is_latent(site) else None
+        if mask is not None and mask is not True and not bool(torch.as_tensor(mask).all()):
+            raise ValueError(
+                f"latent site {name!r} is masked, and {method} takes its values as part of the joint. Observe masked "
+                "entries, leave the rows out, or use importance(...), whose weights hold neither their p nor their q."
+            )
 
 
 def _masks(proposed: Site | None, site: Site) -> bool:

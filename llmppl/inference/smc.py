@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from llmppl.inference.gathering import NoWeightError, check_unscaled, gather, of_observations
+from llmppl.inference.gathering import NoWeightError, check_unmasked, check_unscaled, gather, of_observations
 from llmppl.inference.population import Population
 from llmppl.inference.stages import Stages
 from llmppl.network.random_states import randomness_kept
@@ -126,7 +126,7 @@ def smc(
                 population = Population(stages, targets, scheme, ess_threshold, check_every, None, defensive)
                 population.run(bar)
                 parts.append(_posterior(population, exactness))
-        posterior = of_observations(pooled(parts), args, vectorize_data)
+        posterior = of_observations(pooled(parts), args, kwargs, vectorize_data)
         if np.isneginf(posterior.log_evidence).any():
             raise NoWeightError(
                 posterior,
@@ -144,6 +144,7 @@ def _posterior(population: Population, exactness: str) -> Posterior:
     log_p, trace = population.log_joint, population.trace
     particles = Particles(log_p, torch.zeros_like(log_p), trace, population.guide_trace(), stages.axes, stages.nesting)
     check_unscaled(particles)
+    check_unmasked(particles, "smc")
     return replace(
         gather([particles], "smc", exactness),
         log_weights=population.log_weights.cpu().numpy(),

@@ -168,9 +168,9 @@ class Writing:
         return not bool(self.q.law.stop_forbidden(torch.tensor(self.length)))
 
     def ended(self) -> tuple[Tensor, Tensor]:
-        """Every text, open ones closed by the law's first stop token, ``(N, T)``; and the log-probability under ``q``
-        of closing them, ``(N,)``, zero where they have ended."""
-        stop = self.q.law.stop[0]
+        """Every text, open ones closed by the law's first stop token that may occur, ``(N, T)``; and the
+        log-probability under ``q`` of closing them, ``(N,)``, zero where they have ended."""
+        stop = self.q.law.closer
         texts, log_stop = self.tokens.clone(), torch.zeros(len(self.tokens), dtype=torch.float64)
         texts[self.rows, self.length] = stop
         log_stop[self.rows.cpu()] = self.own_q[:, stop].double().cpu()

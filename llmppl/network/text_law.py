@@ -102,10 +102,15 @@ class TextLaw:
             return found
         return self._table()[self._states(begun)[..., -1]] == self.automaton.size
 
+    @property
+    def closer(self) -> Tensor:
+        """The first stop token that may occur, a scalar."""
+        return self.stop[0 if self.allowed is None else int(self.allowed[self.stop].int().argmax())]
+
     def closers(self, begun: Tensor) -> Tensor:
         """A token for each text that has begun with ``(..., t)`` that ends it, ``PAD`` where none does."""
         if self.automaton is None:
-            return self.stop[:1].expand(begun.shape[:-1])
+            return self.closer.expand(begun.shape[:-1])
         known = torch.from_numpy(self.automaton.closers).to(begun)
         return torch.nn.functional.pad(known, (0, 1), value=PAD)[self._states(begun)[..., -1]]
 

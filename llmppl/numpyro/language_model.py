@@ -239,7 +239,7 @@ class LM:
         if tilt is not None:
             tilt = jnp.asarray(tilt)
             finite = jnp.issubdtype(tilt.dtype, jnp.floating) and (
-                not is_concrete(tilt) or bool(jnp.isfinite(tilt).all())
+                not is_concrete(tilt) or bool(np.isfinite(np.asarray(tilt)).all())  # no jnp: it would be traced
             )
             check_tilt(tilt.shape, finite, options, own_batch_shape(context))
         return Choice(self, context, pad_rows(rows), given=given, tilt=tilt)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from llmppl.objectives.particle_objective import ParticleObjective, diagnostics
 from llmppl.programs.observation_keys import rows_of
 from llmppl.programs.observations import Given, has_other_observations
 from llmppl.programs.particles import Particles, check_finite, common_axes, compute_log_prob, log_prior, sum_sites
-from llmppl.programs.plates import has_data_plate, in_particles
+from llmppl.programs.plates import check_whole, has_data_plate, in_particles
 from llmppl.programs.structure import Program, is_latent, learns, plate_nesting, structure
 from llmppl.text.declared import declared
 
@@ -70,9 +70,10 @@ class ChainScore(ParticleObjective):
                 "the program has no parameters, and ChainScore trains nothing else. Adapt its language model, "
                 "lm.adapt(...), or train a guide by another objective."
             )
+        check_whole(sites, "ChainScore")
         nesting, split = plate_nesting(sites), has_data_plate(sites)
         events = {name: site["fn"].event_dim for name, site in sites.nodes.items() if is_latent(site)}
-        names = rows_of(args, split)
+        names = rows_of(args, kwargs, split)
         proposed = prior_draws(model, args, kwargs, self.num_particles, nesting)
         before = self._before(names, proposed, events, split)
         new = self._scored(model, proposed, args, kwargs, nesting)

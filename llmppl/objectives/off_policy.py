@@ -18,7 +18,7 @@ from llmppl.posterior.floors import checked_floor
 from llmppl.programs.observation_keys import rows_of
 from llmppl.programs.observations import has_other_observations, observing
 from llmppl.programs.particles import Particles
-from llmppl.programs.plates import has_data_plate
+from llmppl.programs.plates import check_whole, has_data_plate
 from llmppl.programs.simulation import simulate
 from llmppl.programs.structure import Program, is_latent, plate_nesting, structure
 from llmppl.text.declared import declared
@@ -103,7 +103,9 @@ class OffPolicyObjective(ParticleObjective):
             temperatures = torch.cat([torch.ones(first + 1), temperatures[first:]])[:count]
             taken = (torch.arange(count) == 0).reshape((-1,) + batch)
         elif not has_other_observations(model):
-            observations = rows_of(args, data_plate)
+            observations = rows_of(args, kwargs, data_plate)
+            if behaviour.buffer is not None:
+                check_whole(sites, "a replay buffer")
             if behaviour.buffer is not None and replayed:
                 found = [behaviour.buffer.draw(observation, replayed) for observation in observations]
                 sizes = {name: sites.nodes[name]["fn"].event_shape for name in events}

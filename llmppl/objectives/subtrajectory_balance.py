@@ -23,7 +23,7 @@ from llmppl.programs.particles import (
     run_model,
     sum_sites,
 )
-from llmppl.programs.plates import has_data_plate, in_particles
+from llmppl.programs.plates import check_whole, has_data_plate, in_particles
 from llmppl.programs.structure import Program, learns, structure
 from llmppl.text.arguments import check_count
 from llmppl.text.declared import declared
@@ -100,7 +100,9 @@ class SubTrajectoryBalance(OffPolicyObjective):
             )
         drawn = log_q_drawn(trace, axes, nesting, self.num_particles) if drops(trace) else None
         states = ended_prefixes(trace, axes, nesting, type(self).__name__, self.every)
-        learning = learns(structure(call.model, args, kwargs))
+        sites = structure(call.model, args, kwargs)
+        check_whole(sites, "SubTrajectoryBalance")
+        learning = learns(sites)
         with torch.no_grad():
             log_p = self._log_p(call, trace, states, axes, nesting, not learning)  # (J, K) + batch_shape
         log_q = self._score(call.guide, call, states, axes, nesting)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,16 +17,28 @@ def key(args: Sequence[Any]) -> str:
     return "; ".join(map(_canonical, args))
 
 
-def rows_of(args: tuple[Any, ...], data_plate: bool) -> list[str]:
+def rows_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], data_plate: bool) -> list[str]:
     """The keys of the observations of one call: one a row of the data plate, or one in all."""
+    named = sorted(kwargs.items())
     if not data_plate:
-        return [key(args)]
-    return [key(row) for row in zip(*args, strict=True)]
+        return [key((*args, *named))]
+    return [key((*row, *named)) for row in zip(*args, strict=True)]
 
 
 def _canonical(value: Any) -> str:
     if isinstance(value, Tensor):
         if value.dtype == torch.long and value.dim() == 1:
             return f"ids {[token for token in value.tolist() if token != PAD]}"
-        return repr(value.tolist() if value.dim() else float(value))
-    return repr(float(value) if isinstance(value, (int, float)) else value)
+        return repr(value.tolist()) if value.dim() else _number(value.item())
+    if isinstance(value, np.ndarray):
+        return f"array {value.tolist()}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name!r}: {_canonical(own)}" for name, own in value.items()) + "}"
+    if isinstance(value, (list, tuple)):  # arrays within, whose repr leaves entries out
+        return f"[{', '.join(map(_canonical, value))}]"
+    return _number(value) if isinstance(value, (int, float)) else repr(value)
+
+
+def _number(value: float) -> str:
+    """As a batch has it, in single precision, unless it is an integer."""
+    return repr(float(value) if value == value // 1 else float(np.float32(value)))

@@ -212,14 +212,17 @@ def common_axes(*traces: poutine.Trace) -> tuple[int, ...]:
 
     Given the program's arguments their rows are independent: each is an observation of its own.
     """
-    common: set[int] | None = None
+    common: set[tuple[int, int]] | None = None
     for trace in traces:
-        for site in trace.nodes.values():
-            if site["type"] != "sample" or site_is_subsample(site):
-                continue
-            dims = {f.dim for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES}
-            common = dims if common is None else common & dims
-    return tuple(sorted(common or ()))
+        stacks = [
+            {(f.name, f.dim, f.size) for f in site["cond_indep_stack"] if f.vectorized and f.name != PARTICLES}
+            for site in trace.nodes.values()
+            if site["type"] == "sample" and not site_is_subsample(site)
+        ]
+        if stacks:  # two plates of one size are no plate; a guide may call the program's by another name
+            own = {(dim, size) for _, dim, size in set.intersection(*stacks)}
+            common = own if common is None else common & own
+    return tuple(sorted(dim for dim, _ in common or ()))
 
 
 def common_shape(trace: poutine.Trace, axes: tuple[int, ...]) -> torch.Size:

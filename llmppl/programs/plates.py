@@ -63,6 +63,20 @@ def open_plates() -> set[int]:
     return {-1 - n for n, name in enumerate(_DIM_ALLOCATOR._stack) if name is not None}
 
 
+def check_whole(trace: poutine.Trace, what: str) -> None:
+    """Refuse a plate that takes some of its rows, others at every run, where a run must be of the rows of another.
+
+    :raises ValueError: naming the plate.
+    """
+    for site in trace.nodes.values():
+        for frame in site.get("cond_indep_stack", ()):
+            if frame.full_size not in (None, frame.size):
+                raise ValueError(
+                    f"plate {frame.name!r} takes {frame.size} of {frame.full_size} rows, others at every run, and "
+                    f"{what} needs to know which. Give the program the rows as arguments: fit(..., batch_size=)."
+                )
+
+
 def has_data_plate(trace: poutine.Trace) -> bool:
     """Whether the program runs inside the plate over its arguments."""
     return any(

@@ -101,6 +101,11 @@ def check_tokens(tokens: np.ndarray, moves: np.ndarray, stops: bool, min_tokens:
     state, reached = np.arange(len(moves)) == 0, np.arange(len(moves)) == 0
     for step in range(max(len(moves), min_tokens) - 1):
         state = state @ counts > 0
+        if stops and step + 1 < min_tokens - 1 and bool((state & (counts.sum(1) == 0)).any()):
+            raise ValueError(
+                f"min_tokens={min_tokens} cannot be kept: after some {step + 1} tokens every allowed one completes a "
+                "stop, and the text would be too short. Allow others, or lower min_tokens."
+            )
         reached = reached | state
         if step + 1 == min_tokens - 1 and stops and not state.any():
             raise ValueError(

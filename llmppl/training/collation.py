@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def _columns(batch: Data) -> tuple[Any, ...]:
             else:
                 columns.append(torch.stack(column))
         elif all(isinstance(item, (int, float)) for item in column):
-            columns.append(torch.tensor(column))
+            columns.append(_numbers(column, n))
         else:
             kinds = sorted({type(item).__name__ for item in column})
             raise TypeError(
@@ -50,3 +51,15 @@ def _columns(batch: Data) -> tuple[Any, ...]:
                 "Leave vectorize_data out."
             )
     return tuple(columns)
+
+
+def _numbers(column: Sequence[int | float], n: int) -> Tensor:
+    """Integers as int32: int64 is text everywhere."""
+    numbers = torch.tensor(column)
+    if numbers.dtype != torch.long:
+        return numbers
+    if bool((numbers.abs() >= 1 << 31).any()):
+        raise TypeError(
+            f"argument {n} has integers of more than 31 bits, which no batch can hold. Give them as floats."
+        )
+    return numbers.int()

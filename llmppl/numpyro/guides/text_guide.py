@@ -203,13 +203,17 @@ class _Proposer(Messenger):
                 "Sum it out by hand with enumerate_support(), or give it as an option to exact_posterior."
             )
         elif name in self.guide.proposals:
-            msg["fn"] = self.telling.proposal(name, self.guide.proposals[name], self._latents())
+            proposal = self.telling.proposal(name, self.guide.proposals[name], self._latents())
+            # The program's plates have widened the prior already, and nobody would the proposal.
+            msg["fn"] = proposal.expand(jnp.broadcast_shapes(proposal.batch_shape, msg["fn"].batch_shape))
         else:
             msg["fn"] = self.guide.distribution(name, msg["fn"], self._context(name, msg["fn"], msg))
 
     def postprocess_message(self, msg: Site) -> None:
+        if not is_latent(msg):  # a key, say, has no name
+            return
         name = msg["name"]
-        if is_latent(msg) and name not in self.given and (is_text(msg) or name in self.guide.proposals):
+        if name not in self.given and (is_text(msg) or name in self.guide.proposals):
             self.proposed[name] = msg["value"]
 
     def _latents(self) -> dict[str, Any]:

@@ -203,7 +203,7 @@ class _Population:
         shape = q.batch_shape
         text = _Text(
             jnp.full((*shape, length), PAD, jnp.int32),
-            jnp.zeros((*shape, length)),
+            jnp.zeros((*shape, length), jnp.promote_types(q.lm.dtype, jnp.float32)),
             jnp.zeros(shape, bool),
             writer.start(),
             None if prior is None else prior.start(),

@@ -121,13 +121,17 @@ def common_axes(*traces: Trace) -> tuple[int, ...]:
 
     Given the program's arguments their rows are independent: each is an observation of its own.
     """
-    common: set[int] | None = None
+    common: set[tuple[int, int]] | None = None
     for trace in traces:
-        for site in trace.values():
-            if site["type"] == "sample":
-                dims = {frame.dim for frame in site["cond_indep_stack"]}
-                common = dims if common is None else common & dims
-    return tuple(sorted(common or ()))
+        stacks = [
+            {(frame.name, frame.dim, frame.size) for frame in site["cond_indep_stack"]}
+            for site in trace.values()
+            if site["type"] == "sample"
+        ]
+        if stacks:  # two plates of one size are no plate; a guide may call the program's by another name
+            own = {(dim, size) for _, dim, size in set.intersection(*stacks)}
+            common = own if common is None else common & own
+    return tuple(sorted(dim for dim, _ in common or ()))
 
 
 # --- programs from programs -----------------------------------------------------------------------
