@@ -377,7 +377,7 @@ def test_a_callable_that_is_used_again_has_the_guides_weights_of_now() -> None:
     fresh = [run(lambda own: own) for run in runs]
 
     def number(found: Any) -> float:
-        return float(np.mean(found.lower.value if hasattr(found, "lower") else found.log_evidence))
+        return float(np.mean(found.lower if hasattr(found, "lower") else found.log_evidence))
 
     for first, own, new in zip(before, kept, fresh, strict=True):
         now = number(own(random.key(0), "ab", "cd"))

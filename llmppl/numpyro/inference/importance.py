@@ -138,7 +138,7 @@ def block_size(num_samples: int, sites: Trace, decides: bool = False) -> int:
 def current_params(guide: Program | None, params: dict[str, Any] | None) -> dict[str, Any]:
     """The guide's parameters as they are at a call, under those that are given: an argument of compiled code, which
     would keep what they were when it was compiled."""
-    own = guide.parameters() if hasattr(guide, "parameters") else {}
+    own: dict[str, Any] = getattr(guide, "parameters", dict)()
     return {**own, **getattr(guide, "params", {}), **(params or {})}
 
 

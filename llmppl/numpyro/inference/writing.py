@@ -41,7 +41,7 @@ def followed_law(law: TextLaw, follow: Follow) -> TextLaw:
     """The law of the particle that this one goes on from: a latent may set its temperature and what it allows."""
     if not isinstance(law.temperature, (int, float)):
         law = replace(law, temperature=follow(law.temperature, 0))
-    return law if law.allowed is None else replace(law, allowed=follow(law.allowed, 1))
+    return law if law.allowed is None else replace(law, allowed=follow(jnp.asarray(law.allowed), 1))
 
 
 class Writer:
