@@ -249,3 +249,15 @@ def test_two_plates_of_one_size_are_no_rows_of_their_own(lm: LM) -> None:
     ]
     assert found.batch_shape == ()
     assert float(found.log_evidence) == pytest.approx(float(np.logaddexp.reduce(each)), abs=1e-6)
+
+
+def test_a_row_without_weight_has_an_effective_sample_size_of_zero(lm: LM) -> None:
+    def program(possible: torch.Tensor) -> None:
+        with pyro.plate("rows", 2):
+            pyro.sample("z", lm("a", max_tokens=1))
+            pyro.factor("possible", torch.where(possible, 0.0, -torch.inf))
+
+    found = exact_posterior(program)(torch.tensor([True, False]))
+    assert found.ess[0] > 1
+    assert found.ess[1] == 0
+    np.testing.assert_allclose(found.weights.sum(0), [1.0, 0.0])

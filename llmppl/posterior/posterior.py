@@ -182,10 +182,11 @@ class Posterior:
 
     @property
     def weights(self) -> Array:
-        """Normalised weights, ``(K,) + batch_shape``, summing to one over the samples."""
+        """Normalised weights, ``(K,) + batch_shape``, summing to one over the samples; zero where none has weight."""
         if self.method == "decoding":
             self._need_weights("weights")
-        return np.exp(self.log_weights - _logsumexp(self.log_weights))
+        total = _logsumexp(self.log_weights)
+        return np.exp(self.log_weights - np.where(np.isneginf(total), 0.0, total))
 
     @property
     def ess(self) -> Array:
@@ -196,7 +197,8 @@ class Posterior:
             self._need_weights("ess")
         if self.method == "mcmc":
             return chain_ess(self.log_joint, self.num_chains)
-        kish = np.asarray(1.0 / np.square(self.weights).sum(0))
+        square = np.asarray(np.square(self.weights).sum(0))
+        kish = np.divide(1.0, square, out=np.zeros_like(square), where=square > 0)
         return kish if self.ess_history is None else np.minimum(kish, self.ess_history.min(0))
 
     @property

@@ -223,7 +223,7 @@ def checked_pieces(label: str, pieces: Any, values: Mapping[str, Any], shown: Ca
         raise TypeError(f"{label} must return a non-empty list of pieces, got {pieces!r}.")
     for argument, value in values.items():
         text = shown(value)
-        if text and any(isinstance(piece, str) and text in piece for piece in pieces):
+        if text and any(isinstance(piece, str) and piece is not value and text in piece for piece in pieces):
             numbers = "float" in str(getattr(value, "dtype", "")) or getattr(value, "shape", (1,)) == ()
             mend = (
                 f"Write its rows one by one: lm.encode([str(row) for row in {argument}.reshape(-1).tolist()])."
