@@ -261,3 +261,16 @@ def test_a_row_without_weight_has_an_effective_sample_size_of_zero(lm: LM) -> No
     assert found.ess[0] > 1
     assert found.ess[1] == 0
     np.testing.assert_allclose(found.weights.sum(0), [1.0, 0.0])
+
+
+def test_observed_texts_of_an_inner_plate_go_to_their_rows(lm: LM) -> None:
+    endings = lm.encode(["aa", "bb", "cc", "dd", "ee", "ab"]).reshape(3, 2, 2)  # inner plate, rows, tokens
+
+    def program(endings: torch.Tensor) -> None:
+        with pyro.plate("rows", 2, dim=-1):
+            middle = pyro.sample("middle", lm("ab", max_tokens=1))
+            with pyro.plate("inner", 3, dim=-2):
+                pyro.sample("ending", lm("ab", middle), obs=endings)
+
+    found = exact_posterior(program)(endings)
+    assert [found.row(n).decode("ending") for n in range(2)] == [["aa", "cc", "ee"], ["bb", "dd", "ab"]]

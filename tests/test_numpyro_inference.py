@@ -417,3 +417,17 @@ def test_two_plates_of_one_size_are_no_rows_of_their_own() -> None:
     ]
     found = exact_posterior(program)()
     assert float(found.log_evidence) == pytest.approx(float(np.logaddexp.reduce(each)), abs=1e-5)
+
+
+def test_observed_texts_of_an_inner_plate_go_to_their_rows() -> None:
+    lm = tiny_lm()
+    endings = jnp.asarray(lm.encode(["aa", "bb", "cc", "dd", "ee", "ab"])).reshape(3, 2, 2)  # inner plate, rows, tokens
+
+    def program(endings: Any) -> None:
+        with numpyro.plate("rows", 2, dim=-1):
+            middle = numpyro.sample("middle", lm("ab", max_tokens=1))
+            with numpyro.plate("inner", 3, dim=-2):
+                numpyro.sample("ending", lm("ab", middle), obs=endings)
+
+    found = exact_posterior(program)(endings)
+    assert [found.row(n).decode("ending") for n in range(2)] == [["aa", "cc", "ee"], ["bb", "dd", "ab"]]

@@ -59,7 +59,7 @@ class Gathering(Columns):
             if is_text(site):
                 self.decoders.setdefault(name, site["fn"].lm.decode)
         for name, site in seen.items():
-            if is_text(site):
+            if is_text(site) and site["value"].dim() <= 1 + len(rows):
                 self.observed.setdefault(name, site["value"].cpu().numpy())
             elif not isinstance(site["fn"], dist.Unit):
                 value = _layout(particles, site["value"], site["fn"].event_dim, rows)[0]
