@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import Story
 
-from llmppl import Evaluation, SimulatedSet, exact_posterior, fit, held_out_gain, importance, simulate
+from llmppl import LM, Evaluation, SimulatedSet, exact_posterior, fit, held_out_gain, importance, simulate
 from llmppl.guides import AutoregressiveGuide, PromptGuide
 from llmppl.objectives import TrajectoryBalance, WakeSleep
 from llmppl.programs.simulated_pair import SimulatedPair
@@ -268,3 +269,15 @@ def test_kl_is_the_mutual_information_less_the_gain(story: Story) -> None:
     assert history.evaluations[0].kl_p_q == pytest.approx((short.kl, short.kl), abs=1e-6)
     with pytest.raises(ValueError, match="pairs_log_evidence has 3 values of log Z for 8 pairs"):
         Evaluation(pairs=pairs[:8], pairs_log_evidence=[0.0] * 3)
+
+
+def test_a_program_with_a_plate_of_its_own_is_refused(lm: LM) -> None:
+    """Its rows would be taken for those of the data."""
+
+    def program(beginning: Any, ending: Any) -> None:
+        with pyro.plate("inner", 3):
+            middle = pyro.sample("middle", lm(beginning, max_tokens=2, stop="."))
+            pyro.sample("ending", lm(middle, max_tokens=2), obs=lm.encode(ending))
+
+    with pytest.raises(ValueError, match="the program has a plate of its own"):
+        simulate(program, [("a", "bb"), ("b", "bb"), ("c", "bb")], num_pairs=3, progress=False)

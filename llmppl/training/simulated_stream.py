@@ -18,7 +18,7 @@ from llmppl.programs.plates import in_data_plate
 from llmppl.programs.simulated_pair import SimulatedPair
 from llmppl.programs.simulation import check_simulable
 from llmppl.programs.simulation import simulate as simulate_once
-from llmppl.programs.structure import Program, is_deterministic, structure
+from llmppl.programs.structure import Program, is_deterministic, plate_nesting, structure
 from llmppl.text.arguments import check_count, check_programs
 from llmppl.text.declared import declared
 from llmppl.training.collation import collate
@@ -134,8 +134,8 @@ def simulate(
     :param folder: where the set is kept. One that is there already is read back instead of drawn, if it has as many
         pairs.
     :param progress: show a progress bar if it takes more than a few seconds.
-    :raises ValueError: a program with a factor or without an observation; a damaged set, or one of another number, in
-        the folder; a folder for a stream, which is not kept.
+    :raises ValueError: a program with a factor, without an observation or with a plate of its own; a damaged set, or
+        one of another number, in the folder; a folder for a stream, which is not kept.
     """
     check_programs(program=program)
     check_count(batch_size=batch_size, **({} if num_pairs is None else {"num_pairs": num_pairs}))
@@ -170,10 +170,15 @@ def simulate(
 def _check(program: Program, args: tuple[Any, ...]) -> None:
     """Refuse a program that cannot be simulated, or whose simulation says nothing.
 
-    :raises ValueError: a factor; no observation.
+    :raises ValueError: a factor; no observation; a plate of the program's own.
     """
     sites = structure(program, args, {})
     check_simulable(sites)
+    if plate_nesting(sites):
+        raise ValueError(
+            "the program has a plate of its own, and simulated pairs are kept as one row an argument tuple. Make the "
+            "plate's rows argument tuples, or a text or array of them one site."
+        )
     if not any(s["type"] == "sample" and s["is_observed"] and not is_deterministic(s) for s in sites.nodes.values()):
         raise ValueError(
             "the program observes nothing, so there is nothing that a guide could be told. Give a site obs=."
