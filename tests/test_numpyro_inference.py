@@ -431,3 +431,15 @@ def test_observed_texts_of_an_inner_plate_go_to_their_rows() -> None:
 
     found = exact_posterior(program)(endings)
     assert [found.row(n).decode("ending") for n in range(2)] == [["aa", "cc", "ee"], ["bb", "dd", "ab"]]
+
+
+def test_a_program_may_ask_for_a_key() -> None:
+    lm = tiny_lm()
+
+    def program(ending: Any) -> None:
+        numpyro.prng_key()
+        middle = numpyro.sample("middle", lm("ab", max_tokens=1))
+        numpyro.sample("ending", lm("ab", middle), obs=lm.encode(ending))
+
+    found = importance(program, PromptGuide(program, lm), 8, progress=False)(random.key(0), "cd")
+    assert np.isfinite(found.log_evidence)

@@ -20,6 +20,7 @@ from llmppl.distributions import TwistedText
 from llmppl.distributions.state_twist import StateTwist
 from llmppl.guides import SteeredGuide
 from llmppl.objectives import TrajectoryBalance, WakeSleep
+from llmppl.text.prompts import checked_pieces
 
 GOALS = Grammar.regex(r"[ab]{1,3}")
 
@@ -255,3 +256,10 @@ def test_what_cannot_be_steered(numbered: LM) -> None:
     )
     with pytest.raises(ValueError, match="at most 256"):
         free()
+
+
+def test_a_told_string_is_a_piece_and_stands_in_no_other() -> None:
+    goal = "ab"
+    assert checked_pieces("told", [goal, "c"], {"goal": goal}, str) == ["ab", "c"]
+    with pytest.raises(TypeError, match="told writes 'goal', which is str here, into a string"):
+        checked_pieces("told", [goal, f"c{goal}"], {"goal": goal}, str)
