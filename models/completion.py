@@ -70,7 +70,7 @@ def completion(
         for n, (call, output) in enumerate(zip(calls, outputs, strict=True), 1):
             result = lm.map(said, prefix, body, suffix, call, max_tokens=output_tokens, returns=str)
             got = kept(lm, f"got_{n}", result)
-            lm.primitives.sample(f"output_{n}", lm.echo(got, mistake), obs=stripped(output))
+            lm.primitives.sample(f"output_{n}", lm.echo(got, mistake, output_tokens), obs=stripped(output))
         return body
 
     return complete

@@ -31,6 +31,7 @@ from llmppl.text import PAD
 from llmppl.text.arguments import check_name, unavailable
 from llmppl.text.chat import chat_pieces
 from llmppl.text.declared import declared
+from llmppl.text.echoes import LONGEST_MISTAKE, MISTAKE
 from llmppl.text.row_function import Kind
 from llmppl.text.spelling import (
     Spelling,
@@ -258,15 +259,18 @@ class LM:
         return ContentWord(self, self._piece(text, 1, "text"), shortest)
 
     @declared
-    def echo(self, text: Piece, mistake: float = 1e-3) -> EchoedText:
-        """The distribution of a text that is said again: as it is, and with probability ``mistake`` any text at all.
+    def echo(self, text: Piece, mistake: float = MISTAKE, max_tokens: int = LONGEST_MISTAKE) -> EchoedText:
+        """The distribution of a text that is said again: as it is, and with probability ``mistake`` any other.
 
         So what a program computes, ``lm.map(...)``, is observed: with a density for what was not computed, and
         simulated as what was.
 
-        :param text: as a piece of :meth:`__call__`; its width is the most tokens of what is observed.
+        :param text: as a piece of :meth:`__call__`.
+        :param mistake: in (0, 1).
+        :param max_tokens: most tokens of another text; only the text itself may be longer.
+        :raises ValueError: either out of its range.
         """
-        return EchoedText(self, self._piece(text, 1, "text"), mistake)
+        return EchoedText(self, self._piece(text, 1, "text"), mistake, max_tokens)
 
     def map(
         self,

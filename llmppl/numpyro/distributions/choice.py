@@ -20,7 +20,7 @@ from llmppl.numpyro.network.decoder import Weights
 from llmppl.numpyro.network.lifting import compiled
 from llmppl.numpyro.network.reading import Reader
 from llmppl.numpyro.network.scoring import token_scores
-from llmppl.numpyro.network.text_arrays import check_batch, check_text, count, is_concrete, is_known
+from llmppl.numpyro.network.text_arrays import check_batch, check_text, count, is_concrete, is_known, widen
 from llmppl.text import PAD
 
 
@@ -37,8 +37,7 @@ class _Option(constraints.Constraint):
         return option_index(value, self.options) >= 0
 
     def feasible_like(self, prototype: Array) -> Array:
-        missing = jnp.shape(prototype)[-1] - self.options.shape[-1]
-        row = jnp.pad(jnp.asarray(self.options[0]), (0, max(missing, 0)), constant_values=PAD)
+        row = widen(self.options[0], jnp.shape(prototype)[-1])
         return jnp.broadcast_to(row[: jnp.shape(prototype)[-1]], jnp.shape(prototype))
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -51,12 +50,7 @@ class _Option(constraints.Constraint):
 def option_index(value: Array, options: Array) -> Array:
     """Which option each text is, of shape ``value.shape[:-1]``; −1 for none."""
     width = max(value.shape[-1], options.shape[-1])
-
-    def widened(texts: Array) -> Array:
-        missing = width - texts.shape[-1]
-        return jnp.pad(jnp.asarray(texts), [(0, 0)] * (texts.ndim - 1) + [(0, missing)], constant_values=PAD)
-
-    equal = (widened(value)[..., None, :] == widened(options)).all(-1)
+    equal = (widen(value, width)[..., None, :] == widen(options, width)).all(-1)
     return jnp.where(equal.any(-1), equal.argmax(-1), -1)
 
 

@@ -93,6 +93,13 @@ def pad_rows(rows: Sequence[Sequence[int]], width: int | None = None) -> np.ndar
     return stacked
 
 
+def widen(value: Any, width: int) -> Array:
+    """Pad the last dimension on the right up to ``width`` tokens."""
+    value = jnp.asarray(value)
+    missing = max(width - value.shape[-1], 0)
+    return jnp.pad(value, [(0, 0)] * (value.ndim - 1) + [(0, missing)], constant_values=PAD)
+
+
 def is_concrete(value: Any) -> bool:
     """Whether numbers can be looked at: no, while a program is being compiled."""
     return not isinstance(value, jax.core.Tracer)

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from llmppl.numpyro.network.text_arrays import BUCKET, TextArgument
-from llmppl.text import PAD
+from llmppl.numpyro.network.text_arrays import BUCKET, TextArgument, widen
 from llmppl.training.minibatches import Data
 
 
@@ -75,8 +74,4 @@ def _column(number: int, column: tuple[Any, ...], lm: Any) -> tuple[Any, bool]:
 def _padded(texts: list[Any]) -> Array:
     width = max(text.shape[-1] for text in texts)
     width = -(-width // BUCKET) * BUCKET if len({text.shape[-1] for text in texts}) > 1 else width
-    rows = [
-        jnp.pad(jnp.asarray(t), [(0, 0)] * (t.ndim - 1) + [(0, width - t.shape[-1])], constant_values=PAD)
-        for t in texts
-    ]
-    return jnp.stack(rows)
+    return jnp.stack([widen(text, width) for text in texts])
