@@ -25,6 +25,7 @@ from llmppl.numpyro.network.architecture import Architecture
 from llmppl.numpyro.network.folder_tokenizer import FolderTokenizer
 from llmppl.numpyro.network.folder_weights import read_config, read_weights
 from llmppl.numpyro.network.reading import Reader
+from llmppl.numpyro.testing import tiny_lm as numpyro_tiny_lm
 from llmppl.testing import tiny_lm
 from llmppl.text import PAD
 
@@ -156,6 +157,12 @@ def test_padding_anywhere_changes_nothing(tiny: tuple[llmppl.LM, LM]) -> None:
         np.testing.assert_allclose(found, expected, atol=5e-6)
         np.testing.assert_allclose(reader.logits(reading[1][row]), expected[-1], atol=5e-6)
     assert reading[2].tolist() == [6, 6, 6]
+
+
+def test_a_row_without_a_token_has_numbers_in_half_precision() -> None:
+    """What may not be seen is beyond float16."""
+    half, full = (numpyro_tiny_lm(dtype=dtype)(["a", ""], "b", max_tokens=2) for dtype in (jnp.float16, jnp.float32))
+    np.testing.assert_allclose(half.log_prob(jnp.array([1, 2])), full.log_prob(jnp.array([1, 2])), atol=0.02)
 
 
 def test_single_steps_with_a_cache_are_the_whole_pass(tiny: tuple[llmppl.LM, LM]) -> None:

@@ -443,3 +443,69 @@ def test_a_program_may_ask_for_a_key() -> None:
 
     found = importance(program, PromptGuide(program, lm), 8, progress=False)(random.key(0), "cd")
     assert np.isfinite(found.log_evidence)
+
+
+def test_rows_outside_of_all_plates_are_summed() -> None:
+    """As one program with a latent for each: all combinations of them are enumerated."""
+    lm = tiny_lm()
+
+    def batched(ending: Any) -> None:
+        z = numpyro.sample("z", lm(["a", "b"], max_tokens=1))
+        numpyro.sample("y", lm(z), obs=ending)
+
+    def two(ending: Any) -> None:
+        for name in "ab":
+            z = numpyro.sample(f"z_{name}", lm(name, max_tokens=1))
+            numpyro.sample(f"y_{name}", lm(z), obs=ending)
+
+    ending = lm.encode("a")
+    exact, found = (exact_posterior(program)(ending) for program in (two, batched))
+    assert float(found.log_evidence) == pytest.approx(float(exact.log_evidence), abs=1e-5)
+    assert found.samples["z"].shape == (36, 2, 1)
+    drawn = importance(batched, PromptGuide(batched, lm, {"z": lambda: [["a", "b"]]}), 64, progress=False)
+    posterior = drawn(random.key(0), ending)
+    values = jnp.asarray(posterior.samples["z"])
+    weights = lm(values).log_prob(ending).sum(-1)
+    np.testing.assert_allclose(posterior.log_weights, weights, atol=1e-5)
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_observed_texts_may_be_masked(counts: bool) -> None:
+    lm = tiny_lm()
+
+    def program(ending: Any, counted: bool = counts) -> None:
+        z = numpyro.sample("z", lm("a", max_tokens=1))
+        with handlers.mask(mask=jnp.array(counted)):
+            numpyro.sample("y", lm(z), obs=ending)
+        numpyro.sample("x", lm(z), obs=ending)
+
+    def plain(ending: Any) -> None:
+        z = numpyro.sample("z", lm("a", max_tokens=1))
+        if counts:
+            numpyro.sample("y", lm(z), obs=ending)
+        numpyro.sample("x", lm(z), obs=ending)
+
+    ending = lm.encode("b")
+    exact = float(exact_posterior(plain)(ending).log_evidence)
+    assert float(exact_posterior(program)(ending).log_evidence) == pytest.approx(exact, abs=1e-5)
+    guide = PromptGuide(program, lm, {"z": lambda y: [y, "a"]})
+    weights = importance(program, guide, 8, progress=False)(random.key(0), ending).log_weights
+    assert np.isfinite(weights).all()
+    found = bounds(program, guide, 8, 4)(random.key(0), ending)
+    assert np.isfinite([found.lower, found.upper]).all()
+
+
+def test_masked_latents_are_refused_where_they_would_count() -> None:
+    lm = tiny_lm()
+
+    def program(ending: Any) -> None:
+        with handlers.mask(mask=jnp.array(False)):
+            numpyro.sample("c", dist.Categorical(jnp.array([0.2, 0.8])))
+        z = numpyro.sample("z", lm("a", max_tokens=1))
+        numpyro.sample("y", lm(z), obs=ending)
+
+    ending = lm.encode("b")
+    with pytest.raises(ValueError, match="latent site 'c' is masked"):
+        exact_posterior(program)(ending)
+    with pytest.raises(ValueError, match="latent site 'c' is masked"):
+        smc(program, None, 8, progress=False)(random.key(0), ending)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpyro
 from jax import Array
 from numpyro import handlers
 from numpyro.primitives import Messenger
@@ -28,6 +29,7 @@ from llmppl.numpyro.programs.tracing import (
     plate_nesting,
     signature,
     structure,
+    subsampled,
 )
 from llmppl.text.arguments import check_programs
 from llmppl.text.declared import declared
@@ -166,11 +168,18 @@ class _Proposer(Messenger):
         super().__init__()
         self.guide, self.given, self.observations = guide, given, observations
         self.proposed, self.computed = dict[str, Array](), dict[str, Any]()
+        self.rows: Values = {}
 
         def dry(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
-            return structure(handlers.substitute(guide.model, data=given), args, kwargs)
+            return structure(handlers.substitute(guide.model, data={**given, **self.rows}), args, kwargs)
 
         sites = dry(args, kwargs)
+        some = {name: sites[name]["args"] for name in subsampled(sites)}
+        if some:  # what is told is of the rows that the program is to have
+            for name, sizes in some.items():
+                with numpyro.plate(name, *sizes) as self.rows[name]:
+                    pass
+            sites = dry(args, kwargs)
         self.nesting = plate_nesting(sites)
         observed = _NUMPYRO.observed_sites(sites, given, guide.prompt, guide.proposals)
         told = {name: observations.get(name, site["value"]) for name, site in observed.items()}
@@ -187,6 +196,8 @@ class _Proposer(Messenger):
             if msg["stop"]:
                 self.computed[msg["name"]] = msg["value"]
             return
+        if msg["type"] == "plate" and msg["name"] in self.rows:
+            msg["value"] = self.rows[msg["name"]]
         if msg["type"] != "sample":
             return
         name = msg["name"]

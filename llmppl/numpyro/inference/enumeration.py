@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from llmppl.numpyro.distributions.autoregressive_text import AutoregressiveText
 from llmppl.numpyro.inference.arguments import Compiled, language_model
-from llmppl.numpyro.inference.gathering import Gathering, blame, check_unscaled, faulty
+from llmppl.numpyro.inference.gathering import Gathering, blame, check_unmasked, check_unscaled, faulty
 from llmppl.numpyro.network.lifting import jit
 from llmppl.numpyro.network.reading import sharing
 from llmppl.numpyro.network.text_arrays import is_concrete
@@ -90,6 +90,7 @@ def _enumerated(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     latent = {name: site for name, site in sites.items() if is_latent(site)}
     check_latents(latent)
     check_unscaled(sites)
+    check_unmasked(sites, "exact_posterior")
     try:
         gathering = _at_once(model, args, kwargs, sites, latent, where)
     except StructureVaries as reason:
@@ -210,6 +211,7 @@ def _one_by_one(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], w
         for number, trace in enumerate(_complete_runs(model, args, kwargs, where, reason)):
             kept = {name: site for name, site in trace.items() if site["type"] == "sample"}
             check_unscaled(kept)
+            check_unmasked(kept, "exact_posterior")
             fns = {name: site["fn"] for name, site in kept.items()}
             values = {name: site["value"] for name, site in kept.items()}
             kind = tuple((name, site["is_observed"]) for name, site in kept.items())
@@ -252,9 +254,12 @@ def _complete_runs(
 
 
 def _entries(site: Site, where: Layout) -> dict[int, int]:
-    """The plates that hold a site but not every site: their dimensions and sizes."""
-    frames = site["cond_indep_stack"]
-    return {frame.dim: frame.size for frame in frames if frame.dim not in where.axes and frame.size > 1}
+    """The plates that hold a site but not every site: their dimensions and sizes. Rows of its law outside of all
+    plates are no others."""
+    shape = site["fn"].batch_shape
+    sizes = {dim - len(shape): size for dim, size in enumerate(shape)}
+    sizes |= {frame.dim: frame.size for frame in site["cond_indep_stack"]}
+    return {dim: size for dim, size in sizes.items() if dim not in where.axes and size > 1}
 
 
 def _size(name: str, site: Site, where: Layout) -> int:

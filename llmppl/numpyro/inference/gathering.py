@@ -166,6 +166,19 @@ def check_unscaled(*traces: Trace) -> None:
                 )
 
 
+def check_unmasked(trace: Trace, method: str) -> None:
+    """Refuse masked latents: what the method draws or counts for them, the joint does not hold.
+
+    :raises ValueError: naming the site.
+    """
+    for name, site in trace.items():
+        if is_latent(site) and isinstance(site["fn"], dist.MaskedDistribution) and not np.all(site["fn"]._mask):
+            raise ValueError(
+                f"latent site {name!r} is masked, and {method} takes its values as part of the joint. Observe masked "
+                "entries, leave the rows out, or use importance(...), whose weights hold neither their p nor their q."
+            )
+
+
 def faulty(particles: Particle, allow_zero: bool = False) -> int | None:
     """The first particle whose log-probabilities are no such thing, of those that ``vmap`` made.
 

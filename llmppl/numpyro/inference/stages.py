@@ -6,11 +6,11 @@ from collections.abc import Collection
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, random
 from numpyro import handlers
 
 from llmppl.numpyro.distributions.autoregressive_text import AutoregressiveText
+from llmppl.numpyro.inference.gathering import check_unmasked, check_unscaled
 from llmppl.numpyro.programs.particles import Layout, Particle, layout, score_particle
 from llmppl.numpyro.programs.tracing import DummyTexts, Program, Site, Trace, Values, is_latent, signature, structure
 
@@ -30,7 +30,8 @@ class Stages:
         self.where: Layout = layout(model, self.guide, args, kwargs)
         self.sites, self.proposed = structure(model, args, kwargs), structure(self.guide, args, kwargs)
         for trace in (self.sites, self.proposed):
-            _check_unscaled(trace)
+            check_unscaled(trace)
+            check_unmasked(trace, "smc")
         self.texts = {name for name, site in self.proposed.items() if is_latent(site) and _by_tokens(site)}
         self.segments: list[list[str]] = []
         """Names of sites that are proposed together: a text token by token alone, others side by side."""
@@ -104,12 +105,3 @@ def latents_of(model: Program) -> Program:
 
 def _by_tokens(site: Site) -> bool:
     return isinstance(site["fn"], AutoregressiveText)
-
-
-def _check_unscaled(trace: Trace) -> None:
-    for name, site in trace.items():
-        if site["type"] == "sample" and site["scale"] is not None and not bool(np.all(np.asarray(site["scale"]) == 1)):
-            raise ValueError(
-                f"site {name!r} is scaled (by handlers.scale or a subsampled plate), so its weights are not those of "
-                "the program. Run sequential Monte Carlo without scaling or subsampling."
-            )

@@ -23,7 +23,8 @@ Pair = tuple[Array, Array]
 """Keys and values of one layer."""
 
 MASKED = -1e30
-"""Added to the attention scores of what may not be seen: finite, so that a row that sees nothing has no NaN."""
+"""Added to the attention scores of what may not be seen: finite, so that a row that sees nothing has no NaN. (Of
+float16 half of the least number stands in, which is finite with a score added to it.)"""
 
 
 PRODUCT = "product"
@@ -189,7 +190,8 @@ def _attend(queries: Array, caches: Sequence[tuple[Array, Array]], masks: Sequen
     scores = []
     for (keys, _), mask in zip(caches, masks, strict=True):
         score = _by_head(grouped, keys, -1) * width**-0.5
-        scores.append(score + jnp.where(mask, 0.0, MASKED).astype(score.dtype)[..., None, :, None, :])
+        hidden = max(MASKED, float(jnp.finfo(score.dtype).min) / 2)
+        scores.append(score + jnp.where(mask, 0.0, hidden).astype(score.dtype)[..., None, :, None, :])
     batch = jnp.broadcast_shapes(*(s.shape[:-1] for s in scores))
     joined = jnp.concatenate([jnp.broadcast_to(s, (*batch, s.shape[-1])) for s in scores], -1)
     shares = jax.nn.softmax(joined, -1)

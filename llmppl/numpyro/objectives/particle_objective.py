@@ -11,7 +11,7 @@ from jax import Array, random
 from numpyro import handlers
 from numpyro.infer.elbo import ELBO
 
-from llmppl.numpyro.programs.particles import Particle, layout, run_particle
+from llmppl.numpyro.programs.particles import Particle, choose_rows, hold_program, layout, run_particle
 from llmppl.numpyro.programs.tracing import Program
 from llmppl.text.declared import declared
 
@@ -74,6 +74,20 @@ class ParticleObjective(ELBO):
             f"{type(self).__name__} does not keep the state of numpyro.mutable sites. Give the program its state as an "
             "argument."
         )
+
+    def _settled(
+        self,
+        rng_key: Array,
+        params: Mapping[str, Any],
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        program_learns: bool = False,
+    ) -> dict[str, Any]:
+        """What is the same for all particles of a step: parameters, and the rows of subsampled plates."""
+        own = dict(params) if program_learns else hold_program(params, model, args, kwargs)
+        return {**own, **choose_rows(rng_key, model, guide, args, kwargs)}
 
     def _particles(
         self,

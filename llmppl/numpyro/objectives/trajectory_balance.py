@@ -13,7 +13,7 @@ from numpyro import handlers
 from llmppl.numpyro.objectives.behaviour import Behaviour
 from llmppl.numpyro.objectives.particle_objective import ParticleObjective, Report, report
 from llmppl.numpyro.programs.particles import Drawing, Particle, layout, run_particle
-from llmppl.numpyro.programs.tracing import Program, Values, observing, simulate
+from llmppl.numpyro.programs.tracing import Program, Values, observing, simulate, structure, subsampled
 from llmppl.posterior.floors import checked_floor
 from llmppl.text.declared import declared
 
@@ -33,10 +33,13 @@ class TrajectoryBalance(ParticleObjective):
 
     .. math:: \mathcal L(x) = \frac1K\sum_k\left(\log Z_\theta(x) + \log q(z_k|x) - \log p(x, z_k)\right)^2
 
-    Both are zero exactly where the guide is the posterior. Two more arguments of a step are the objective's, not the
-    program's, and may differ from step to step without compiling anew: ``svi.update(state, *args,
-    replayed={"middle": texts})`` puts ``n`` given values, ``(n,) + batch_shape + event_shape`` by site, in the place of
-    the first ``n`` particles; ``target_temperature=T`` aims at :math:`p(x, z)^{1/T}`.
+    Both are zero exactly where the guide is the posterior. Parameters of the model get no gradient: they would learn to
+    make particles alike, not the data probable, as by :class:`LeaveOneOutELBO`.
+
+    Two more arguments of a step are the objective's, not the program's, and may differ from step to step without
+    compiling anew: ``svi.update(state, *args, replayed={"middle": texts})`` puts ``n`` given values, ``(n,) +
+    batch_shape + event_shape`` by site, in the place of the first ``n`` particles; ``target_temperature=T`` aims at
+    :math:`p(x, z)^{1/T}`.
 
     :param num_particles: ``K``.
     :param log_partition: ``"vargrad"`` or ``"learned"``.
@@ -85,6 +88,12 @@ class TrajectoryBalance(ParticleObjective):
     ) -> tuple[Array, Report]:
         choose, key, simulation = random.split(rng_key, 3)
         replayed = _checked(replayed or {}, self.num_particles)
+        if replayed and (some := subsampled(structure(model, args, kwargs))):
+            raise ValueError(
+                f"replayed= values are of the rows that they were drawn for, and plate {next(iter(some))!r} takes "
+                "others at every step. Give the program the rows as arguments: fit(..., batch_size=)."
+            )
+        param_map = self._settled(rng_key, param_map, model, guide, args, kwargs)
 
         def on_data() -> tuple[Array, Report]:
             return self._loss(key, param_map, model, guide, args, kwargs, replayed, target_temperature)

@@ -39,6 +39,7 @@ class LeaveOneOutELBO(ParticleObjective):
     def loss_and_report(
         self, rng_key: Array, param_map: Mapping[str, Any], model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> tuple[Array, Report]:
+        param_map = self._settled(rng_key, param_map, model, guide, args, kwargs, program_learns=True)
         particles = self._particles(rng_key, param_map, model, guide, args, kwargs, pathwise=True)
         sites = structure(guide, args, kwargs)
         zero = jnp.zeros_like(particles.log_q)

@@ -51,6 +51,7 @@ class WakeSleep(ParticleObjective):
         self, rng_key: Array, param_map: Mapping[str, Any], model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> tuple[Array, Report]:
         wake, sleep = random.split(rng_key)
+        param_map = self._settled(rng_key, param_map, model, guide, args, kwargs)
         loss: Any = 0.0
         said = {"elbo": jnp.asarray(jnp.nan), "ess": jnp.asarray(jnp.nan)}  # of the wake phase only
         if self.insomnia > 0:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array, lax, random
 from numpyro import handlers
 from numpyro.primitives import Messenger
 
@@ -22,6 +23,7 @@ from llmppl.numpyro.programs.tracing import (
     plate_nesting,
     plate_sizes,
     structure,
+    subsampled,
 )
 
 
@@ -38,9 +40,10 @@ class Layout(NamedTuple):
     rows: tuple[int, ...]
 
     def sum_rows(self, log_prob: Array) -> Array:
-        """A site's log-density, summed over all dimensions but :attr:`axes`, of shape :attr:`rows`."""
+        """A site's log-density, summed over all dimensions but :attr:`axes`, those outside of all plates included, of
+        shape :attr:`rows`."""
         full = log_prob.reshape((1,) * (self.nesting - log_prob.ndim) + log_prob.shape)
-        summed = tuple(dim for dim in range(-self.nesting, 0) if dim not in self.axes)
+        summed = tuple(dim for dim in range(-full.ndim, 0) if dim not in self.axes)
         return jnp.broadcast_to(full.sum(summed) if summed else full, self.rows)
 
 
@@ -55,6 +58,24 @@ def layout(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[s
     axes = common_axes(sites, proposed)
     sizes = plate_sizes(sites, proposed)
     return Layout(plate_nesting(sites), axes, tuple(sizes[dim] for dim in axes))
+
+
+def hold_program(
+    params: Mapping[str, Any], model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The parameters, without gradient those of the program. The guide's law may depend on them too: the temperature
+    of a text is the program's."""
+    theirs = {name for name, site in structure(model, args, kwargs).items() if site["type"] == "param"}
+    return {name: lax.stop_gradient(value) if name in theirs else value for name, value in params.items()}
+
+
+def choose_rows(key: Array, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Values:
+    """Which rows the plates that take some of theirs have in this step, by plate: the same for program and guide, and
+    for all particles, which are compared as those of one observation."""
+    found: Values = {}
+    for number, run in enumerate((model, guide)):
+        found.update(subsampled(structure(run, args, kwargs, random.fold_in(key, number))))
+    return found
 
 
 def check_sites(model_trace: Trace, guide_trace: Trace) -> None:

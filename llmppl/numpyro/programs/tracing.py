@@ -39,6 +39,13 @@ def is_deterministic(site: Site) -> bool:
     return bool(site["type"] == "deterministic")
 
 
+def own_law(fn: dist.Distribution) -> dist.Distribution:
+    """The law itself of one that is masked (``handlers.mask``)."""
+    while isinstance(fn, dist.MaskedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
 def is_text(site: Site) -> bool:
     return isinstance(site["fn"], (AutoregressiveText, Choice, DerivedText))
 
@@ -78,13 +85,19 @@ class DummyTexts(Messenger):
                 raise ValueError(f"site {msg['name']!r}: {error}") from None
 
 
-def structure(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+def structure(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], key: Array | None = None) -> Trace:
     """A trace of the model whose latent texts hold arbitrary values: sites, plates, observations.
 
+    :param key: of what else is drawn; always the same by default.
     :raises TypeError: arguments that the model does not take.
     """
     check_arguments(model, args, kwargs)
-    with handlers.block(), handlers.trace() as trace, DummyTexts(), handlers.seed(rng_seed=random.key(0)):
+    with (
+        handlers.block(),
+        handlers.trace() as trace,
+        DummyTexts(),
+        handlers.seed(rng_seed=random.key(0) if key is None else key),
+    ):
         try:
             model(*args, **kwargs)
         except Exception as error:
@@ -108,6 +121,15 @@ def plate_sizes(*traces: Trace) -> dict[int, int]:
         for site in trace.values()
         if site["type"] == "sample"
         for frame in site["cond_indep_stack"]
+    }
+
+
+def subsampled(trace: Trace) -> Values:
+    """The rows of each plate that takes some of them alone, by its name."""
+    return {
+        name: site["value"]
+        for name, site in trace.items()
+        if site["type"] == "plate" and site["args"][1] not in (None, site["args"][0])
     }
 
 
@@ -193,7 +215,7 @@ class Simulated(Messenger):
                 "Express it as an observed site, or do without them."
             )
         self.key, own = random.split(self.key)
-        fn, observed = msg["fn"], msg["value"]
+        fn, observed = own_law(msg["fn"]), msg["value"]
         if isinstance(fn, AutoregressiveText) and fn.law.max_tokens is None:
             width = observed.shape[-1]
             law = TextLaw(fn.law.vocabulary, width, 0, None, fn.law.allowed, fn.law.temperature)
