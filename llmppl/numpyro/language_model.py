@@ -104,8 +104,9 @@ class LM:
         """Token ids of a text, ``(T,)``, or of several, ``(B, T)`` padded with ``PAD``.
 
         The text is taken as it stands: no special tokens, no space put before it. A string argument of a compiled
-        program is encoded already, and given back as an array. The name of a control token, such as ``"<|im_end|>"``,
-        is text as any other, here and in the pieces of ``lm(...)``: data cannot end a turn.
+        program is encoded already, and given back as an array, as wide as :meth:`argument` has made it: count its
+        tokens, not its columns. The name of a control token, such as ``"<|im_end|>"``, is text as any other, here and
+        in the pieces of ``lm(...)``: data cannot end a turn.
 
         :param width: pad to so many tokens, so that texts of different lengths do not compile anew.
         :param special: read the names of control tokens as these tokens.
