@@ -43,6 +43,7 @@ def estimate(program: Program, theta: Any, objective: ChainScore, rows: bool) ->
     ).sum(0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rows", [False, True])
 def test_from_the_posterior_it_is_the_gradient_of_the_evidence(rows: bool) -> None:
     _, theta, program = learned()

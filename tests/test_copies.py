@@ -101,6 +101,7 @@ def test_a_deep_copy_is_a_snapshot_on_the_same_model(story: Story, kind: str) ->
     torch.testing.assert_close(scores(guide), before, msg="the original stays what it was")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", GUIDES)
 def test_a_copy_trains_alone(story: Story, kind: str) -> None:
     guide = trained(story.program, story.lm, kind)
@@ -136,6 +137,7 @@ def test_training_goes_on_as_if_no_copy_had_been_made(story: Story) -> None:
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", GUIDES)
 def test_a_pickle_is_an_independent_guide_of_the_programs_own_model(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -151,6 +153,7 @@ def test_a_pickle_is_an_independent_guide_of_the_programs_own_model(
     torch.testing.assert_close(scores(guide), expected)
 
 
+@pytest.mark.long
 def test_a_pickle_is_the_guide_in_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storybook = imported(tmp_path, monkeypatch)
     guides = [trained(storybook.story, storybook.lm, kind) for kind in ("autoregressive", "from scratch")]

@@ -66,6 +66,7 @@ def test_every_kind_of_rows_trains_as_tuples_do(story: Story, kind: str) -> None
     assert losses[0] == losses[1]
 
 
+@pytest.mark.long
 def test_all_that_takes_data_takes_mappings(story: Story) -> None:
     guide = AutoregressiveGuide(story.program, story.lm, rank=2, seed=0)
     pairs = [simulate(story.program, data, 5, seed=0, progress=False) for data in (TUPLES, NAMED)]

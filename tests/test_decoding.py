@@ -154,6 +154,7 @@ def test_best_of_n_is_the_largest_joint_of_its_draws(story: Story) -> None:
     assert np.array_equal(best.samples["middle"][0], drawn.samples["middle"][drawn.log_joint.argmax()])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("told", [{"method": "top-k", "top_k": 6}, {"method": "nucleus", "top_p": 1.0}])
 def test_a_truncation_that_truncates_nothing_is_sampling(story: Story, told: dict) -> None:
     """Chi-square of 3000 draws against the guide at the 0.1 % level."""

@@ -69,6 +69,7 @@ def test_replies_are_given_what_comes_next(lm: LM) -> None:
     assert posterior.log_evidence == pytest.approx(float(torch.stack(terms).logsumexp(0)), abs=1e-6)
 
 
+@pytest.mark.long
 def test_candidates_share_intent_and_style(lm: LM) -> None:
     """Two candidates: an unbiased estimate of the enumerated evidence."""
     program = small(lm, replies=2, max_tokens=1)

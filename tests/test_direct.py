@@ -167,6 +167,7 @@ class Gap:
             return self.divergences(law(proposal, self.endings).log_prob(self.texts[:, None]).T)
 
 
+@pytest.mark.long
 def test_reverse_kl_finds_texts_that_hold_together_and_sleep_does_not(lm: LM) -> None:
     gap = Gap(lm)
     best_reverse, _ = gap.divergences(gap.coordinate_ascent())

@@ -52,6 +52,7 @@ def test_expected_weight_is_the_evidence_by_enumeration(story: Story) -> None:
 FROM_PRIOR = {"middle": lambda beginning: [beginning]}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["prompt", "adapted"])
 def test_the_evidence_estimate_is_unbiased_over_many_seeds(story: Story, kind: str) -> None:
     guide = (
@@ -71,6 +72,7 @@ def test_the_evidence_estimate_is_unbiased_over_many_seeds(story: Story, kind: s
     assert np.mean(np.log(ratios)) <= 3 * error, "log of the estimate lies below log Z in expectation"
 
 
+@pytest.mark.long
 def test_rows_of_a_plate_are_observations_of_their_own(story: Story) -> None:
     beginnings, endings = ["ab", "d", "ceb"], ["cd", "ea", "b"]
     guide = PromptGuide(story.program, story.lm)
@@ -144,6 +146,7 @@ def test_two_latent_texts_and_a_latent_inside_a_plate_only_partly_shared(lm: LM)
     np.testing.assert_allclose(posterior.log_joint, log_joint.numpy(), atol=1e-9)
 
 
+@pytest.mark.long
 def test_mixed_programs_take_another_guide_for_other_latents(lm: LM) -> None:
     def model(ending: str) -> None:
         rate = pyro.sample("rate", dist.Beta(2.0, 2.0))
@@ -167,6 +170,7 @@ def test_mixed_programs_take_another_guide_for_other_latents(lm: LM) -> None:
     assert abs(posterior.log_evidence - (text_part + rate_part)) < 4 * posterior.log_evidence_error
 
 
+@pytest.mark.long
 def test_a_choice_and_a_text_are_guided_together(lm: LM) -> None:
     def model(ending: str) -> None:
         plan = pyro.sample("plan", lm.choice("ab", options=["c", "de", "."]))
@@ -274,6 +278,7 @@ def test_particles_are_let_go_block_by_block(story: Story, monkeypatch: pytest.M
     assert all(a.base is None or a.base.nbytes == a.nbytes for a in arrays)
 
 
+@pytest.mark.long
 def test_blocks_shrink_with_the_rows_and_the_law_of_the_samples_does_not_change(
     story: Story, monkeypatch: pytest.MonkeyPatch
 ) -> None:

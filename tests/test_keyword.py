@@ -257,6 +257,7 @@ def test_unknown_sites_are_refused_by_name(small: LM) -> None:
         importance(program, WordGuide(program, small, word="word"), 2)("ab", "b")
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:each of the")  # read often, which is no harm here
 def test_the_gain_is_the_mutual_information_less_the_divergence(small: LM) -> None:
     """By enumeration: mean over pairs of log q − log p is MI − KL(p‖q), and zero for the prior."""
@@ -286,6 +287,7 @@ def test_the_gain_is_the_mutual_information_less_the_divergence(small: LM) -> No
     np.testing.assert_allclose(one.values, gain.values[:5], atol=1e-9)
 
 
+@pytest.mark.long
 def test_bounds_bracket_with_a_word_guide_that_is_told_the_simulated_word(small: LM) -> None:
     program = keyword(small, max_tokens=4, stop=None, temperature=1.0, shortest=1)
     guide = WordGuide(program, small, seed=0)

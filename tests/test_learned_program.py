@@ -242,6 +242,7 @@ def test_the_guide_follows_the_program_that_learns() -> None:
     assert kl(after, log_q) < 0.1 < 0.3 < kl(before, log_q)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "elbo",
     [

@@ -95,6 +95,7 @@ def test_sample_and_log_prob_agree(plan: str) -> None:
 # --- batches --------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["scratch", "adapted"])
 @pytest.mark.parametrize("plan", ["confidence", "margin 1+2", "left-to-right in 2", "one pass"])
 def test_a_batch_is_its_rows_one_by_one_whatever_the_lengths_and_paddings(plan: str, kind: str) -> None:

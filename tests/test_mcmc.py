@@ -175,6 +175,7 @@ def check_against(posterior: Posterior, site: str, exact: Posterior) -> None:
         assert hits.mean() == pytest.approx(p, abs=4.5 * np.sqrt(p * (1 - p) / ess))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("guided", [False, True])
 def test_independence_chains_reach_the_exact_posterior(story: Story, guided: bool) -> None:
     story.ending = "c"
@@ -212,6 +213,7 @@ def pvalue(values: np.ndarray, exact: Posterior, site: str) -> float:
     return float(stats.chisquare(counts, wanted * counts.sum() / wanted.sum()).pvalue)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("kernel", ["suffix", "block", "gibbs"])
 def test_chains_that_start_at_the_posterior_stay_there(story: Story, kernel: str, guided: bool) -> None:
@@ -250,6 +252,7 @@ def test_a_run_gives_scored_samples(story: Story) -> None:
             assert posterior.log_likelihood["ending"].shape == (15,)
 
 
+@pytest.mark.long
 def test_rows_have_chains_of_their_own(story: Story) -> None:
     beginnings, endings = ["ab", "d"], ["c", "e"]
     exact = [exact_posterior(story.program)(*args) for args in zip(beginnings, endings, strict=True)]
@@ -299,6 +302,7 @@ def test_sites_of_every_kind_move_in_turn(small: LM, kernel: str) -> None:
         assert float((chains.values[site] != before[site]).double().mean()) > 0.02
 
 
+@pytest.mark.long
 def test_samples_stand_chain_after_chain_and_reproduce_from_a_seed(story: Story) -> None:
     for kernel in ("independence", "suffix"):
         before = torch.get_rng_state()
@@ -315,6 +319,7 @@ def test_samples_stand_chain_after_chain_and_reproduce_from_a_seed(story: Story)
         assert (first.acceptance < 1).all()
 
 
+@pytest.mark.long
 def test_chains_start_where_the_posterior_is_positive(story: Story) -> None:
     lm = story.lm
 

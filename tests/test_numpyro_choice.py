@@ -116,6 +116,7 @@ def test_given_probabilities_stand_in_for_the_models(lm: LM) -> None:
         lm.choice("d", options=OPTIONS, probs=[1.0])
 
 
+@pytest.mark.long
 def test_a_tilt_is_added_before_the_options_are_normalised(lm: LM) -> None:
     """Compiled, mapped, expanded and with a gradient, as in the other twin."""
     tilt = np.array([[0.0, 0.0, 0.0], [1.0, -1.0, 0.5]], dtype=np.float32)

@@ -76,6 +76,7 @@ def jax_scores(guide: Any) -> np.ndarray:
     return np.asarray(scores())
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # of peft, on gpt2
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_one_file_is_one_guide_in_torch_and_jax(kind: str, twins: tuple[Any, Any], tmp_path: Path) -> None:

@@ -153,6 +153,7 @@ def test_a_program_of_varying_structure_and_plates(lm: LM) -> None:
     assert (doubled[~coins] == "").all()
 
 
+@pytest.mark.long
 def test_simulations_leave_deterministic_sites_to_the_program(lm: LM, counted: Any) -> None:
     latents, observations = simulate(random.key(0), counted.program, ("a",), {})
     assert set(latents) == {"text"}

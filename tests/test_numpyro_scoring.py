@@ -32,6 +32,7 @@ def plain(states: Array, tokens: Array, possible: Any) -> Array:
     return jnp.take_along_axis(jax.nn.log_softmax(logits, -1), tokens[..., None], -1)[..., 0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("block", [8, V, 100])
 @pytest.mark.parametrize("mask", MASKS)
 def test_scores_and_gradients_are_those_of_the_log_softmax(

@@ -15,7 +15,7 @@ import pytest
 from jax import random
 from numpyro import handlers
 
-from llmppl.numpyro.guides import AutoregressiveGuide, PromptGuide
+from llmppl.numpyro.guides import PromptGuide
 from llmppl.numpyro.objectives import Behaviour, LeaveOneOutELBO, TrajectoryBalance, WakeSleep
 from llmppl.numpyro.testing import tiny_lm
 
@@ -119,32 +119,25 @@ def test_replayed_values_are_of_rows_that_are_known() -> None:
         TrajectoryBalance(3).loss(random.key(0), {}, model, guide, SEEN, replayed=replayed)
 
 
-@pytest.mark.parametrize("objective", [TrajectoryBalance(4), WakeSleep(4, insomnia=1.0), WakeSleep(4, insomnia=0.0)])
-def test_a_temperature_of_the_program_learns_by_the_bound_alone(objective: Any) -> None:
-    """The guide's law has it, too, and no gradient from there."""
+def test_a_temperature_of_the_program_learns_by_the_bound_alone() -> None:
+    """The guide's law has it, too, and no gradient from there: balance and wake-sleep leave it as it is."""
     lm = tiny_lm()
+    ending = lm.encode("cd")
 
     def program(ending: Any) -> None:
         heat = numpyro.param("heat", jnp.asarray(1.3))
         middle = numpyro.sample("middle", lm("ab", max_tokens=1, temperature=heat))
         numpyro.sample("ending", lm("ab", middle), obs=ending)
 
-    own = AutoregressiveGuide(program, lm, rank=1)
-    params = jax.tree.map(lambda value: jnp.ones_like(value) * 0.1, initial_params(own, lm))
+    told = PromptGuide(program, lm)
 
-    def gradients(objective: Any) -> dict[str, jax.Array]:
-        def loss(params: dict[str, Any]) -> jax.Array:
-            return objective.loss(random.key(0), params, program, own, lm.encode("cd"))
+    @jax.jit
+    def gradients(heat: jax.Array) -> list[jax.Array]:
+        def gradient(objective: Any) -> jax.Array:
+            return jax.grad(lambda heat: objective.loss(random.key(0), {"heat": heat}, program, told, ending))(heat)
 
-        return jax.jit(jax.grad(loss))({**params, "heat": jnp.asarray(1.3)})
+        return [gradient(objective) for objective in (LeaveOneOutELBO(4), TrajectoryBalance(4), WakeSleep(4))]
 
-    found = gradients(objective)
-    assert float(found.pop("heat")) == 0
-    assert max(float(jnp.abs(value).max()) for value in jax.tree.leaves(found)) > 1e-4
-    if isinstance(objective, TrajectoryBalance):
-        assert abs(float(gradients(LeaveOneOutELBO(4))["heat"])) > 1e-3
-
-
-def initial_params(own: Any, lm: Any) -> dict[str, jax.Array]:
-    trace = handlers.trace(handlers.seed(own, 0)).get_trace(lm.encode("cd"))
-    return {name: site["value"] for name, site in trace.items() if site["type"] == "param" and name != "heat"}
+    bound, *others = (float(gradient) for gradient in gradients(jnp.asarray(1.3)))
+    assert abs(bound) > 1e-3
+    assert others == [0, 0]

@@ -156,6 +156,7 @@ def agrees(draws: np.ndarray, texts: np.ndarray, log_probs: np.ndarray) -> float
     return float(chisquare(observed[wanted > 0], wanted[wanted > 0]).pvalue)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("law", COMPILED)
 def test_mapped_samples_follow_the_enumerated_probabilities(lm: LM, tables: Any, law: str) -> None:
     """Keys are mapped over, the distribution is an argument of the compiled program, its weights among the leaves."""
@@ -318,6 +319,7 @@ def test_the_string_of_a_compiled_program_is_no_string(lm: LM) -> None:
         lm.argument([])
 
 
+@pytest.mark.long
 def test_one_token_of_many_is_drawn_by_its_probability() -> None:
     """A vocabulary of several blocks, probabilities over four orders of magnitude, and none where it is zero: pooled in
     cells of at least 50 expected, chi-square at 10⁻⁴, one fixed key."""
@@ -336,6 +338,7 @@ def test_one_token_of_many_is_drawn_by_its_probability() -> None:
     assert chisquare(seen[expected > 0], expected[expected > 0]).pvalue > 1e-4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("law", ["everything", "grammar and mask"])
 def test_the_gradient_of_a_text_is_that_of_its_law(lm: LM, law: str) -> None:
     """Scores are put together from logits and their normaliser; the reference is the law's log-softmax."""

@@ -112,6 +112,7 @@ def test_large_tensors_leave_a_pickle_once_and_come_back_as_one_object(
         pickling.unpacked(content)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rows", [0, 2])
 def test_draws_are_the_guides_of_their_step_with_exact_scores(story: Story, cluster: None, rows: int) -> None:
     guide, objective = make_guide(story), replaying(capacity=200)
@@ -138,6 +139,7 @@ def test_draws_are_the_guides_of_their_step_with_exact_scores(story: Story, clus
     assert {row for row in DATA if entries(objective, row)} == set(DATA)
 
 
+@pytest.mark.long
 def test_draws_of_the_prior_are_taken_and_replayed_until_they_are_too_old(story: Story, cluster: None) -> None:
     guide, objective = make_guide(story), replaying(capacity=200)
     texts, _ = story.joint()
@@ -159,6 +161,7 @@ def test_draws_of_the_prior_are_taken_and_replayed_until_they_are_too_old(story:
         assert entry.log_joint - entry.log_weight == pytest.approx(known, abs=1e-6)
 
 
+@pytest.mark.long
 def test_a_sampler_that_is_killed_is_replaced_and_may_search(story: Story, cluster: None) -> None:
     def search(program: Any, guide: Any) -> Any:
         return smc(program, guide, 40, progress=False)

@@ -242,6 +242,7 @@ def test_the_mixture_is_a_density_on_all_texts_given_any_parents(
     assert float(missing.mean()) < 0.8
 
 
+@pytest.mark.long
 def test_draws_of_the_mixture_follow_its_density(toy: Toy) -> None:
     """Means of 12 000 weights, overall and of an event, within 4 standard errors (3 % each)."""
     states = states_of(toy)
@@ -277,6 +278,7 @@ def test_the_gap_falls_and_the_bracket_closes_with_temperatures(toy: Toy) -> Non
     assert gaps[0] > 0.3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{"refine": "ais", "temperatures": 2}, {"refine": "mixture", "parents": 3}])
 def test_several_sites_plates_and_random_orders_keep_the_evidence(options: dict[str, object]) -> None:
     """Two latents, one in a plate of its own; 4 standard errors of 320 samples."""
@@ -298,6 +300,7 @@ def test_several_sites_plates_and_random_orders_keep_the_evidence(options: dict[
     assert posterior.samples["own"].shape == (320, 2, 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{"refine": "ais", "temperatures": 2}, {"refine": "mixture"}])
 def test_refined_guides_work_wherever_weights_do_and_are_not_trained(toy: Toy, options: dict[str, object]) -> None:
     guide = toy.guide.at(**options)  # type: ignore[arg-type]

@@ -163,6 +163,7 @@ def test_saved_guides_are_the_same_and_runs_resume(story: Story, tmp_path: Path)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "elbo",
     [Trace_ELBO(num_particles=2), TraceGraph_ELBO(num_particles=2), RenyiELBO(alpha=0.5, num_particles=2)],

@@ -67,6 +67,7 @@ def exact_joint(story: Story, particles: Particles, beginnings: list[str]) -> Te
 # --- input noise ---------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("vectorize_data", [True, False])
 def test_noise_has_its_rate_and_reaches_the_guide_only(story: Story, vectorize_data: bool) -> None:
     objective = Watching()
@@ -362,6 +363,7 @@ def test_it_goes_together_with_sleep(story: Story, objective: Any) -> None:
 ALL = Regularisation(input_noise=0.3, adapter_dropout=0.3, simulated=0.5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "changes",
     [

@@ -147,6 +147,7 @@ def test_every_latent_goes_to_its_own_row_and_plate(t: SimpleNamespace) -> None:
     matplotlib.pyplot.close("all")
 
 
+@pytest.mark.long
 # Texts of few tokens have few values, whose likelihoods are no Pareto tail.
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter:UserWarning", "ignore:The inplace keyword")
 def test_rows_of_data_compare_by_leave_one_out(t: SimpleNamespace) -> None:

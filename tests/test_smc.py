@@ -47,6 +47,7 @@ def test_each_scheme_draws_in_proportion_to_the_weights(scheme: str) -> None:
     assert (retained[:, 0] == 0).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [2, 5, 9])
 def test_selection_without_replacement_is_unbiased_and_of_different_particles(count: int) -> None:
     weights = torch.tensor([5.0, 2.0, 1.0, 1.0, 0.5, 0.3, 0.15, 0.05, 0.0, 0.1], dtype=torch.float64)
@@ -82,6 +83,7 @@ def test_the_effective_size_is_that_of_kish_and_zero_without_weight() -> None:
 # --- unbiased ------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("resampling", [*SCHEMES, "optimal"])
 @pytest.mark.parametrize("targets", ["prefixes", "flows"])
 def test_the_evidence_estimate_is_unbiased(story: Story, targets: str, resampling: str) -> None:
@@ -198,6 +200,7 @@ def two_texts(lm: LM, plated: bool) -> Any:
     return side_by_side if plated else chain
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("resampling", ["systematic", "residual"])
 @pytest.mark.parametrize("targets", ["prefixes", "flows"])
 def test_programs_of_several_texts_and_other_latents_are_unbiased(lm: LM, targets: str, resampling: str) -> None:

@@ -110,6 +110,7 @@ def test_features_that_count_from_the_start(letters: LM) -> None:
     assert started.twist["text"].linear.weight[0, :4].tolist() == [0.5, 0.0, -1.0, 2.0]
 
 
+@pytest.mark.long
 def test_steered_draws_follow_the_law_and_are_recorded(letters: LM) -> None:
     fn = twisted(letters, ["a", "b"])
     pyro.set_rng_seed(1)

@@ -171,6 +171,7 @@ def test_bad_stops_are_named(small: LM, stop: Any, message: str | None) -> None:
         small("a", max_tokens=3, stop=stop)
 
 
+@pytest.mark.long
 def test_the_numpyro_twin_ends_texts_there(small: LM, tmp_path: Any) -> None:
     """The same support, the same evidence by enumeration, and unbiased SMC."""
     import numpyro

@@ -113,6 +113,7 @@ def test_names_of_control_tokens_are_text_unless_special_is_said(smollm2: LM, fo
     assert folder.ids(text, special=True) == [28120, 2, 104]
 
 
+@pytest.mark.long
 def test_copies_read_control_tokens_as_the_original_does(smollm2: LM, folder: Spelling) -> None:
     for codec in (smollm2.codec, folder.codec):
         for again in (copy.deepcopy(codec), pickle.loads(pickle.dumps(codec))):

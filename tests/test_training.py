@@ -17,6 +17,7 @@ from llmppl.objectives import Denoising, LeaveOneOutELBO, ParticleObjective, Tra
 DATA = [("ab", "cd"), ("cde", "a"), ("d", "eb"), ("aa", "bbb")]
 
 
+@pytest.mark.long
 def test_training_lowers_the_gap_on_its_data(story: Story) -> None:
     from llmppl import exact_posterior, importance
 

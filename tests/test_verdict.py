@@ -60,6 +60,7 @@ def source(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return request.param
 
 
+@pytest.mark.long
 def test_a_missed_mode_fails_where_ess_and_khat_are_content(story: Story, source: str) -> None:
     """log Ẑ is off by 2.3 nats, ESS above 90 % and k̂ below its limit: the weights are found good, the guide is not."""
     data = [("ab", "cd"), ("ab", "ee")]
@@ -81,6 +82,7 @@ def test_a_missed_mode_fails_where_ess_and_khat_are_content(story: Story, source
     assert "sleep" in repr(found)
 
 
+@pytest.mark.long
 def test_a_tenth_that_is_all_but_impossible_fails(story: Story, source: str) -> None:
     """Probability e^-14 in place of 10 %: the bounds of log Z hardly notice, the simulated latents do."""
     found = diagnosed(story, table_guide(story, without_mass(0.1, -14.0)), simulations=200)
