@@ -283,7 +283,7 @@ class _Proposer(Messenger):
                 (before if self.places.index(other) < place else behind).append(_rows_of(value, site, msg))
             left = self._before(prior, before)
             own = getattr(prior, "right", left[..., :0])  # what a masked prior is told itself
-            right = self.guide.lm.both_sides(left, ..., left_aligned(own), *behind)[1] if behind else own
+            right = self.guide.lm.both_sides(left_aligned(left), ..., left_aligned(own), *behind)[1] if behind else own
         return self._expanded(name, prior, left), self._expanded(name, prior, right)
 
     def _expanded(self, name: str, prior: ConditionedText, context: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyro.distributions import Normal
 
-from llmppl import LM, answer
+from llmppl import LM, answer, predict
 from llmppl.guides import AutoregressiveGuide
 
 OPTIONS = ["a.", "b.", "cd."]
@@ -147,3 +147,85 @@ def test_options_of_less_than_the_smallest_float_are_answered() -> None:
     assert float(exact.max()) < -104, "no float32"
     found = answer(program, options=options, num_samples=2)("a")
     np.testing.assert_allclose(found.probabilities, exact.softmax(-1).numpy(), rtol=1e-3)
+
+
+def half_told(lm: LM, reply: str | None = None) -> Any:
+    """A program that observes more than its answer: a number before it, and a hard condition."""
+
+    def program(question: Any, count: Any) -> Any:
+        thought = pyro.sample("thought", lm(question, max_tokens=2, stop="."))
+        pyro.sample("count", Normal(lm.map(lambda text: float(len(text)), thought), 0.5), obs=count)
+        pyro.factor("has", torch.where(lm.map(lambda text: "d" not in text, thought), 0.0, -torch.inf))
+        return pyro.sample("answer", lm.choice(thought, options=["b", "cd"]), obs=reply and lm.encode(reply))
+
+    return program
+
+
+def exactly(lm: LM, question: str, count: float) -> np.ndarray:
+    """p(answer | count, no d) by enumerating thoughts."""
+    prior = lm(question, max_tokens=2, stop=".")
+    thoughts = prior.enumerate_support()
+    texts = lm.decode(thoughts)
+    lengths = torch.tensor([float(len(text)) for text in texts])
+    with torch.no_grad():
+        log_p = prior.log_prob(thoughts) + Normal(lengths, 0.5).log_prob(torch.tensor(count))
+        log_p = torch.where(torch.tensor(["d" not in text for text in texts]), log_p, -torch.inf)
+        joint = (log_p[:, None] + lm.choice(thoughts, options=["b", "cd"]).logits).logsumexp(0).exp()
+    return (joint / joint.sum()).numpy()
+
+
+@pytest.mark.parametrize("how", ["predict", "options", "normalise"])
+def test_what_else_is_observed_weighs_the_answers(lm: LM, how: str) -> None:
+    """The draws of the prior alone are some 10 standard errors off."""
+    pyro.set_rng_seed(0)
+    program = half_told(lm)
+    calls = {
+        "predict": lambda: predict(program, "answer", 4000, vectorize_data=True),
+        "options": lambda: answer(program, options=["b", "cd"], num_samples=4000, vectorize_data=True),
+        "normalise": lambda: answer(program, normalise=str, num_samples=4000, vectorize_data=True),
+    }
+    found = calls[how]()(["ab", "ba"], torch.tensor([1.0, 2.0]))
+    order = [found.options.index(option) for option in ("b", "cd")]
+    for row, args in enumerate([("ab", 1.0), ("ba", 2.0)]):
+        expected = exactly(lm, *args)
+        error = found.error[row][order]
+        assert (abs(found.probabilities[row][order] - expected) < 4 * error).all()
+        assert (error < 0.03).all()
+    assert (found.ess < 3500).all()
+    assert "ESS" in repr(found)
+
+
+def test_the_error_of_weighed_answers_is_what_they_vary_by(lm: LM) -> None:
+    expected = exactly(lm, "ab", 1.0)
+    scores = []
+    for seed in range(60):
+        pyro.set_rng_seed(seed)
+        found = predict(half_told(lm), "answer", 60)("ab", torch.tensor(1.0))
+        scores.append((found.probabilities[0] - expected[0]) / found.error[0])
+    assert abs(np.mean(scores)) < 0.6  # its standard error is 0.13, and the bias of a ratio that of 1/K
+    assert 0.7 < np.std(scores) < 1.4
+
+
+def test_an_observation_behind_the_answer_is_refused_where_each_value_is_asked_for(lm: LM) -> None:
+    def program(question: str) -> None:
+        reply = pyro.sample("answer", lm.choice(question, options=["b", "cd"]))
+        pyro.sample("judged", lm(reply), obs=lm.encode("e"))
+
+    for call in (predict(program, "answer"), answer(program, options=["b", "cd"])):
+        with pytest.raises(ValueError, match="site 'judged' is observed, or a factor, behind site='answer'"):
+            call("ab")
+    pyro.set_rng_seed(0)
+    found = answer(program, normalise=str, num_samples=4000)("ab")
+    values = lm.encode(["b", "cd"])
+    joint = lm.choice("ab", options=["b", "cd"]).logits + lm(values).log_prob(lm.encode("e"))
+    expected = joint.softmax(-1)
+    for option, own in zip(["b", "cd"], expected.tolist(), strict=True):
+        n = found.options.index(option)
+        assert abs(found.probabilities[n] - own) < 4 * found.error[n]
+
+    def impossible(question: str) -> None:
+        pyro.factor("never", torch.tensor(-torch.inf))
+        pyro.sample("answer", lm.choice(question, options=["b", "cd"]))
+
+    with pytest.raises(ValueError, match="none of the 16 draws of the prior is possible"):
+        predict(impossible, "answer")("ab")

@@ -104,6 +104,19 @@ def test_several_latents_are_told_one_another(lm: LM) -> None:
         assert sum(float(p.grad.abs().sum()) for p in guide.parameters() if p.grad is not None) > 0
 
 
+def test_a_shorter_text_before_another_piece_is_no_hole(lm: LM) -> None:
+    def program(ending: str) -> None:
+        first = pyro.sample("first", lm("ab", max_tokens=3, stop="."))
+        second = pyro.sample("second", lm(first, "a", max_tokens=2, stop="."))
+        pyro.sample("ending", lm(first, second), obs=lm.encode(ending))
+
+    guide = DirectGuide(program, lm, network=network(lm))
+    pyro.set_rng_seed(0)
+    found = importance(program, guide, 40, progress=False)("cd")
+    assert {len(text) for text in found.decode("first")} > {3}, "some are shorter"
+    assert (found.log_weights > -torch.inf).all()
+
+
 # --- two directions of KL ------------------------------------------------------------------------
 
 

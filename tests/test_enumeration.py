@@ -274,3 +274,15 @@ def test_observed_texts_of_an_inner_plate_go_to_their_rows(lm: LM) -> None:
 
     found = exact_posterior(program)(endings)
     assert [found.row(n).decode("ending") for n in range(2)] == [["aa", "cc", "ee"], ["bb", "dd", "ab"]]
+
+
+def test_observed_texts_of_an_inner_plate_as_large_as_the_rows_are_of_each_row(lm: LM) -> None:
+    def program(endings: list[str]) -> None:
+        with pyro.plate("rows", 2, dim=-2):
+            middle = pyro.sample("middle", lm("ab", max_tokens=1))
+            with pyro.plate("inner", 2, dim=-1):
+                pyro.sample("ending", lm("ab", middle), obs=lm.encode(endings))
+
+    found = exact_posterior(program)(["ab", "ba"])
+    assert [found.row(n).decode("ending") for n in range(2)] == [["ab", "ba"]] * 2
+    assert found.to_arviz().observed_data.ending.dims == ("rows", "inner", "ending_token")

@@ -435,6 +435,19 @@ def test_observed_texts_of_an_inner_plate_go_to_their_rows() -> None:
     assert [found.row(n).decode("ending") for n in range(2)] == [["aa", "cc", "ee"], ["bb", "dd", "ab"]]
 
 
+def test_observed_texts_of_an_inner_plate_as_large_as_the_rows_are_of_each_row() -> None:
+    lm = tiny_lm()
+
+    def program(endings: Any) -> None:
+        with numpyro.plate("rows", 2, dim=-2):
+            middle = numpyro.sample("middle", lm("ab", max_tokens=1))
+            with numpyro.plate("inner", 2, dim=-1):
+                numpyro.sample("ending", lm("ab", middle), obs=endings)
+
+    found = exact_posterior(program)(jnp.asarray(lm.encode(["ab", "ba"])))
+    assert [found.row(n).decode("ending") for n in range(2)] == [["ab", "ba"]] * 2
+
+
 def test_a_program_may_ask_for_a_key() -> None:
     lm = tiny_lm()
 

@@ -113,7 +113,8 @@ def test_resampling_keeps_evidence_and_follows_the_weights() -> None:
     drawn = posterior.resample(4000, seed=1)
     assert np.bincount(drawn.samples["z"][:, 0], minlength=4).tolist() == [2000, 1000, 1000, 0]
     assert drawn.log_evidence == pytest.approx(posterior.log_evidence)
-    assert drawn.ess == pytest.approx(4000)
+    assert drawn.weights == pytest.approx(np.full(4000, 1 / 4000))
+    assert drawn.ess == posterior.ess
     first = posterior.resample(50, seed=3).samples["z"]
     assert np.array_equal(first, posterior.resample(50, seed=3).samples["z"])
     # Shuffled: the order of draws says nothing.
@@ -126,6 +127,24 @@ def test_resampling_goes_row_by_row() -> None:
     posterior = Posterior({"z": np.array([[[1], [2]], [[3], [4]]])}, log_weights, log_weights)
     assert posterior.resample(3).samples["z"].tolist() == [[[1], [4]]] * 3
     assert posterior.row(1).samples["z"].tolist() == [[2], [4]]
+
+
+def test_copies_of_one_draw_are_not_many() -> None:
+    """Resampled draws have equal weights, and the error, ESS and k̂ of those that they come from."""
+    log_weights = np.concatenate([[0.0, 0.3], np.full(98, -20.0)])[:, None] + np.array([0.0, 1.0])
+    samples = {"z": np.arange(200).reshape(100, 2, 1)}
+    weighted = Posterior(samples, log_weights, log_weights)
+    drawn = weighted.resample(50)
+    for name in ("log_evidence", "log_evidence_error", "ess", "khat", "elbo", "elbo_error"):
+        np.testing.assert_allclose(getattr(drawn, name), getattr(weighted, name), err_msg=name)
+        np.testing.assert_allclose(getattr(drawn.row(1), name), getattr(weighted.row(1), name), err_msg=name)
+        np.testing.assert_allclose(getattr(drawn.resample(9), name), getattr(weighted, name), err_msg=name)
+    assert (drawn.ess < 2).all()
+    assert drawn.row(0).doubts == weighted.row(0).doubts
+    assert weighted.resample(1).ess == pytest.approx([1, 1])
+    exact = replace(weighted, method="enumeration").resample(50)
+    assert exact.ess == pytest.approx([50, 50])
+    assert exact.log_evidence_error == pytest.approx([0, 0], abs=1e-6)
 
 
 def test_a_guide_without_exact_density_has_no_weights(story: Story) -> None:

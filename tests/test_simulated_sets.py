@@ -50,6 +50,23 @@ def test_a_set_is_saved_read_back_and_reproduced(story: Story, tmp_path: Path) -
     assert repr(first) == "SimulatedSet(7 pairs of middle, ending observed)"
 
 
+def test_a_set_in_a_folder_is_the_one_that_is_asked_for(story: Story, tmp_path: Path) -> None:
+    """Else held-out pairs that are kept beside the training's would be the training's."""
+    first = simulate(story.program, DATA, 4, seed=1, folder=tmp_path, progress=False)
+    assert simulate(story.program, lambda count: DATA, 4, seed=1, folder=tmp_path, progress=False).args == first.args
+    with pytest.raises(ValueError, match="drawn with seed=1, and seed=2 is asked for"):
+        simulate(story.program, DATA, 4, seed=2, folder=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="of other arguments than those of data="):
+        simulate(story.program, [("ba", "b")], 4, seed=1, folder=tmp_path, progress=False)
+
+    def other(beginning: str, ending: str) -> None:
+        text = pyro.sample("other", story.prior(beginning))
+        pyro.sample("ending", story.lm(beginning, text), obs=story.lm.encode(ending))
+
+    with pytest.raises(ValueError, match="of sites .'ending', 'middle'., and the program has .'ending', 'other'."):
+        simulate(other, DATA, 4, seed=1, folder=tmp_path, progress=False)
+
+
 def test_what_cannot_be_read_or_simulated_is_refused(story: Story, tmp_path: Path) -> None:
     simulate(story.program, DATA, 4, folder=tmp_path, progress=False)
     with pytest.raises(ValueError, match="holds a simulated set of 4 pairs, and num_pairs=5"):

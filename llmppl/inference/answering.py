@@ -11,7 +11,15 @@ from pyro import poutine
 
 from llmppl.distributions.conditioned_text import ConditionedText
 from llmppl.inference.blocks import block_size
-from llmppl.inference.predictive import Prediction, drawn_traces
+from llmppl.inference.predictive import (
+    Prediction,
+    check_nothing_behind,
+    drawn_traces,
+    ess_of,
+    normalised,
+    other_evidence,
+    weighed,
+)
 from llmppl.programs.plates import in_data_plate
 from llmppl.programs.structure import Program, structure
 from llmppl.text.arguments import check_count, check_programs
@@ -35,7 +43,8 @@ def answer(
     drawn from the program or a guide, and normalised over the options (Sun et al. 2025, arXiv 2510.23925, choose the
     answer of largest estimated evidence; here its probability has an error). With ``normalise``, by drawing: the
     program draws an answer for each :math:`z_k`, and those that are the same once normalised count together
-    (self-consistency, Wang et al. 2023, arXiv 2203.11171, as an estimate with its error).
+    (self-consistency, Wang et al. 2023, arXiv 2203.11171, as an estimate with its error). Draws of the program are
+    weighed by whatever else it observes or holds as a factor; for ``options`` that must stand before the answer.
 
     :param site: the text of the answer, which the program draws where its argument is left out.
     :param options: answers as the site writes them, the stop included; one or more.
@@ -46,8 +55,9 @@ def answer(
     :param vectorize_data: as of :func:`~llmppl.predict`.
     :returns: a function that gives a :class:`~llmppl.inference.predictive.Prediction`: options, or what ``normalise``
         has made of the answers, the most probable first.
-    :raises ValueError: neither ``options`` nor ``normalise``, or both; an option that the site cannot write; a
-        normaliser that raises, or gives what cannot be counted, with the answer.
+    :raises ValueError: neither ``options`` nor ``normalise``, or both; an option that the site cannot write; with
+        ``options``, an observation or factor behind the site; no draw that the observations permit; a normaliser that
+        raises, or gives what cannot be counted, with the answer.
     """
     check_programs(model=model)
     if guide is not None:
@@ -66,18 +76,26 @@ def answer(
     def run(*args: Any, **kwargs: Any) -> Prediction:
         sites = structure(model, args, kwargs)
         _check_answer(sites, site)
+        if options is not None and guide is None:
+            check_nothing_behind(sites, site)
         with torch.no_grad():
             traces = list(drawn_traces(model, guide, site, num_samples, block_size(model, args, kwargs), args, kwargs))
         nodes = [trace.nodes[site] for trace in traces]
+        with torch.no_grad():
+            log_weights = [other_evidence(trace, site, guide is not None) for trace in traces]
+        shares = normalised(log_weights, (num_samples, *nodes[0]["fn"].batch_shape[1:]))
         if options is not None:
-            return _by_evidence(nodes, list(options), site, num_samples)
+            return _by_evidence(nodes, list(options), site, shares)
         assert normalise is not None
-        return _by_draws(nodes, normalise, num_samples)
+        return _by_draws(nodes, normalise, shares)
 
     return run
 
 
-def _by_evidence(nodes: list[Any], options: list[str], site: str, count: int) -> Prediction:
+def _by_evidence(nodes: list[Any], options: list[str], site: str, shares: np.ndarray) -> Prediction:
+    """
+    :param shares: normalised weights of the draws, ``(K,) + batch_shape``.
+    """
     found = []
     for node in nodes:
         fn = node["fn"]
@@ -95,18 +113,17 @@ def _by_evidence(nodes: list[Any], options: list[str], site: str, count: int) ->
     logs = torch.cat(found).double().cpu().numpy()  # (K,) + batch_shape + (n,)
     largest = logs.max((0, -1), keepdims=True)
     drawn = np.exp(logs - np.where(np.isneginf(largest), 0.0, largest))
-    mean = drawn.mean(0)
+    mean = (shares[..., None] * drawn).sum(0)
     total = mean.sum(-1, keepdims=True)
     if not (total > 0).all():
         raise ValueError(f"options={options} have no probability at all at site {site!r}. Check how they are written.")
     probabilities = mean / total
     # Of a ratio of means, by the delta method.
-    leaned = (drawn - probabilities * drawn.sum(-1, keepdims=True)) / total
-    error = leaned.std(0, ddof=1) / np.sqrt(count) if count > 1 else np.full(mean.shape, np.nan)
-    return Prediction(list(options), probabilities, error, count)
+    error = weighed((drawn - probabilities * drawn.sum(-1, keepdims=True)) / total, shares)[1]
+    return Prediction(list(options), probabilities, error, len(drawn), ess_of(shares))
 
 
-def _by_draws(nodes: list[Any], normalise: Callable[[str], Hashable], count: int) -> Prediction:
+def _by_draws(nodes: list[Any], normalise: Callable[[str], Hashable], shares: np.ndarray) -> Prediction:
     rows: list[np.ndarray] = []
     known: dict[Hashable, int] = {}
     for node in nodes:
@@ -115,11 +132,10 @@ def _by_draws(nodes: list[Any], normalise: Callable[[str], Hashable], count: int
         labels = [known.setdefault(_normalised(normalise, text), len(known)) for text in texts]
         rows.append(np.array(labels).reshape(value.shape[:-1]))
     drawn = np.concatenate(rows)  # (K,) + batch_shape
-    shares = np.stack([(drawn == n).mean(0) for n in range(len(known))], -1)
-    error = np.sqrt(shares * (1 - shares) / (count - 1)) if count > 1 else np.full(shares.shape, np.nan)
-    order = np.argsort(-shares.reshape(-1, len(known)).mean(0), kind="stable")
+    found, error = weighed(np.stack([drawn == n for n in range(len(known))], -1).astype(float), shares)
+    order = np.argsort(-found.reshape(-1, len(known)).mean(0), kind="stable")
     names = list(known)
-    return Prediction([names[n] for n in order], shares[..., order], error[..., order], count)
+    return Prediction([names[n] for n in order], found[..., order], error[..., order], len(drawn), ess_of(shares))
 
 
 def _normalised(normalise: Callable[[str], Hashable], text: str) -> Hashable:

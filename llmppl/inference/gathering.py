@@ -58,13 +58,13 @@ class Gathering(Columns):
         for name, site in {**latent, **seen}.items():
             if is_text(site):
                 self.decoders.setdefault(name, site["fn"].lm.decode)
+        self.name_plates(particles, {**latent, **computed, **seen})
         for name, site in seen.items():
-            if is_text(site) and site["value"].dim() <= 1 + len(rows):
+            if is_text(site) and site["value"].dim() <= 1 + len(rows) and not self.dims[name]:
                 self.observed.setdefault(name, site["value"].cpu().numpy())
             elif not isinstance(site["fn"], dist.Unit):
                 value = _layout(particles, site["value"], site["fn"].event_dim, rows)[0]
                 self.observed.setdefault(name, value)
-        self.name_plates(particles, {**latent, **computed, **seen})
         for name, site in computed.items():
             if decoder := decoder_of(site["value"]):
                 self.decoders.setdefault(name, decoder)

@@ -65,6 +65,7 @@ class Posterior:
         data. A replay buffer files draws by it.
     :param plates: names of the plates that the rows are, one for each dimension of ``batch_shape``.
     :param dims: by site, names of the plates behind the rows that its values have entries for.
+    :param source: of resampled draws, the weighted ones: evidence, its error, ESS, k̂, ELBO and doubts are theirs.
     """
 
     samples: Mapping[str, Array]
@@ -88,6 +89,7 @@ class Posterior:
     observations: tuple[str, ...] | str = ""
     plates: tuple[str, ...] = ()
     dims: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    source: Posterior | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -163,6 +165,8 @@ class Posterior:
         the truth.
         """
         self._need_weights("log_evidence_error")
+        if self.source is not None:
+            return self.source.log_evidence_error
         if self.method == "enumeration" or self.complete:
             return np.zeros(self.batch_shape)
         count = self.num_samples if self.ancestors is None else self.num_ancestors
@@ -178,7 +182,7 @@ class Posterior:
     @property
     def doubts(self) -> list[str]:
         """Why the weights may not be trusted, as far as they can tell; see :mod:`llmppl.posterior.doubts`."""
-        return doubts(self)
+        return doubts(self) if self.source is None else self.source.doubts
 
     @property
     def weights(self) -> Array:
@@ -197,6 +201,8 @@ class Posterior:
             self._need_weights("ess")
         if self.method == "mcmc":
             return chain_ess(self.log_joint, self.num_chains)
+        if self.source is not None:
+            return np.minimum(self.source.ess, self.num_samples)
         square = np.asarray(np.square(self.weights).sum(0))
         kish = np.divide(1.0, square, out=np.zeros_like(square), where=square > 0)
         return kish if self.ess_history is None else np.minimum(kish, self.ess_history.min(0))
@@ -246,6 +252,8 @@ class Posterior:
         few texts have most of the mass the weights are few distinct numbers, and k̂ can be far above 0.7
         although they are nearly equal: read it beside :attr:`ess`."""
         self._need_weights("khat")
+        if self.source is not None:
+            return self.source.khat
         if self.method in ("enumeration", "smc"):
             return np.full(self.batch_shape, np.nan)
         flat = self.log_weights.reshape(self.num_samples, -1)
@@ -256,6 +264,8 @@ class Posterior:
         """The generalised Pareto law that k̂ is the shape of, or k̂ where there is no tail to fit; of a posterior
         without batch rows. See :func:`llmppl.posterior.pareto.pareto_tail`."""
         self._need_weights("tail")
+        if self.source is not None:
+            return self.source.tail
         return pareto_tail(self.log_weights)
 
     @property
@@ -263,6 +273,8 @@ class Posterior:
         """Mean log-weight, the evidence lower bound of the guide, nats; of the exact posterior by
         enumeration it is log Z itself. NaN by SMC, whose weights are not those of one guide's samples."""
         self._need_weights("elbo")
+        if self.source is not None:
+            return self.source.elbo
         if self.method == "enumeration":
             return self.log_evidence
         if self.method == "smc":
@@ -273,6 +285,8 @@ class Posterior:
     def elbo_error(self) -> Array:
         """Standard error of :attr:`elbo`, nats."""
         self._need_weights("elbo_error")
+        if self.source is not None:
+            return self.source.elbo_error
         if self.method == "enumeration":
             return np.zeros(self.batch_shape)
         if self.num_samples < 2 or self.method == "smc":
@@ -286,7 +300,9 @@ class Posterior:
     def resample(self, num_samples: int | None = None, seed: int = 0) -> Posterior:
         """Equally weighted samples: systematic resampling by the weights, row by row.
 
-        The evidence is kept: every new log-weight is :attr:`log_evidence`. Draws of MCMC are equally weighted
+        The evidence is kept, every new log-weight is :attr:`log_evidence`, and so is what the weights say of its error
+        and of themselves: equal weights do not make copies of one draw many. Draws of an exact posterior are
+        independent ones of it. Draws of MCMC are equally weighted
         already; of them this takes some, as one chain.
 
         :param num_samples: how many; as many as there are by default.
@@ -297,11 +313,17 @@ class Posterior:
             self.taken(index),
             log_weights=np.broadcast_to(evidence, index.shape).copy(),
             method="importance" if self.weighted else self.method,
+            source=self._weighted_source,
             ancestors=None,
             ess_history=None,
             num_chains=1,
             acceptance=None,
         )
+
+    @property
+    def _weighted_source(self) -> Posterior | None:
+        """What the weights of resampled draws come from, where they are no exact ones."""
+        return self.source if self.source is not None else self if self.method in ("importance", "smc") else None
 
     @declared
     def resampling_index(self, num_samples: int | None = None, seed: int = 0) -> Array:
@@ -394,6 +416,7 @@ class Posterior:
             observed=observed,
             observations=names if isinstance(names, str) else names[index[-1]],
             plates=(),
+            source=None if self.source is None else self.source.row(*index),
         )
 
     # --- out ---------------------------------------------------------------------------------------

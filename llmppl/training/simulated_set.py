@@ -30,13 +30,18 @@ class SimulatedSet(Sequence[SimulatedPair]):
 
     :param args: the arguments of each pair.
     :param latents, observations: by site, ``(N, ...)``; texts padded to one width.
+    :param seed: of the random numbers that they were drawn by, where that is known.
     """
 
     @declared
     def __init__(
-        self, args: Sequence[tuple[Any, ...]], latents: dict[str, Tensor], observations: dict[str, Tensor]
+        self,
+        args: Sequence[tuple[Any, ...]],
+        latents: dict[str, Tensor],
+        observations: dict[str, Tensor],
+        seed: int | None = None,
     ) -> None:
-        self.args, self.latents, self.observations = list(args), latents, observations
+        self.args, self.latents, self.observations, self.seed = list(args), latents, observations, seed
         for kind, group in (("latents", latents), ("observations", observations)):
             for name, value in group.items():
                 if not isinstance(value, Tensor) or value.dim() < 1 or len(value) != len(self.args):
@@ -54,10 +59,12 @@ class SimulatedSet(Sequence[SimulatedPair]):
     @overload
     def __getitem__(self, index: slice) -> SimulatedSet: ...
     def __getitem__(self, index: int | slice) -> SimulatedPair | SimulatedSet:
-        parts = [{name: value[index] for name, value in group.items()} for group in (self.latents, self.observations)]
+        latents, seen = (
+            {name: value[index] for name, value in group.items()} for group in (self.latents, self.observations)
+        )
         if isinstance(index, slice):
-            return SimulatedSet(self.args[index], *parts)
-        return SimulatedPair.of(self.args[index], *parts)
+            return SimulatedSet(self.args[index], latents, seen, self.seed)
+        return SimulatedPair.of(self.args[index], latents, seen)
 
     @declared
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -71,7 +78,8 @@ class SimulatedSet(Sequence[SimulatedPair]):
                 raise TypeError(f"pair {n} has arguments {row!r}; only strings and numbers can be saved.")
         tensors = {f"latent {name}": value.contiguous() for name, value in self.latents.items()}
         tensors |= {f"observed {name}": value.contiguous() for name, value in self.observations.items()}
-        written_tensors(path / FILE, tensors, {"format": FORMAT, "args": json.dumps(self.args)}, save_file)
+        metadata = {"format": FORMAT, "args": json.dumps(self.args), "seed": json.dumps(self.seed)}
+        written_tensors(path / FILE, tensors, metadata, save_file)
 
     @classmethod
     @declared
@@ -90,6 +98,7 @@ class SimulatedSet(Sequence[SimulatedPair]):
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             args = [tuple(row) for row in json.loads(metadata["args"]) if isinstance(row, list)]
+            seed = json.loads(metadata.get("seed", "null"))
             if metadata["format"] != FORMAT or any(len(value) != len(args) for value in tensors.values()):
                 raise ValueError("another format, or rows are missing")
         except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -103,7 +112,7 @@ class SimulatedSet(Sequence[SimulatedPair]):
             if kind not in parts or not site:
                 raise ValueError(f"{path} is damaged or no simulated set: {name!r} is no site. Simulate again.")
             parts[kind][site] = value
-        return cls(args, parts["latent"], parts["observed"])
+        return cls(args, parts["latent"], parts["observed"], seed if isinstance(seed, int) else None)
 
     def __repr__(self) -> str:
         sites = ", ".join([*self.latents, *(f"{name} observed" for name in self.observations)])

@@ -18,7 +18,7 @@ from llmppl.programs.plates import in_data_plate
 from llmppl.programs.simulated_pair import SimulatedPair
 from llmppl.programs.simulation import check_simulable
 from llmppl.programs.simulation import simulate as simulate_once
-from llmppl.programs.structure import Program, is_deterministic, plate_nesting, structure
+from llmppl.programs.structure import Program, is_deterministic, is_latent, is_observation, plate_nesting, structure
 from llmppl.text.arguments import check_count, check_programs
 from llmppl.text.declared import declared
 from llmppl.training.collation import collate
@@ -131,11 +131,11 @@ def simulate(
     :param num_pairs: how many; by default a stream of fresh ones without end, which ``fit`` draws from as it goes.
     :param batch_size: pairs that are drawn together, in a plate over the arguments.
     :param seed: of all random numbers.
-    :param folder: where the set is kept. One that is there already is read back instead of drawn, if it has as many
-        pairs.
+    :param folder: where the set is kept. One that is there already is read back instead of drawn, if it is of as many
+        pairs, of the same arguments, seed and sites; that the program's laws are the same is not seen.
     :param progress: show a progress bar if it takes more than a few seconds.
     :raises ValueError: a program with a factor, without an observation or with a plate of its own; a damaged set, or
-        one of another number, in the folder; a folder for a stream, which is not kept.
+        another one, in the folder; a folder for a stream, which is not kept.
     """
     check_programs(program=program)
     check_count(batch_size=batch_size, **({} if num_pairs is None else {"num_pairs": num_pairs}))
@@ -146,13 +146,7 @@ def simulate(
             _check(program, _arguments(program, data, 1, seed)[0])
         return SimulatedStream(program, data, batch_size, seed)
     if folder is not None and (Path(folder) / FILE).exists():
-        found = SimulatedSet.load(folder)
-        if len(found) != num_pairs:
-            raise ValueError(
-                f"{folder} holds a simulated set of {len(found)} pairs, and num_pairs={num_pairs} are asked for. "
-                "Delete it, or choose another folder."
-            )
-        return found
+        return _read_back(folder, program, data, num_pairs, seed)
     with (
         torch.no_grad(),
         randomness_kept(seed),
@@ -162,8 +156,34 @@ def simulate(
         _check(program, rows[0])
         parts = [rows[start : start + batch_size] for start in range(0, num_pairs, batch_size)]
         found = _drawn(program, parts, bar.update)
+    found.seed = seed
     if folder is not None:
         found.save(folder)
+    return found
+
+
+def _read_back(
+    folder: str | os.PathLike[str], program: Program, data: Arguments, num_pairs: int, seed: int
+) -> SimulatedSet:
+    """The set of a folder, if it is the one that would be drawn, as far as that shows.
+
+    :raises ValueError: it is another one.
+    """
+    found = SimulatedSet.load(folder)
+    wrong = ""
+    if len(found) != num_pairs:
+        wrong = f"of {len(found)} pairs, and num_pairs={num_pairs} are asked for"
+    elif found.seed not in (None, seed):
+        wrong = f"drawn with seed={found.seed}, and seed={seed} is asked for"
+    elif not callable(data) and found.args != _arguments(program, data, num_pairs, seed):
+        wrong = "of other arguments than those of data="
+    else:
+        sites = structure(program, found.args[0], {})
+        names = {name for name, site in sites.nodes.items() if is_latent(site) or is_observation(site)}
+        if names != {*found.latents, *found.observations}:
+            wrong = f"of sites {sorted({*found.latents, *found.observations})}, and the program has {sorted(names)}"
+    if wrong:
+        raise ValueError(f"{folder} holds a simulated set {wrong}. Delete it, or choose another folder.")
     return found
 
 

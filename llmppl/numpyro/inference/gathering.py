@@ -86,11 +86,11 @@ class Gathering(Columns):
 
 def observed_values(sites: Trace, where: Layout) -> dict[str, np.ndarray]:
     """What a program observes, by site, as rows, inner plates and event; texts of no inner plate as they are."""
-    found = {}
+    found, inner = {}, plate_names(sites, where)[1]
     for name, site in sites.items():
         if is_observation(site):
             value = np.asarray(site["value"])
-            if not is_text(site) or value.ndim > 1 + len(where.rows):
+            if not is_text(site) or value.ndim > 1 + len(where.rows) or inner[name]:
                 value = laid_out(jnp.asarray(value)[None], where, site["fn"].event_dim)[0]
             found[name] = value.astype(np.int64) if is_text(site) else value
     return found
