@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from conftest import Story
 
-from llmppl import Behaviour, ReplayBuffer, exact_posterior, fit, importance, mcmc, smc
+from llmppl import LM, Behaviour, ReplayBuffer, exact_posterior, fit, importance, mcmc, smc
 from llmppl.guides import AutoregressiveGuide, GFlowNetGuide, PromptGuide
 from llmppl.objectives import SubTrajectoryBalance, TrajectoryBalance, WakeSleep
 from llmppl.programs.observation_keys import key, rows_of
@@ -487,8 +489,8 @@ def test_observations_have_names_of_their_own_by_all_that_they_are() -> None:
     assert key(([torch.tensor(0.1234561), 1],)) != key(([torch.tensor(0.1234569), 1],))
     assert key(({"image": torch.from_numpy(image)},)) != key(({"image": torch.from_numpy(other)},))
     assert key((0.1, 3)) == key((torch.tensor([0.1])[0], torch.tensor([3], dtype=torch.int32)[0]))
-    assert rows_of(("b",), {"ending": "a"}, False) != rows_of(("b",), {"ending": "c"}, False)
-    assert rows_of((["b"],), {"ending": "a"}, True) != rows_of((["b"],), {"ending": "c"}, True)
+    assert rows_of(print, ("b",), {"ending": "a"}, False) != rows_of(print, ("b",), {"ending": "c"}, False)
+    assert rows_of(print, (["b"],), {"ending": "a"}, True) != rows_of(print, (["b"],), {"ending": "c"}, True)
 
 
 def test_what_is_passed_by_name_is_not_replayed_for_another(story: Story) -> None:
@@ -502,3 +504,27 @@ def test_what_is_passed_by_name_is_not_replayed_for_another(story: Story) -> Non
     assert call.handler is not None
     assert not call.handler.given, "nothing is known of this ending"
     assert objective.prepare(story.program, guide, (beginning,), {"ending": ending}).handler.given
+
+
+@pytest.mark.parametrize("vectorized", [False, True])
+def test_what_a_program_is_conditioned_on_names_the_observation_too(lm: LM, vectorized: bool) -> None:
+    """Else a buffer gives one program the draws, and the joints, of another."""
+
+    def program(beginning: Any) -> None:
+        text = pyro.sample("text", lm(beginning, max_tokens=2, stop="."))
+        pyro.sample("count", dist.Normal(lm.map(lambda text: float(len(text)), text), 0.5))
+
+    first, again, second = (pyro.condition(program, {"count": torch.tensor(count)}) for count in (1.0, 1.0, 2.0))
+    guide = PromptGuide(first, lm, {"text": lambda beginning: [beginning]})
+    args = (["ab"],) if vectorized else ("ab",)
+    found = [
+        importance(own, guide, 4, vectorize_data=vectorized, progress=False)(*args).observations
+        for own in (first, again, second)
+    ]
+    assert found[0] == found[1] != found[2]
+    buffer = ReplayBuffer(capacity=20)
+    buffer.add(exact_posterior(first)("ab"))
+    objective = TrajectoryBalance(4, behaviour=Behaviour(replayed=0.5, buffer=buffer))
+    for own, known in ((first, True), (second, False)):
+        call = objective.prepare(own, guide, ("ab",), {})
+        assert bool(call.on_policy.all()) != known

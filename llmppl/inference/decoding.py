@@ -116,7 +116,7 @@ def decode(
                         count = min(size, draws - start)
                         gathering.add(_written(Stages(model, guide, args, kwargs, count), rule))
                         bar.update(count)
-        posterior = of_observations(gathering.posterior("decoding", "marginal"), args, kwargs, vectorize_data)
+        posterior = of_observations(gathering.posterior("decoding", "marginal"), model, args, kwargs, vectorize_data)
         if method not in ("beam", "best-of-n"):
             return posterior
         ranked = np.argsort(-posterior.log_joint, axis=0, kind="stable")

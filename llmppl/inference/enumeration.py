@@ -74,7 +74,7 @@ def exact_posterior(model: Program) -> Callable[..., Posterior]:
     check_programs(model=model)
 
     def run(*args: Any, **kwargs: Any) -> Posterior:
-        return of_observations(_enumerated(model, args, kwargs), args, kwargs, data_plate=False)
+        return of_observations(_enumerated(model, args, kwargs), model, args, kwargs, data_plate=False)
 
     return run
 

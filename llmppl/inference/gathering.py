@@ -17,7 +17,7 @@ from llmppl.posterior.columns import Columns, inner_plates
 from llmppl.posterior.posterior import Array, Posterior
 from llmppl.programs.observation_keys import rows_of
 from llmppl.programs.particles import Particles, sum_site
-from llmppl.programs.structure import Site, is_deterministic, is_latent, is_text
+from llmppl.programs.structure import Program, Site, is_deterministic, is_latent, is_text
 
 
 class NoWeightError(ValueError):
@@ -32,13 +32,13 @@ class NoWeightError(ValueError):
 
 
 def of_observations(
-    posterior: Posterior, args: tuple[Any, ...], kwargs: Mapping[str, Any], data_plate: bool
+    posterior: Posterior, model: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], data_plate: bool
 ) -> Posterior:
     """A posterior that knows which observations it is of.
 
     :param data_plate: whether the arguments are those of several rows of data.
     """
-    names = rows_of(args, kwargs, data_plate)
+    names = rows_of(model, args, kwargs, data_plate)
     return replace(posterior, observations=tuple(names) if data_plate else names[0])
 
 

@@ -102,7 +102,7 @@ def importance(
                     error.add(part["log_p"] - part["log_q"])
                 if target_error is not None and decides and error.largest() <= target_error:
                     break
-        posterior = of_observations(gathering.posterior("importance", exactness), args, kwargs, vectorize_data)
+        posterior = of_observations(gathering.posterior("importance", exactness), model, args, kwargs, vectorize_data)
         if np.isneginf(posterior.log_evidence).any():
             raise NoWeightError(
                 posterior,

@@ -126,11 +126,11 @@ def mcmc(
         with torch.no_grad(), nullcontext() if seed is None else randomness_kept(seed):
             if kernel == "independence":
                 found = _independence(model, guide, args, kwargs, num_samples, num_chains, warmup, progress)
-                return of_observations(found, args, kwargs, vectorize_data)
+                return of_observations(found, model, args, kwargs, vectorize_data)
             chains = _Chains(model, guide, args, kwargs, num_chains, kernel, block or BLOCK)
             steps = tqdm(range(warmup + num_samples), desc="mcmc", disable=not progress, delay=5, leave=False)
             kept = [chains.copy() for n in steps if chains.step(counts=n >= warmup) and n >= warmup]
-            return of_observations(chains.posterior(kept), args, kwargs, vectorize_data)
+            return of_observations(chains.posterior(kept), model, args, kwargs, vectorize_data)
 
     return run
 

@@ -126,7 +126,7 @@ def smc(
                 population = Population(stages, targets, scheme, ess_threshold, check_every, None, defensive)
                 population.run(bar)
                 parts.append(_posterior(population, exactness))
-        posterior = of_observations(pooled(parts), args, kwargs, vectorize_data)
+        posterior = of_observations(pooled(parts), model, args, kwargs, vectorize_data)
         if np.isneginf(posterior.log_evidence).any():
             raise NoWeightError(
                 posterior,

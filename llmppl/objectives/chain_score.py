@@ -73,7 +73,7 @@ class ChainScore(ParticleObjective):
         check_whole(sites, "ChainScore")
         nesting, split = plate_nesting(sites), has_data_plate(sites)
         events = {name: site["fn"].event_dim for name, site in sites.nodes.items() if is_latent(site)}
-        names = rows_of(args, kwargs, split)
+        names = rows_of(model, args, kwargs, split)
         proposed = prior_draws(model, args, kwargs, self.num_particles, nesting)
         before = self._before(names, proposed, events, split)
         new = self._scored(model, proposed, args, kwargs, nesting)

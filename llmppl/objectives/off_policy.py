@@ -103,7 +103,7 @@ class OffPolicyObjective(ParticleObjective):
             temperatures = torch.cat([torch.ones(first + 1), temperatures[first:]])[:count]
             taken = (torch.arange(count) == 0).reshape((-1,) + batch)
         elif not has_other_observations(model):
-            observations = rows_of(args, kwargs, data_plate)
+            observations = rows_of(model, args, kwargs, data_plate)
             if behaviour.buffer is not None:
                 check_whole(sites, "a replay buffer")
             if behaviour.buffer is not None and replayed:

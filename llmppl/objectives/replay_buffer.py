@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmppl.network.text_tensors import widen
 from llmppl.posterior.posterior import Posterior
-from llmppl.programs.observation_keys import key
+from llmppl.programs.observation_keys import key, rows_of
 from llmppl.programs.structure import Program, structure, text_sites
 from llmppl.text import PAD
 from llmppl.text.declared import check_fields, declared
@@ -173,7 +173,7 @@ class ReplayBuffer:
                         "the site's texts end: with its only stop token, within max_tokens."
                     )
                 values[name] = value.expand(fn.batch_shape + fn.event_shape)
-            self.put(key(args), values, math.inf, math.inf)
+            self.put(rows_of(model, args, {}, False)[0], values, math.inf, math.inf)
 
     @declared
     def draw(self, observation: str, count: int) -> list[Entry]:

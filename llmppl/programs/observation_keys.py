@@ -1,4 +1,4 @@
-"""Names of observations, from a program's arguments by value."""
+"""Names of observations, from a program's arguments, and what it is conditioned on, by value."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyro.poutine.condition_messenger import ConditionMessenger
 from torch import Tensor
 
+from llmppl.programs.structure import Program
 from llmppl.text import PAD
 
 
@@ -17,12 +19,25 @@ def key(args: Sequence[Any]) -> str:
     return "; ".join(map(_canonical, args))
 
 
-def rows_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], data_plate: bool) -> list[str]:
+def rows_of(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any], data_plate: bool) -> list[str]:
     """The keys of the observations of one call: one a row of the data plate, or one in all."""
-    named = sorted(kwargs.items())
+    named = (*sorted(kwargs.items()), *conditions(program))
     if not data_plate:
         return [key((*args, *named))]
     return [key((*row, *named)) for row in zip(*args, strict=True)]
+
+
+def conditions(program: Program) -> list[tuple[str, Any]]:
+    """What ``pyro.condition`` has put into a program, by site: observed, and no argument of its."""
+    found: list[tuple[str, Any]] = []
+    while program is not None:
+        for handler in getattr(getattr(program, "func", None), "args", ()):  # a program under a handler of Pyro's
+            if isinstance(handler, ConditionMessenger):
+                data = handler.data
+                values = data if isinstance(data, Mapping) else {n: site["value"] for n, site in data.nodes.items()}
+                found += sorted(values.items())
+        program = getattr(program, "__wrapped__", None)  # type: ignore[assignment]
+    return found
 
 
 def _canonical(value: Any) -> str:

@@ -42,6 +42,7 @@ def in_data_plate(program: Program) -> Program:
         rows.log_partition = program.log_partition  # type: ignore[attr-defined]
     rows.exactness = getattr(program, "exactness", "marginal")  # type: ignore[attr-defined]
     rows.scores_given = getattr(program, "scores_given", False)  # type: ignore[attr-defined]
+    rows.__wrapped__ = program  # type: ignore[attr-defined]
     # Prompts find arguments by the program's own names.
     rows.__signature__ = signature(program)  # type: ignore[attr-defined]
     return rows
