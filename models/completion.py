@@ -67,8 +67,9 @@ def completion(
         body = lm.primitives.sample("body", lm(prefix, max_tokens=max_tokens, stop=stop))
         if not empty(suffix):
             lm.primitives.sample("suffix", lm(prefix, body), obs=encoded(suffix))
+        written = "" if suffix is None else suffix
         for n, (call, output) in enumerate(zip(calls, outputs, strict=True), 1):
-            result = lm.map(said, prefix, body, suffix, call, max_tokens=output_tokens, returns=str)
+            result = lm.map(said, prefix, body, written, call, max_tokens=output_tokens, returns=str)
             got = kept(lm, f"got_{n}", result)
             lm.primitives.sample(f"output_{n}", lm.echo(got, mistake, output_tokens), obs=stripped(output))
         return body

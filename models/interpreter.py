@@ -2,16 +2,36 @@
 
 What a language model writes is never executed. Its syntax tree is walked here: every node counts as a step, every value
 is measured, and what is not named below does not exist. There are no imports, no attributes, no builtins of Python's.
+The values, and the functions that there are of them, are in ``interpreted``; what Python settles before it runs
+anything is in ``compiled``.
 """
 
 from __future__ import annotations
 
 import ast
-import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
 
+from llmppl.models.compiled import COMPREHENSIONS, check, generates, own_names
+from llmppl.models.interpreted import (
+    BINARY,
+    BITS,
+    COMPARISONS,
+    GATHERING,
+    IN_PLACE,
+    KINDS,
+    ORDERED,
+    OWN,
+    SIZE,
+    UNARY,
+    OnePass,
+    Refused,
+    in_order,
+    shown,
+    weight,
+)
 from llmppl.text.declared import declared
 
 FAILED = "error"
@@ -20,47 +40,13 @@ FAILED = "error"
 LONGEST = 4000
 """Characters of a source, at most."""
 
-SIZE = 1000
-"""Elements and characters of a value, at most, those of the values in it included."""
-
-BITS = 256
-"""Of an integer, at most."""
-
 DEPTH = 40
 """Calls within calls, and blocks within blocks, at most."""
 
-BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-}
-UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
-    ast.USub: operator.neg,
-    ast.UAdd: operator.pos,
-    ast.Not: operator.not_,
-}
-COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.In: lambda a, b: a in b,
-    ast.NotIn: lambda a, b: a not in b,
-    ast.Is: lambda a, b: a is b,
-    ast.IsNot: lambda a, b: a is not b,
-}
-KINDS = (int, float, str, bool, type(None), list, tuple, dict, set, range)
-"""Of values; nothing else can arise."""
+UNBOUND = object()
+"""What a name stands for in the function or comprehension that it belongs to, before it is assigned to."""
 
-
-class Refused(Exception):
-    """Code that is not of the subset, or that goes beyond a limit."""
+Names = MutableMapping[str, Any]
 
 
 class _Return(Exception):
@@ -81,9 +67,12 @@ def run(source: str, call: str, steps: int = 5000) -> str:
     """What a call returns, given the functions of a source: ``run("def f(x):\\n    return x + 1", "f(2)")`` is ``"3"``.
 
     The subset: functions with plain parameters; assignments to names, elements and tuples of them; ``if``, ``for``,
-    ``while``, ``return``, ``break``, ``continue``, ``pass``; numbers, strings, lists, tuples, dicts, sets, slices and
-    comprehensions; arithmetic, comparisons, ``and``, ``or``, ``not``; and calls of the source's own functions and of
+    ``while``, ``return``, ``break``, ``continue``, ``pass``; numbers, strings, lists, tuples, dicts, sets, slices,
+    comprehensions and generator expressions; arithmetic, comparisons, ``and``, ``or``, ``not``; and calls of the
+    source's own functions and of
     ``abs all any bool enumerate float int len list max min range reversed round set sorted str sum tuple zip``.
+    Whatever it runs has the value that it has in Python. So the order of a set of strings, which Python draws anew in
+    each process, is not told: to loop over one of several elements, or to show it, is an error.
 
     :param source: the code; at most 4000 characters.
     :param call: an expression of the same subset.
@@ -96,13 +85,15 @@ def run(source: str, call: str, steps: int = 5000) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the parser, about the code's style
             module, asked = ast.parse(source), ast.parse(call, mode="eval").body
+            check(module, source, call)
         machine = _Machine(steps)
         machine.define(module)
-        return repr(machine.value(asked, {}))
+        return shown(machine.value(asked, {}))
     # Whatever goes wrong inside is the code's fault: Python's own errors of its operations, and the limits.
-    except (Refused, _Return, _Break, _Continue, ArithmeticError, LookupError, TypeError, ValueError, SyntaxError):
+    except (Refused, ArithmeticError, LookupError, TypeError, ValueError, SyntaxError):
         return FAILED
-    except (RecursionError, MemoryError):
+    # Of a dict that changes while it is walked, of a generator that walks itself, and of too deep a recursion.
+    except (RuntimeError, MemoryError):
         return FAILED
 
 
@@ -112,6 +103,8 @@ class _Machine:
     def __init__(self, steps: int) -> None:
         self.left, self.depth = steps, 0
         self.functions: dict[str, ast.FunctionDef] = {}
+        self.own_names: dict[str, set[str]] = {}
+        self.generates: dict[str, bool] = {}
 
     def define(self, module: ast.Module) -> None:
         for node in module.body:
@@ -123,6 +116,8 @@ class _Machine:
             if node.decorator_list or node.name in OWN or getattr(node, "type_params", None):
                 raise Refused("a decorated or renamed function")
             self.functions[node.name] = node
+            self.own_names[node.name] = own_names(node)
+            self.generates[node.name] = generates(node)
 
     # --- limits ----------------------------------------------------------------------------------
 
@@ -138,12 +133,12 @@ class _Machine:
         if isinstance(value, int) and value.bit_length() > BITS:
             raise Refused("a number too large")
         if isinstance(value, (str, list, tuple, dict, set)):
-            self.step(_weight(value) // 16)
+            self.step(weight(value) // 16)
         return value
 
     # --- statements ------------------------------------------------------------------------------
 
-    def block(self, body: Iterable[ast.stmt], names: dict[str, Any]) -> None:
+    def block(self, body: Iterable[ast.stmt], names: Names) -> None:
         self.depth += 1
         if self.depth > DEPTH:
             raise Refused("too deep")
@@ -152,7 +147,7 @@ class _Machine:
             self.statement(node, names)
         self.depth -= 1
 
-    def statement(self, node: ast.stmt, names: dict[str, Any]) -> None:
+    def statement(self, node: ast.stmt, names: Names) -> None:
         if isinstance(node, ast.Return):
             raise _Return(None if node.value is None else self.value(node.value, names))
         if isinstance(node, ast.Assign):
@@ -160,10 +155,7 @@ class _Machine:
             for target in node.targets:
                 self.assign(target, value, names)
         elif isinstance(node, ast.AugAssign):
-            load = ast.copy_location(_loaded(node.target), node.target)
-            self.assign(
-                node.target, self.binary(node.op, self.value(load, names), self.value(node.value, names)), names
-            )
+            self.augment(node, names)
         elif isinstance(node, ast.If):
             self.block(node.body if self.value(node.test, names) else node.orelse, names)
         elif isinstance(node, (ast.For, ast.While)):
@@ -177,7 +169,7 @@ class _Machine:
         elif not isinstance(node, ast.Pass):
             raise Refused(type(node).__name__)
 
-    def loop(self, node: ast.For | ast.While, names: dict[str, Any]) -> None:
+    def loop(self, node: ast.For | ast.While, names: Names) -> None:
         depth = self.depth
         for item in self.turns(node, names):
             if isinstance(node, ast.For):
@@ -191,7 +183,7 @@ class _Machine:
                 self.depth = depth
         self.block(node.orelse, names)
 
-    def turns(self, node: ast.For | ast.While, names: dict[str, Any]) -> Iterator[Any]:
+    def turns(self, node: ast.For | ast.While, names: Names) -> Iterator[Any]:
         if isinstance(node, ast.For):
             yield from self.items(self.value(node.iter, names))
             return
@@ -200,13 +192,32 @@ class _Machine:
             yield None
 
     def items(self, value: Any) -> Iterator[Any]:
+        """What a loop walks, as it then is: the code may change a list meanwhile. Refused at once if it is nothing."""
+        if isinstance(value, OnePass):
+            return self.drawn(value)
         if not isinstance(value, (str, list, tuple, dict, set, range)):
             raise Refused(f"a loop over a {type(value).__name__}")
-        for item in list(value) if not isinstance(value, range) else value:
+        return self.each(iter(in_order(value)))
+
+    def each(self, items: Iterator[Any]) -> Iterator[Any]:
+        for item in items:
             self.step()
             yield item
 
-    def assign(self, target: ast.expr, value: Any, names: dict[str, Any]) -> None:
+    def drawn(self, value: OnePass) -> Iterator[Any]:
+        """What is left of a value that is walked once. Not by ``yield from``, which would end it with the loop."""
+        while True:
+            self.step()
+            self.depth += 1  # for to draw may be to draw from another
+            if self.depth > DEPTH:
+                raise Refused("too deep")
+            item = next(value.left, UNBOUND)
+            self.depth -= 1
+            if item is UNBOUND:
+                return
+            yield self.checked(item)
+
+    def assign(self, target: ast.expr, value: Any, names: Names) -> None:
         self.step()
         if isinstance(target, ast.Name):
             if target.id in OWN or target.id in self.functions:
@@ -220,26 +231,53 @@ class _Machine:
                 self.assign(part, own, names)
         elif isinstance(target, ast.Subscript):
             container = self.value(target.value, names)
-            if not isinstance(container, (list, dict)) or isinstance(target.slice, ast.Slice):
-                raise Refused("an assignment to no element")
-            container[self.value(target.slice, names)] = self.checked(value)
-            self.checked(container)
+            self.store(container, self.value(target.slice, names), value)
         else:
             raise Refused(type(target).__name__)
 
+    def store(self, container: Any, place: Any, value: Any) -> None:
+        if not isinstance(container, (list, dict)):
+            raise Refused("an assignment to no element")
+        container[place] = self.checked(value)
+        self.checked(container)
+
+    def augment(self, node: ast.AugAssign, names: Names) -> None:
+        """``a += b``: lists and sets change where they are, and what the target says is evaluated once."""
+        target = node.target
+        if isinstance(target, ast.Name):
+            value = self.value(ast.Name(target.id, ast.Load()), names)
+            self.assign(target, self.in_place(node.op, value, self.value(node.value, names)), names)
+        elif isinstance(target, ast.Subscript):
+            container, place = self.value(target.value, names), self.value(target.slice, names)
+            value = self.checked(container[place])
+            self.step()
+            self.store(container, place, self.in_place(node.op, value, self.value(node.value, names)))
+        else:
+            raise Refused(type(target).__name__)
+
+    def in_place(self, op: ast.operator, left: Any, right: Any) -> Any:
+        if not (isinstance(op, ast.Add) and isinstance(left, list)):
+            return self.binary(op, left, right, IN_PLACE)
+        for item in self.items(list(right) if isinstance(right, list) else right):  # it may be the list itself
+            left.append(item)
+            if len(left) > SIZE:
+                raise Refused("a value too large")
+        return left
+
     # --- expressions -----------------------------------------------------------------------------
 
-    def value(self, node: ast.expr, names: dict[str, Any]) -> Any:
+    def value(self, node: ast.expr, names: Names) -> Any:
         self.step()
         return self.checked(self._value(node, names))
 
-    def _value(self, node: ast.expr, names: dict[str, Any]) -> Any:
+    def _value(self, node: ast.expr, names: Names) -> Any:
         if isinstance(node, ast.Constant):
             return node.value
         if isinstance(node, ast.Name):
-            if node.id not in names:
+            found = names.get(node.id, UNBOUND)
+            if found is UNBOUND:
                 raise Refused(f"no {node.id}")
-            return names[node.id]
+            return found
         if isinstance(node, ast.BinOp):
             return self.binary(node.op, self.value(node.left, names), self.value(node.right, names))
         if isinstance(node, ast.UnaryOp) and type(node.op) in UNARY:
@@ -251,8 +289,8 @@ class _Machine:
         if isinstance(node, ast.IfExp):
             return self.value(node.body if self.value(node.test, names) else node.orelse, names)
         if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
-            kind = {ast.List: list, ast.Tuple: tuple, ast.Set: set}[type(node)]
-            return kind([self.value(part, names) for part in node.elts])
+            parts = [self.value(part, names) for part in node.elts]
+            return {ast.List: list, ast.Tuple: tuple, ast.Set: set}[type(node)](parts)
         if isinstance(node, ast.Dict):
             if None in node.keys:
                 raise Refused("an unpacked dict")
@@ -261,14 +299,17 @@ class _Machine:
             }
         if isinstance(node, ast.Subscript):
             return self.element(node, names)
-        if isinstance(node, (ast.ListComp, ast.SetComp, ast.GeneratorExp)):
-            found = list(self.comprehension(node.generators, node.elt, dict(names)))
-            return set(found) if isinstance(node, ast.SetComp) else found
+        if isinstance(node, COMPREHENSIONS):
+            found = self.comprehended(node, names)
+            if isinstance(node, ast.GeneratorExp):
+                return OnePass(found)
+            kind = {ast.ListComp: list, ast.SetComp: set, ast.DictComp: dict}[type(node)]
+            return kind(found)
         if isinstance(node, ast.Call):
             return self.call(node, names)
         raise Refused(type(node).__name__)
 
-    def binary(self, op: ast.operator, left: Any, right: Any) -> Any:
+    def binary(self, op: ast.operator, left: Any, right: Any, table: Any = BINARY) -> Any:
         if type(op) not in BINARY:
             raise Refused(type(op).__name__)
         if isinstance(op, ast.Pow):
@@ -281,9 +322,9 @@ class _Machine:
                     raise Refused("a repetition too long")
         if isinstance(op, ast.Mod) and isinstance(left, str):
             raise Refused("a format")
-        return BINARY[type(op)](left, right)
+        return table[type(op)](left, right)
 
-    def boolean(self, node: ast.BoolOp, names: dict[str, Any]) -> Any:
+    def boolean(self, node: ast.BoolOp, names: Names) -> Any:
         value: Any = None
         for part in node.values:
             value = self.value(part, names)
@@ -291,126 +332,100 @@ class _Machine:
                 break
         return value
 
-    def comparison(self, node: ast.Compare, names: dict[str, Any]) -> bool:
+    def comparison(self, node: ast.Compare, names: Names) -> bool:
         left = self.value(node.left, names)
         for op, right in zip(node.ops, node.comparators, strict=True):
             other = self.value(right, names)
-            if isinstance(other, range) and not isinstance(left, int):
-                raise Refused("a search through a range")
-            if not COMPARISONS[type(op)](left, other):
+            searched = other
+            if isinstance(op, (ast.In, ast.NotIn)):
+                if isinstance(other, range) and not isinstance(left, int):
+                    self.step(len(other))  # a number that is whole is found without a search
+                if isinstance(other, OnePass):
+                    searched = self.drawn(other)  # up to what is sought
+            if not COMPARISONS[type(op)](left, searched):
                 return False
             left = other
         return True
 
-    def element(self, node: ast.Subscript, names: dict[str, Any]) -> Any:
+    def element(self, node: ast.Subscript, names: Names) -> Any:
         value = self.value(node.value, names)
         if not isinstance(node.slice, ast.Slice):
             return value[self.value(node.slice, names)]
         places = (node.slice.lower, node.slice.upper, node.slice.step)
         return value[slice(*(None if part is None else self.value(part, names) for part in places))]
 
-    def comprehension(
-        self, generators: Sequence[ast.comprehension], element: ast.expr, names: dict[str, Any]
-    ) -> Iterator[Any]:
-        first, *rest = generators
-        if first.is_async:
-            raise Refused("async")
-        for item in self.items(self.value(first.iter, names)):
-            self.assign(first.target, item, names)
-            if all(self.value(test, names) for test in first.ifs):
-                if rest:
-                    yield from self.comprehension(rest, element, names)
-                else:
-                    yield self.value(element, names)
+    def comprehended(self, node: Any, names: Names) -> Iterator[Any]:
+        """The elements, made as they are asked for; what the first loop walks is evaluated at once, and outside."""
+        loops = node.generators
+        parts = [part for loop in loops for part in ast.walk(loop.target) if isinstance(part, ast.Name)]
+        targets = [part.id for part in parts if isinstance(part.ctx, ast.Store)]
+        # Of other names it sees what they stand for when an element is made, hence no copy.
+        inside = ChainMap({name: UNBOUND for name in targets}, names)
+        return self.elements(node, loops, self.items(self.value(loops[0].iter, names)), inside)
 
-    def call(self, node: ast.Call, names: dict[str, Any]) -> Any:
+    def elements(
+        self, node: Any, loops: Sequence[ast.comprehension], items: Iterator[Any], names: Names
+    ) -> Iterator[Any]:
+        first, *rest = loops
+        for item in items:
+            self.assign(first.target, item, names)
+            if not all(self.value(test, names) for test in first.ifs):
+                continue
+            if rest:
+                yield from self.elements(node, rest, self.items(self.value(rest[0].iter, names)), names)
+            elif isinstance(node, ast.DictComp):
+                yield self.value(node.key, names), self.value(node.value, names)
+            else:
+                yield self.value(node.elt, names)
+
+    def call(self, node: ast.Call, names: Names) -> Any:
         if not isinstance(node.func, ast.Name) or node.keywords:
             raise Refused("a call of no plain function")
         if any(isinstance(part, ast.Starred) for part in node.args):
             raise Refused("unpacked arguments")
-        values = [self.value(part, names) for part in node.args]
         name = node.func.id
+        if name in names:
+            raise Refused(f"a call of a value, {name}")  # of a variable: no function is a value
+        values = [self.value(part, names) for part in node.args]
         if name in self.functions:
-            return self.called(self.functions[name], values)
+            return self.called(name, values)
         if name not in OWN:
             raise Refused(f"no {name}")
-        for value in values:
-            if isinstance(value, range):
-                self.step(len(value))
+        return self.own(name, values)
+
+    def own(self, name: str, values: list[Any]) -> Any:
+        """What a function of Python's gives; what is to be walked is walked by steps of ours."""
+        for value in values[:-1]:
+            self.checked(value)  # again, for the arguments after it may have changed it
+        if name in ORDERED and values:
+            in_order(values[0])
+        if name == "zip":
+            values = [self.items(value) for value in values]
+        elif name == "enumerate":
+            values[:1] = [self.items(value) for value in values[:1]]
+        elif name in ("all", "any"):
+            values = [self.items(value) if isinstance(value, (OnePass, range)) else value for value in values]
+        elif name != "reversed":
+            self.step(sum(len(value) for value in values if isinstance(value, range)))
+            # The least of one value is that of its elements, the least of two is one of the two.
+            walks = name in GATHERING and (len(values) == 1 or name == "sum")
+            if walks and values and isinstance(values[0], OnePass):
+                values[0] = self.checked(list(self.drawn(values[0])))
         return OWN[name](*values)
 
-    def called(self, function: ast.FunctionDef, values: list[Any]) -> Any:
+    def called(self, name: str, values: list[Any]) -> Any:
+        function = self.functions[name]
         parameters = [given.arg for given in function.args.args]
         if len(parameters) != len(values):
             raise Refused("other arguments")
+        if self.generates[name]:
+            raise Refused("a generator")
         depth = self.depth
+        names = dict.fromkeys(self.own_names[name], UNBOUND) | dict(zip(parameters, values, strict=True))
         try:
-            self.block(function.body, dict(zip(parameters, values, strict=True)))
-        except _Return as found:
-            return found.value
+            self.block(function.body, names)
+        except _Return as returned:
+            return returned.value
         finally:
             self.depth = depth
         return None
-
-
-def _loaded(target: ast.expr) -> ast.expr:
-    """The target of an assignment as an expression."""
-    if isinstance(target, ast.Name):
-        return ast.Name(target.id, ast.Load())
-    if isinstance(target, ast.Subscript):
-        return ast.Subscript(target.value, target.slice, ast.Load())
-    raise Refused(type(target).__name__)
-
-
-def _weight(value: Any) -> int:
-    """How many elements and characters there are in a value, however often one stands in it."""
-    waiting, count = [value], 0
-    while waiting:
-        item = waiting.pop()
-        count += len(item) if isinstance(item, str) else 1
-        if isinstance(item, dict):
-            waiting += [*item.keys(), *item.values()]
-        elif isinstance(item, (list, tuple, set)):
-            waiting += item
-        if count + len(waiting) > SIZE + 1:
-            raise Refused("a value too large")
-    return count
-
-
-def _rounded(value: Any, digits: int = 0) -> Any:
-    """``round``, but to few digits only: of an integer it computes that power of ten."""
-    if not isinstance(value, (int, float)) or not isinstance(digits, int) or abs(digits) > 20:
-        raise Refused("digits too many")
-    return round(value, digits) if digits else round(value)
-
-
-def _whole(value: Any) -> int:
-    """``int``, but of short strings only: a long one takes quadratic time."""
-    if isinstance(value, str) and len(value) > 20:
-        raise Refused("a number too long")
-    return int(value)
-
-
-OWN: dict[str, Callable[..., Any]] = {
-    "abs": abs,
-    "all": all,
-    "any": any,
-    "bool": bool,
-    "enumerate": lambda values: list(enumerate(values)),
-    "float": float,
-    "int": _whole,
-    "len": len,
-    "list": list,
-    "max": max,
-    "min": min,
-    "range": range,
-    "reversed": lambda values: list(reversed(values)),
-    "round": _rounded,
-    "set": set,
-    "sorted": sorted,
-    "str": str,
-    "sum": sum,
-    "tuple": tuple,
-    "zip": lambda *values: list(zip(*values, strict=False)),
-}
-"""The functions that there are, each bounded by the size of what it is given."""

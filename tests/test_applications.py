@@ -54,6 +54,17 @@ def test_completion_is_prior_suffix_and_tests() -> None:
     assert run(prefix + best + suffix, "f(2)") == "22"
 
 
+def test_a_completion_without_suffix_is_one_with_an_empty_suffix() -> None:
+    lm = character_lm(CODE)
+    program = completion(lm, ["f(1)"], max_tokens=2, stop="\n", mistake=0.01)
+    prefix = "def f(x):\n return 1"
+    none, empty = (exact_posterior(program)(prefix, suffix, "1") for suffix in (None, ""))
+    assert none.log_evidence == empty.log_evidence
+    assert none.decode("got_1") == empty.decode("got_1")
+    told = exact_posterior(program)(prefix, "*x", "11").log_evidence
+    assert exact_posterior(program)(prefix, lm.encode("*x"), "11").log_evidence == told, "a suffix may be a text tensor"
+
+
 def test_completions_on_the_real_model(smollm2: LM) -> None:
     program = completion(smollm2, ["double(2)", "double(5)"], max_tokens=12)
     pyro.set_rng_seed(0)
