@@ -10,7 +10,8 @@ from llmppl.models.calculator import calculate
 from llmppl.models.primitives import Maker, kept
 from llmppl.text.declared import declared
 
-_OPERATOR = re.compile(r"(?<=[0-9)\s])[-+*/×÷−](?=[\s(0-9])")
+# What stands before it is an operand's end, and so no other operator: a sign is none. Signs may stand behind it.
+_OPERATOR = re.compile(r"(?:[0-9]\.?|\))\s*[-+*/×÷−]\s*(?=(?:[-+−]\s*)*(?:\.?[0-9]|\())")
 
 
 @declared
@@ -40,6 +41,7 @@ def arithmetic(
     :param tool: from an expression, as written, to its result; of what it cannot read it returns a string, too.
     :param max_tokens: most tokens of an expression.
     :param result_tokens: most tokens of a result, and of the answer.
+    :raises ValueError: an example's expression that has its equals sign.
     """
     shown = "".join(_example(*example, tool) for example in examples)
 
@@ -61,6 +63,12 @@ def arithmetic(
 
 
 def _example(question: str, expressions: Sequence[str], answer: str, tool: Callable[[str], str]) -> str:
+    for expression in expressions:
+        if "=" in expression:
+            raise ValueError(
+                f"examples: the expression {expression!r} has an equals sign, which is written behind each. Leave it "
+                f"out: {expression.partition('=')[0].strip()!r}."
+            )
     worked = "".join(f" {expression} = {tool(expression)}," for expression in expressions)
     return f"Question: {question} = ?\nAnswer:{worked} the answer is {answer}.\n\n"
 
@@ -90,5 +98,5 @@ def _steps(question: Any, steps: int | Callable[[str], int] | None) -> int:
 
 
 def number_of_operators(question: str) -> int:
-    """How many operators stand between the numbers of a question: ``"6 - -2 + 1"`` has two."""
-    return len(_OPERATOR.findall(re.sub(r"([-+*/×÷−(])\s*[-−](?=[0-9(])", r"\1", question)))
+    """How many operators stand between the numbers of a question: ``"6 - -2 + 1"`` has two, ``"-5 + .5"`` one."""
+    return len(_OPERATOR.findall(question))

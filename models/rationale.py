@@ -38,6 +38,7 @@ def rationale(
     :param max_tokens: most tokens of the rationale.
     :param stop: what the rationale ends with.
     :param examples: worked ones that stand before the text: text, rationale, label.
+    :raises ValueError: options that differ only by the space around them.
     """
     named = _checked(options)
     width = lm.encode(list(options)).shape[-1]
@@ -57,7 +58,14 @@ def _checked(options: Sequence[str]) -> Callable[[str], str]:
     """From a label, with or without the space before it, to the option that it is."""
     if isinstance(options, str):
         raise TypeError(f"options={options!r} is a string. Give a list of labels.")
-    by_name = {option.strip(): option for option in options}
+    by_name: dict[str, str] = {}
+    for option in options:
+        other = by_name.setdefault(option.strip(), option)
+        if other != option:
+            raise ValueError(
+                f"options {other!r} and {option!r} differ only by the space around them, by which labels are not told "
+                "apart. Keep one of the two, or reword it."
+            )
 
     def named(label: str) -> str:
         if not isinstance(label, str) or label.strip() not in by_name:

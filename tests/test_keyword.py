@@ -76,6 +76,21 @@ def test_the_automaton_reads_tokens_as_a_reader_reads_words() -> None:
         assert (tokens.states(word, BETWEEN, row)[-1] == HAS) == has, (word, [texts[n] for n in row])
 
 
+@pytest.mark.parametrize("merged", [["a\n", "ab\n", "\nab", "b\n\n"], ["İ", "aİ", "\u212a", "\u212aab", "AB", "B"]])
+def test_the_automaton_agrees_with_the_words_of_the_text_as_it_is_written(merged: list[str]) -> None:
+    """Of tokens that merge letters with a newline, and of letters that only lower case makes: İ (i), Kelvin (k)."""
+    texts = ["a", "b", "i", "k", " ", "\n", ".", *merged]
+    tokens = WordTokens(texts)
+    generator, agreed = random.Random(0), {True: 0, False: 0}
+    for _ in range(10_000):
+        word = generator.choice(["ab", "a", "b", "i", "k", "kab", "ai"])
+        row = [generator.randrange(len(texts)) for _ in range(generator.randint(1, 6))]
+        has = word in words("".join(texts[n] for n in row))
+        assert (tokens.states(word, BETWEEN, row)[-1] == HAS) == has, (word, [texts[n] for n in row])
+        agreed[has] += 1
+    assert min(agreed.values()) > 500
+
+
 def test_content_words_have_mass_one_and_zero_for_what_is_no_word_of_the_text(small: LM) -> None:
     texts = torch.stack([small.encode("b.cd.b."), small.encode("bcd.c.d"), small.encode("a.a.a..")])
     fn = small.content_word(texts, shortest=1)

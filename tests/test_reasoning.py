@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,12 @@ def test_the_calculator_never_executes_anything(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("question", "steps"),
-    [("6 - 0 - 4", 2), ("6-0-4", 2), ("6 - -2 + 1", 2), ("-5 + 2", 1), ("3 * (2 + 1)", 2), ("7", 0)],
+    [
+        *[("6 - 0 - 4", 2), ("6-0-4", 2), ("6 - -2 + 1", 2), ("-5 + 2", 1), ("3 * (2 + 1)", 2), ("7", 0)],
+        *[("What is -5 + 3?", 1), (" -5 + 3", 1), ("3 * - 2", 1), ("1.5+.5-2", 2), ("3. − .5", 1), ("-(3 + 4)", 1)],
+        *[("2 - -(3+1)", 2), ("(1+2)-(3)", 2), ("2--3", 1), ("1 - + - 2", 1), ("((-3)) - 4", 1), ("8 ÷ 2 × 3", 2)],
+        *[("How much is 2-1 (two - one)?", 1), ("- 3", 0), ("What is - 3?", 0), ("Subtract. - 3", 0), ("3 - ?", 0)],
+    ],
 )
 def test_steps_are_the_operators_of_the_question(question: str, steps: int) -> None:
     assert number_of_operators(question) == steps
@@ -190,6 +196,12 @@ def test_questions_that_say_no_number_of_steps(counting: LM, question: Any, keyw
         arithmetic(counting, **keywords)(question, "3")
 
 
+@pytest.mark.parametrize("expression", [" 3 + 4 =", "3 + 4=", "3 + 4 = 7"])
+def test_examples_with_an_equals_sign_are_refused(counting: LM, expression: str) -> None:
+    with pytest.raises(ValueError, match=rf"{re.escape(repr(expression))} has an equals sign.*Leave it out: '3 \+ 4'"):
+        arithmetic(counting, examples=[("3 + 4", [expression], "7")])
+
+
 def test_a_prompt_over_the_context_length_is_named(counting: LM) -> None:
     with pytest.raises(ValueError, match="128"):
         arithmetic(counting)(" + ".join("1" * 40), "40")
@@ -266,6 +278,12 @@ def test_labels_that_are_no_option_are_refused(lm: LM, label: Any) -> None:
     program = rationale(lm, ["b", "cd"], **PLAIN)
     with pytest.raises((ValueError, TypeError), match="label"):
         program("ab" if isinstance(label, str) else ["ab", "ab"], label)
+
+
+@pytest.mark.parametrize("options", [[" b", "b"], ["cd", "b", "cd "]])
+def test_options_that_space_alone_tells_apart_are_refused(lm: LM, options: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"options '.*' and '.*' differ only by the space around them.*Keep one"):
+        rationale(lm, options, **PLAIN)
 
 
 def test_options_are_a_list() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from typing import Any
 
@@ -94,6 +95,64 @@ def test_values_of_any_type_are_given() -> None:
         assert torch.isfinite(law.log_prob(lm.encode(text))), value
 
 
+def one_property(**own: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {"a": own}, "required": ["a"], "additionalProperties": False}
+
+
+@pytest.fixture(scope="module")
+def numbers() -> LM:
+    return character_lm('{"a": 0159.-enulé}\n~', "~")
+
+
+@pytest.mark.parametrize("value", ["1.5", "-0", "-1.5", "100"])
+def test_a_number_is_known_as_it_is_written(numbers: LM, value: str) -> None:
+    """The proposal is the one record that has it; the same number in another spelling is another value."""
+    schema, lm = one_property(type="number"), numbers
+    masked = record(lm, given(schema, {"a": value}), ["a"], max_tokens=20, masked=True)
+    law = poutine.trace(masked).get_trace("a", value).nodes["record"]["fn"]
+    text = f'{{"a": {value}}}\n'
+    assert lm.decode(law.enumerate_support()) == [text]
+    program = record(lm, schema, ["a"], max_tokens=20)
+    posterior = importance(program, PromptGuide(masked, lm), 4, progress=False)("a", value)
+    exact = float(lm("a", max_tokens=20, stop="\n").log_prob(lm.encode(text)))
+    np.testing.assert_allclose(posterior.log_weights, exact, atol=1e-5)
+    for other in {f"{float(value)}0", f"{float(value) * 10}e-1", f"{value}.0"} - {value}:
+        data = {"record": lm.encode(f'{{"a": {other}}}\n')}
+        sites = poutine.trace(poutine.condition(program, data=data)).get_trace("a", value)
+        sites.compute_log_prob()
+        assert float(sites.nodes["a"]["log_prob_sum"]) == -np.inf, other
+
+
+@pytest.mark.parametrize(
+    ("own", "value"),
+    [
+        ({"type": "number"}, "100.0"),
+        ({"type": "number"}, "1.50"),
+        ({"type": "number"}, "1e2"),
+        ({"type": ["null", "number"]}, "-0.0"),
+        ({"type": "array"}, "[100.0]"),
+        ({}, "100.0"),
+    ],
+)
+def test_a_spelling_that_no_schema_of_one_value_writes_is_refused(own: dict[str, Any], value: str) -> None:
+    with pytest.raises(ValueError, match=rf"'a': '{re.escape(value)}' is not written so.*Give another spelling"):
+        given(one_property(**own), {"a": value})
+
+
+@pytest.mark.parametrize(
+    ("own", "value", "options"),
+    [
+        ({"type": "integer"}, "12", [12]),
+        ({"type": ["string", "null"]}, "100.0", ["100.0"]),
+        ({"type": ["string", "number"]}, "1.5", [1.5, "1.5"]),
+        ({"type": "string"}, '""', ["", '""']),
+        ({"enum": [1.5, 100.0, "100"]}, "100", [100.0, "100"]),
+    ],
+)
+def test_what_is_given_are_all_values_that_are_written_so(own: dict[str, Any], value: str, options: list[Any]) -> None:
+    assert given(one_property(**own), {"a": value})["properties"]["a"] == {"enum": options}
+
+
 def test_the_posterior_is_the_unmasked_prior_on_what_the_schema_permits(lm: LM) -> None:
     masked = record(lm, SCHEMA, max_tokens=20, masked=True)
     law = poutine.trace(masked).get_trace("ab:").nodes["record"]["fn"]
@@ -165,6 +224,10 @@ def test_simulated_records_tell_their_fields(lm: LM) -> None:
         ('{"a": 12}', "b", "null"),
         ('{"a": 1', "a", "null"),
         ("[1]", "a", "null"),
+        ('{"a": 1.50}', "a", "1.50"),
+        ('{"a": 15e-1}', "a", "15e-1"),
+        ('{"a": -0}', "a", "-0"),
+        ('{"a": [1.50, {"é": 1E2}]}', "a", '[1.50, {"é": 1E2}]'),
         ("[" * 5000, "a", "null"),
         ("", "a", "null"),
     ],
@@ -182,6 +245,22 @@ def test_a_record_that_is_cut_off_is_said_so(lm: LM) -> None:
         poutine.trace(short).get_trace("ab:")  # once
     with pytest.raises(NoWeightError):
         importance(record(lm, SCHEMA, max_tokens=12), PromptGuide(short, lm), 8)("ab:")
+
+
+@pytest.mark.parametrize(
+    ("law", "named"),
+    [
+        ({"min_tokens": 5}, r"grammar= and min_tokens= \(no stop before\) left"),
+        ({"allowed": "a."}, "grammar= and allowed= left"),
+    ],
+)
+def test_a_text_that_nothing_may_follow_is_no_fault_of_the_network_alone(lm: LM, law: Any, named: str) -> None:
+    law = {name: lm.encode(value) if isinstance(value, str) else value for name, value in law.items()}
+    fn = lm("a", grammar=Grammar.regex("ab"), max_tokens=6, **law)
+    with pytest.raises(ValueError, match=rf"NaN at row 0, token .*float16 overflows\. Or {named} no token"):
+        fn.sample()
+    with pytest.raises(ValueError, match=rf"NaN.*float16 overflows\. Or {named} no token"):
+        fn.next_log_probs(torch.zeros(1, lm.vocabulary), lm.encode("ab" if "min_tokens" in law else "a")[None])
 
 
 def test_a_text_that_is_whole_and_full_is_not_cut_off(lm: LM) -> None:

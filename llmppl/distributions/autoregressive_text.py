@@ -13,6 +13,7 @@ from llmppl.network.drawing import NotFiniteError, draw
 from llmppl.network.scoring import Request, check_length
 from llmppl.network.text_law import TextLaw
 from llmppl.network.text_tensors import check_text, lengths, pad_scores, unpad_rows
+from llmppl.text.text_support import nan_mend
 
 if TYPE_CHECKING:
     from llmppl.network.vllm_engine import VLLM
@@ -134,10 +135,7 @@ class AutoregressiveText(ProcessText):
         prefixes = unpad_rows(begun) if self.law.reads_prefix else None
         log_probs = self.law.scaled_logits(logits, lengths(begun), prefixes).log_softmax(-1)
         if bool(log_probs.isnan().any()):
-            raise NotFiniteError(
-                f"site {self.site!r}: the network's log-probabilities are NaN. Check the model's weights and dtype: "
-                "float16 overflows."
-            )
+            raise NotFiniteError(f"site {self.site!r}: the network's log-probabilities are NaN. {nan_mend(self.law)}")
         return log_probs
 
     def not_terminable(self) -> str | None:

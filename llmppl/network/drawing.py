@@ -16,6 +16,7 @@ from llmppl.network.shared_prompts import SharedPrompts, pays
 from llmppl.network.text_tensors import unpad_rows
 from llmppl.network.transformer import Network, reading_of
 from llmppl.text import PAD
+from llmppl.text.text_support import nan_mend
 
 if TYPE_CHECKING:
     from llmppl.network.text_law import TextLaw
@@ -137,10 +138,7 @@ def _draw_block(
         log_probs = law.scaled_logits(stream.logits, steps, prefixes).log_softmax(-1)
         if bool(log_probs.isnan().any()):
             row = int(active[log_probs.isnan().any(-1)][0])
-            raise NotFiniteError(
-                f"the network's log-probabilities are NaN at row {row}, token {step}. Check the model's weights "
-                "and dtype: float16 overflows."
-            )
+            raise NotFiniteError(f"the network's log-probabilities are NaN at row {row}, token {step}. {nan_mend(law)}")
         untwisted = log_probs
         if twist is not None:
             log_probs = twist(log_probs, [numbers[n] for n in active.tolist()], values[active, :step])

@@ -25,6 +25,7 @@ from llmppl.network.drawing import NotFiniteError, choose
 from llmppl.network.text_law import TextLaw
 from llmppl.network.transformer import KeysAndValues
 from llmppl.text import PAD
+from llmppl.text.text_support import nan_mend
 
 ORDERS = ("left-to-right", "random", "confidence", "margin", "entropy")
 
@@ -283,8 +284,7 @@ def predictions(
     if bool(log_probs.isnan().any()):
         bad = int(log_probs.isnan().any(-1).nonzero()[0, 0])
         raise NotFiniteError(
-            f"the network's log-probabilities are NaN at row {int(row[bad])}, token {int(column[bad])}. Check the "
-            "model's weights and dtype: float16 overflows."
+            f"the network's log-probabilities are NaN at row {int(row[bad])}, token {int(column[bad])}. {nan_mend(law)}"
         )
     return log_probs
 

@@ -66,6 +66,37 @@ def check_temperature(temperature: Any, valid: bool) -> None:
         )
 
 
+class Limits(Protocol):
+    """What a law of texts says of its tokens, of either backend."""
+
+    @property
+    def min_tokens(self) -> int: ...
+
+    @property
+    def allowed(self) -> Any: ...
+
+    @property
+    def grammar(self) -> Any: ...
+
+
+def nan_mend(law: Limits) -> str:
+    """What to check where the law of a next token is NaN: the network, or what is left for the text there."""
+    return f"Check the model's weights and dtype: float16 overflows.{dead_end(law)}"
+
+
+def dead_end(law: Limits | None) -> str:
+    """A sentence, the space before it included, where a law may leave a text no token; nothing where it cannot.
+
+    A grammar alone, and lengths, stops and a vocabulary without one, are refused where they permit no token; together
+    they are not, for which texts come to such an end is known only once they are written.
+    """
+    if law is None or law.grammar is None:
+        return ""
+    others = {"min_tokens= (no stop before)": law.min_tokens > 1, "allowed=": law.allowed is not None}
+    named = [name for name, has in others.items() if has]
+    return f" Or grammar= and {' and '.join(named)} left no token to follow there: loosen one of them." if named else ""
+
+
 def moves_of(vocabulary: int, stop: Sequence[int], automaton: StopAutomaton | None) -> np.ndarray:
     """The state after each token, ``(S, V)``, :data:`END` where it ends a text: one state without an automaton."""
     if automaton is not None:

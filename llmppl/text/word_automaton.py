@@ -12,6 +12,7 @@ begin the word, go on with it, complete it. The states are
 from __future__ import annotations
 
 import re
+import string
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
@@ -27,7 +28,11 @@ CLASSES = ("other", "begins", "written", "completes")
 OTHER, BEGINS, WRITTEN, COMPLETES = range(4)
 
 _ONLY_LETTERS = re.compile(rf"[{LETTERS}]+")
-_LEAD, _TAIL = re.compile(rf"^[{LETTERS}]*"), re.compile(rf"[{LETTERS}]*$")
+_LEAD, _TAIL = re.compile(rf"^[{LETTERS}]*"), re.compile(rf"[{LETTERS}]*\Z")
+
+# The lower case of other characters can hold letters, which a reader of the text does not see: "İ" has an "i", the
+# Kelvin sign is a "k".
+_LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 
 
 class WordTokens:
@@ -37,7 +42,7 @@ class WordTokens:
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
-        self.texts = [text.lower() for text in texts]
+        self.texts = [text.translate(_LOWER) for text in texts]
         self._letters: dict[str, list[int]] = defaultdict(list)  # tokens of letters only
         self._lead: dict[str, list[int]] = defaultdict(list)  # of the others, the letters at their beginning
         self._tail: dict[str, list[int]] = defaultdict(list)  # and at their end

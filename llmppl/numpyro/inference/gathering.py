@@ -29,6 +29,7 @@ from llmppl.numpyro.programs.tracing import (
     plate_sizes,
 )
 from llmppl.posterior.columns import Columns, inner_plates
+from llmppl.text.text_support import dead_end
 
 
 class Gathering(Columns):
@@ -221,6 +222,7 @@ def blame(
                 return ValueError(
                     f"site {name!r} has log-probability {float(log_prob[row])} at row {(number, *row)}. "
                     "Check the model's weights and dtype (float16 overflows), and the factors of the program."
+                    + dead_end(getattr(site["fn"], "law", None))
                 )
     return ValueError(
         f"the log-probability of sample {number} is NaN in compiled code, and not otherwise. Check for numbers near "
