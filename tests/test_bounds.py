@@ -73,6 +73,7 @@ def test_each_bound_is_on_its_side_beyond_the_error(story: Story) -> None:
     assert low.value + 3 * low.error < log_z < high.value - 3 * high.error
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("targets", ["prefixes", "flows"])
 def test_bounds_by_smc_bracket_log_z_and_are_each_on_their_side(
     story: Story, targets: str, monkeypatch: pytest.MonkeyPatch

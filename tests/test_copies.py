@@ -87,6 +87,7 @@ def shifted(guide: TextGuide) -> None:
             parameter.add_(0.3 * torch.ones_like(parameter))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", GUIDES)
 def test_a_deep_copy_is_a_snapshot_on_the_same_model(story: Story, kind: str) -> None:
     guide = trained(story.program, story.lm, kind)

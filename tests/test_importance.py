@@ -116,6 +116,7 @@ def test_a_global_latent_makes_the_whole_plate_one_observation(lm: LM) -> None:
     assert lm.codec.decode([t for t in fn.context.tolist() if t >= 0]) == "deacccab"
 
 
+@pytest.mark.long
 def test_two_latent_texts_and_a_latent_inside_a_plate_only_partly_shared(lm: LM) -> None:
     def model(ending: str) -> None:
         first = pyro.sample("first", lm("ab", max_tokens=2, stop="."))

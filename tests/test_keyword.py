@@ -159,6 +159,7 @@ def _next(lm: LM, text: Tensor) -> Tensor:
         return (lm.transformer(ids).logits[0, -1] / 0.7).log_softmax(-1)
 
 
+@pytest.mark.long
 def test_twisted_draws_follow_the_law_and_their_log_probability_is_recorded(small: LM) -> None:
     fn = twisted(small, "cd")
     pyro.set_rng_seed(1)

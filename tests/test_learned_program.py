@@ -188,7 +188,7 @@ def test_only_draws_of_the_guide_as_it_is_teach_the_program(objective: Any) -> N
     for _ in range(2):
         loss = replaying.differentiable_loss(program, guide, *DATA[0])
     # What was replayed is scored anew: its program was another.
-    (name,) = rows_of(DATA[0], {}, False)
+    (name,) = rows_of(program, DATA[0], {}, False)
     assert all(entry.log_p is None for entry in replaying.behaviour.buffer.draw(name, 6))
 
 

@@ -42,6 +42,7 @@ def test_for_each_random_order_probabilities_sum_to_one(plan: str) -> None:
             assert float((found[0] - found[-1]).abs().max()) > 0.1, "the orders are all alike"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("plan", PLANS)
 def test_log_prob_is_the_law_of_the_sampler_path_by_path(plan: str) -> None:
     """Against plain passes over one canvas at a time, and rules as they are defined."""

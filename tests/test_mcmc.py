@@ -275,6 +275,7 @@ def test_rows_have_chains_of_their_own(story: Story) -> None:
         assert pvalue(chains.values["middle"][:, row].numpy(), exact[row], "middle") > 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kernel", ["suffix", "gibbs"])
 def test_sites_of_every_kind_move_in_turn(small: LM, kernel: str) -> None:
     """A choice, a coin for each of two entries of a plate, and a text for each: 1000 chains stay at the posterior."""

@@ -62,6 +62,7 @@ def test_a_bound_is_that_of_the_rows_of_the_step() -> None:
     assert len(pairs) == 6
 
 
+@pytest.mark.long
 def test_rows_that_the_program_alone_takes() -> None:
     """A latent outside of the plate: the guide has none."""
 

@@ -176,6 +176,7 @@ def test_features_say_where_moves_have_led() -> None:
     assert lm.decode(lm.context(*told)) == ["S.\n..\n1", "S.\n..\n3"]
 
 
+@pytest.mark.long
 def test_a_steered_plan_on_the_real_model(smollm2: LM) -> None:
     """Untrained it is the prior; with the distance favoured it reaches the goal more often."""
     program = plan(smollm2, (3, 3), max_moves=4)

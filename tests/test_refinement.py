@@ -192,6 +192,7 @@ def test_a_trajectory_has_the_same_weight_forwards_and_backwards(toy: Toy, monke
     torch.testing.assert_close(anneal_back(space, 2, stops[2].values), log_q)
 
 
+@pytest.mark.long
 def test_the_moves_of_the_code_are_those_of_the_matrices(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     """20 000 moves from one state each; frequencies against the matrix's row, by chi-square, 5 deviations."""
     states = states_of(toy)

@@ -238,6 +238,7 @@ def test_training_tells_the_simulated_observation(
     assert others == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", list(DATA))
 def test_measures_tell_the_simulated_observation(name: str, log: list[tuple[str, Any]]) -> None:
     """Each of them; beside it only the data themselves, where nothing is simulated."""

@@ -109,6 +109,7 @@ def test_the_exact_posterior_does_not_fail(story: Story, source: str) -> None:
     assert rejections <= 1
 
 
+@pytest.mark.long
 def test_a_guide_near_the_posterior_does_not_fail(story: Story, source: str) -> None:
     """Tempered and with noise on every log-probability, as training leaves it: KL of some 0.05 nats both ways."""
     generator = torch.Generator().manual_seed(0)
