@@ -80,9 +80,8 @@ def answer(
             check_nothing_behind(sites, site)
         with torch.no_grad():
             traces = list(drawn_traces(model, guide, site, num_samples, block_size(model, args, kwargs), args, kwargs))
-        nodes = [trace.nodes[site] for trace in traces]
-        with torch.no_grad():
             log_weights = [other_evidence(trace, site, guide is not None) for trace in traces]
+        nodes = [trace.nodes[site] for trace in traces]
         shares = normalised(log_weights, (num_samples, *nodes[0]["fn"].batch_shape[1:]))
         if options is not None:
             return _by_evidence(nodes, list(options), site, shares)
@@ -93,7 +92,8 @@ def answer(
 
 
 def _by_evidence(nodes: list[Any], options: list[str], site: str, shares: np.ndarray) -> Prediction:
-    """
+    """Each option's share of the evidence.
+
     :param shares: normalised weights of the draws, ``(K,) + batch_shape``.
     """
     found = []

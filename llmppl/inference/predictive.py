@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmppl.distributions.conditioned_text import ConditionedText
 from llmppl.inference.blocks import block_size
-from llmppl.programs.particles import common_axes, compute_log_prob
+from llmppl.programs.particles import common_axes, compute_log_prob, sum_site
 from llmppl.programs.plates import in_data_plate, in_particles
 from llmppl.programs.structure import Program, is_deterministic, plate_nesting, structure
 from llmppl.text.arguments import check_count, check_programs
@@ -145,13 +145,8 @@ def other_evidence(trace: poutine.Trace, site: str, guided: bool) -> Tensor:
     part.nodes.update(nodes)
     compute_log_prob(part)
     nesting, axes = plate_nesting(trace) - 1, common_axes(trace)  # the particles' plate is outside of the program's
-    total: Any = 0.0
-    for node in part.nodes.values():
-        log_prob = node["log_prob"]
-        full = log_prob.reshape((1,) * (nesting + 1 - log_prob.dim()) + log_prob.shape)
-        summed = tuple(dim for dim in range(-nesting, 0) if dim not in axes)
-        total = total + (full.sum(summed, keepdim=True) if summed else full)
-    return total
+    terms = [sum_site(node["log_prob"], axes, nesting, keepdim=True) for node in part.nodes.values()]
+    return torch.as_tensor(sum(terms))
 
 
 def is_evidence(node: Any) -> bool:

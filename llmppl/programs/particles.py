@@ -244,12 +244,15 @@ def sum_sites(trace: poutine.Trace, axes: tuple[int, ...], nesting: int, num_par
     return total.expand((num_particles, *total.shape[1:]))
 
 
-def sum_site(log_prob: Tensor, axes: tuple[int, ...], nesting: int) -> Tensor:
-    """A site's log-density, summed over all dimensions but the particles' and ``axes``."""
+def sum_site(log_prob: Tensor, axes: tuple[int, ...], nesting: int, keepdim: bool = False) -> Tensor:
+    """A site's log-density, summed over all dimensions but the particles' and ``axes``.
+
+    :param keepdim: leave the others as dimensions of size 1.
+    """
     full = log_prob.reshape((1,) * (nesting + 1 - log_prob.dim()) + log_prob.shape)
     summed = tuple(dim for dim in range(-nesting, 0) if dim not in axes)
     # Keep the particles in front, then the rows; a plate of the program between them is summed.
-    return full.sum(summed) if summed else full
+    return full.sum(summed, keepdim) if summed else full
 
 
 def log_prior(particles: Particles) -> Tensor:
