@@ -123,7 +123,7 @@ def check_unscaled(particles: Particles) -> None:
             if site["type"] == "sample" and not _is_one(site["scale"]):
                 raise ValueError(
                     f"site {name!r} is scaled (by poutine.scale or a subsampled plate), so its weights are not those "
-                    "of the program. Run importance sampling without scaling or subsampling."
+                    "of the program. Run inference without scaling or subsampling."
                 )
 
 

@@ -163,7 +163,7 @@ def check_unscaled(*traces: Trace) -> None:
             if site["type"] == "sample" and site["scale"] is not None and not np.all(np.asarray(site["scale"]) == 1):
                 raise ValueError(
                     f"site {name!r} is scaled (by handlers.scale or a subsampled plate), so its weights are not those "
-                    "of the program. Run importance sampling without scaling or subsampling."
+                    "of the program. Run inference without scaling or subsampling."
                 )
 
 
